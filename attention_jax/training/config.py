@@ -1,0 +1,512 @@
+"""What a run is made of: defaults, config files, flags. Nothing here imports jax.
+
+A config is a locked `ml_collections.ConfigDict` with every field that a run depends on, so that two
+runs with equal configs are the same run. Later entries win: the defaults of the task, the config
+file, the flags.
+"""
+
+import copy
+import difflib
+import math
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+
+
+class RunError(Exception):
+    """Ends a run with one line for the user; `status` is the exit status of the process."""
+
+    status = 1
+
+
+class ConfigError(RunError, ValueError):
+    """A flag, a field or a config file asks for something that cannot be."""
+
+    status = 2
+
+
+DEFAULTS = {
+    "seed": 0,
+    "launcher": "single",
+    "init_from": "",  # The run directory to take the first parameters from.
+    "task": {},  # The name of the task and its settings: TASKS.
+    "model": {
+        # One bare attention layer, as the project began: no norm, no residual, no positions.
+        "name": "multihead",
+        "features": 64,
+        "num_layers": 1,
+        "num_heads": 8,
+        "num_kv_heads": None,  # None: as many as num_heads.
+        "head_dim": None,  # None: features / num_heads.
+        "mlp_ratio": 0.0,  # 0: no MLP.
+        "norm": "none",
+        "residual": False,
+        "positions": "none",
+        "causal": False,
+        "window": None,  # None: no limit.
+        "dropout_rate": 0.0,
+        "qk_norm": False,
+        "use_bias": True,
+        "tie_embedding": True,
+        "remat": False,
+        "dtype": "float32",  # Of the computation; parameters are always float32.
+    },
+    "optimizer": {
+        "name": "adam",
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,  # 0: off.
+        "momentum": 0.0,
+        "accumulate": 1,
+    },
+    "train": {"batch_size": 32, "steps_per_epoch": 32, "epochs": 100},
+    "eval": {"num_batches": 8, "every_epochs": 10},
+    "checkpoint": {"every_epochs": 10, "keep": 2},
+}
+
+# Recall and copying need a model that knows order and can compose two steps: one bare layer stays
+# at chance (https://arxiv.org/abs/2402.08164 says why).
+_TRANSFORMER = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "norm": "layer",
+    "residual": True,
+    "positions": "rotary",
+    "causal": True,
+}
+
+# What each task changes. `task` holds all the settings it has; there are no others.
+TASKS = {
+    "teacher": {"task": {"seq_length": 10}},
+    "recall": {
+        "task": {
+            "seq_length": 64,
+            "vocab_size": 256,
+            "num_pairs": 4,
+            "power": 0.01,
+            "num_passes": 1,
+        },
+        "model": _TRANSFORMER,
+        "optimizer": {"name": "adamw", "learning_rate": 2e-3},
+        "train": {"batch_size": 64, "steps_per_epoch": 100, "epochs": 20},
+    },
+    "copy": {
+        "task": {"seq_length": 32, "vocab_size": 16},
+        "model": _TRANSFORMER,
+        "optimizer": {"name": "adamw", "learning_rate": 2e-3},
+        "train": {"batch_size": 64, "steps_per_epoch": 100, "epochs": 20},
+    },
+}
+
+
+def default_config(task: str = "teacher") -> ConfigDict:
+    """The config that a run of `task` starts from: DEFAULTS, then what TASKS says.
+
+    Raises:
+        ConfigError: There is no such task.
+
+    >>> default_config().train.epochs
+    100
+    >>> default_config("recall").model.causal
+    True
+    """
+    if task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}: got {task!r}.")
+    config = ConfigDict(copy.deepcopy(DEFAULTS))
+    for section, fields in TASKS[task].items():
+        config[section].update(fields)
+    config.task.name = task
+    for path in _OPTIONAL:
+        section, _, field = path.partition(".")
+        config[section][field] = placeholder(int)
+    return config.lock()
+
+
+# The rules of the fields -------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _at_least(low):
+    return _Rule(lambda value: value >= low, f"must be at least {low}")
+
+
+def _one_of(*names):
+    return _Rule(lambda value: value in names, f"must be one of {', '.join(names)}")
+
+
+_RATE = _Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
+_OPTIONAL = ("model.num_kv_heads", "model.head_dim", "model.window")
+_RULES = {
+    "seed": _Rule(lambda value: 0 <= value < 2**31, "must be in [0, 2**31)"),
+    "launcher": _one_of("single", "pmap", "sharded"),
+    "task.seq_length": _at_least(1),
+    "model.name": _one_of("multihead", "selfhead"),
+    "model.features": _at_least(1),
+    "model.num_layers": _at_least(1),
+    "model.num_heads": _at_least(1),
+    "model.num_kv_heads": _at_least(1),
+    "model.head_dim": _at_least(1),
+    "model.mlp_ratio": _at_least(0),
+    "model.norm": _one_of("layer", "rms", "none"),
+    "model.positions": _one_of("none", "sinusoidal", "learned", "rotary"),
+    "model.window": _at_least(0),
+    "model.dropout_rate": _RATE,
+    "model.dtype": _one_of("float32", "bfloat16", "float16"),
+    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "optimizer.learning_rate": _Rule(lambda value: value > 0, "must be above 0"),
+    "optimizer.schedule": _one_of("constant", "cosine"),
+    "optimizer.warmup_steps": _at_least(0),
+    "optimizer.weight_decay": _at_least(0),
+    "optimizer.clip_norm": _at_least(0),
+    "optimizer.momentum": _RATE,
+    "optimizer.accumulate": _at_least(1),
+    "train.batch_size": _at_least(1),
+    "train.steps_per_epoch": _at_least(1),
+    "train.epochs": _at_least(1),
+    "eval.num_batches": _at_least(1),
+    "eval.every_epochs": _at_least(1),
+    "checkpoint.every_epochs": _at_least(1),
+    # One to continue from while the next is being written.
+    "checkpoint.keep": _at_least(2),
+}
+_KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a name"}
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """The leaves by dotted path: `{"seed": 0, "task.name": "teacher", ...}`."""
+    leaves = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            leaves |= {f"{name}.{path}": leaf for path, leaf in flatten(value).items()}
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """What is wrong with a config, as (path of a field, sentence); no jax, no devices."""
+    task = config.get("task", {}).get("name")
+    if task not in TASKS:
+        yield "task.name", f"{_label('task.name')} must be one of {', '.join(TASKS)}: got {task!r}."
+        return
+    leaves, known = flatten(config), flatten(default_config(task))
+    strangers = [*(leaves.keys() - known.keys()), *(known.keys() - leaves.keys())]
+    if strangers:
+        for path in sorted(strangers):
+            missing = (
+                f"config.{path} is missing: start from default_config({task!r}) (--task={task})."
+            )
+            yield path, _unknown(path, known) if path in leaves else missing
+        return
+
+    bad = set()
+    for path, value in leaves.items():
+        if value is None and path in _OPTIONAL:
+            continue
+        kind = _kind(path, known[path])
+        rule = _RULES.get(path)
+        if not _is_a(kind, value):
+            words = f"must be {_KINDS[kind]}"
+        elif rule and not rule.holds(value):
+            words = rule.words
+        else:
+            continue
+        bad.add(path)
+        yield path, f"{_label(path)} {words}: got {value!r}."
+    if bad:
+        return  # What follows relates sound values to one another.
+
+    model, optimizer, train = config.model, config.optimizer, config.train
+    if model.name == "selfhead":
+        for field in ("num_kv_heads", "head_dim", "qk_norm", "dropout_rate"):
+            if model[field]:
+                path = f"model.{field}"
+                yield path, f"{_label(path)} is for multihead only: got {model[field]!r}."
+        heads, kv_heads = 1, 1
+    else:
+        heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    if heads % kv_heads:
+        yield (
+            "model.num_kv_heads",
+            f"config.model.num_kv_heads must divide num_heads: got {kv_heads} and {heads}.",
+        )
+    if model.head_dim is None and model.features % heads:
+        yield (
+            "model.num_heads",
+            f"{_label('model.num_heads')} must divide embed_dim (config.model.features): "
+            f"got {heads} and {model.features}.",
+        )
+    elif (
+        model.positions == "rotary" and (head_dim := model.head_dim or model.features // heads) % 2
+    ):
+        yield (
+            "model.num_heads",
+            f"config.model.positions='rotary' needs an even head size: got {head_dim}.",
+        )
+    if train.batch_size % optimizer.accumulate:
+        yield (
+            "train.batch_size",
+            f"{_label('train.batch_size')} must be a multiple of config.optimizer.accumulate: "
+            f"got {train.batch_size} and {optimizer.accumulate}.",
+        )
+    if optimizer.momentum and optimizer.name != "sgd":
+        yield (
+            "optimizer.momentum",
+            f"config.optimizer.momentum is for sgd only: got {optimizer.momentum} "
+            f"with {optimizer.name}.",
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError with the first of `problems`."""
+    for _, sentence in problems(config):
+        raise ConfigError(sentence)
+
+
+def _kind(path, default):
+    return int if path in _OPTIONAL else type(default)
+
+
+def _is_a(kind, value):
+    if kind is float:
+        return _is_a(int, value) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _unknown(path, known):
+    close = [f"config.{name}" for name in difflib.get_close_matches(path, known, n=3)]
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"config.{path} is unknown.{hint}"
+
+
+# The flags ---------------------------------------------------------------------------------------
+
+
+class _FlatFlag(NamedTuple):
+    path: str | None  # The field that it sets; None: it sets the run directory.
+    help: str
+
+
+_FLAT_FLAGS = {
+    "model": _FlatFlag("model.name", "multihead or selfhead"),
+    "embed_dim": _FlatFlag("model.features", "width of the model"),
+    "num_heads": _FlatFlag("model.num_heads", "attention heads (multihead only)"),
+    "learning_rate": _FlatFlag("optimizer.learning_rate", "peak step size of the optimizer"),
+    "batch_size": _FlatFlag("train.batch_size", "sequences in a step, over all devices"),
+    "seq_length": _FlatFlag("task.seq_length", "positions in a sequence"),
+    "epochs": _FlatFlag("train.epochs", "times config.train.steps_per_epoch steps"),
+    "save_path": _FlatFlag(None, "run directory; rerun the command to resume; none: write nothing"),
+    "workdir": _FlatFlag(None, "the same as --save_path"),
+    "task": _FlatFlag("task.name", f"{', '.join(TASKS)}; the other defaults follow it"),
+    "launcher": _FlatFlag("launcher", "single, pmap or sharded"),
+    "seed": _FlatFlag("seed", "of the parameters, the data and dropout"),
+    "init_from": _FlatFlag("init_from", "run directory to take the first parameters from"),
+}
+_QUESTIONS = (
+    *("model", "embed_dim", "num_heads", "learning_rate"),
+    *("batch_size", "seq_length", "epochs", "save_path"),
+)
+
+
+class Command(NamedTuple):
+    """What the command line asks for; the run directory is no part of the config."""
+
+    config: ConfigDict
+    workdir: str | None
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads a command line, `argv[0]` being the program's name, and asks if it says --interactive.
+
+    Raises:
+        ConfigError: In one line, the flag or field that cannot be, and what came.
+        SystemExit: After `--help`.
+        EOFError: The input of `--interactive` ended.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # `--config.x 5 --epochs 3`: go on after the unknown one's value.
+    for name, flag in _FLAT_FLAGS.items():
+        flags.DEFINE_string(name, None, flag.help, flag_values=values)
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    flags.DEFINE_boolean("interactive", False, "", flag_values=values)
+    flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+    try:
+        overrides = values(list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if values.help:
+        print(_help())
+        raise SystemExit(0)
+
+    given = {name: values[name].value for name in _FLAT_FLAGS if values[name].value is not None}
+    task = given.get("task", "teacher")
+    config = default_config(task) if values.config is None else load(values.config)
+    if "task" in given and config.task.name != task:
+        with config.unlocked():
+            config.task = default_config(task).task
+    config, overridden = _override(config, overrides)
+
+    workdir = None
+    for name, text in given.items():
+        if (path := _FLAT_FLAGS[name].path) is None:
+            if workdir not in (None, text):
+                raise ConfigError(f"--save_path and --workdir differ: got {workdir} and {text}.")
+            workdir = text
+            continue
+        value = _convert(path, text)
+        if path in overridden and overridden[path] != value:
+            raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
+        _set(config, path, value)
+    if config.model.get("name") == "selfhead" and "num_heads" in given:
+        raise ConfigError(f"--num_heads is for multihead only: got {given['num_heads']}.")
+    if values.interactive:
+        workdir = _interview(config, workdir)
+    check(config)
+    return Command(config, workdir or None)
+
+
+def load(path: str) -> ConfigDict:
+    """Runs `get_config()` of a Python file; `file.py:word` runs `get_config("word")`.
+
+    Raises:
+        ConfigError: There is no such file, or it fails; the line names where.
+    """
+    file, *argument = path.split(":", 1)
+    try:
+        config = runpy.run_path(file)["get_config"](*argument)
+    except OSError as error:
+        raise ConfigError(f"--config={path}: {error.strerror}.") from error
+    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError) as error:
+        raise ConfigError(_where(file, error)) from error
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ConfigError(_where(file, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict: got {type(config)}.")
+    # A copy, or two runs of one process would share the fields they override.
+    return copy.deepcopy(config)
+
+
+def _where(file, error):
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    message = " ".join(str(error).replace("\\n", " ").strip("'\"").split())
+    # ml_collections lists every other field, in full; its suggestion at the end is enough.
+    message = re.sub(r"Other fields present: .*}\\?\"\s*", "", message)
+    return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {message}"
+
+
+def _override(config, arguments):
+    """Applies `--config.field=value` arguments; returns the config and the fields by path."""
+    known, paths = flatten(config), []
+    for argument in arguments:
+        if match := re.match(r"--?(no)?config\.([^=]*)", argument):
+            paths.append(match[2])
+            if match[2] not in known:
+                raise ConfigError(_unknown(match[2], known))
+        elif argument.startswith("-"):
+            name = argument.lstrip("-").split("=")[0]
+            close = difflib.get_close_matches(name, [*_FLAT_FLAGS, "config", "interactive"], n=2)
+            hint = f" Did you mean {' or '.join(f'--{flag}' for flag in close)}?" if close else ""
+            raise ConfigError(f"--{name} is unknown.{hint}")
+
+    # config_flags reads None only as a word: an optional field is set here.
+    nothing = [f"--config.{path}={word}" for path in _OPTIONAL for word in ("None", "none")]
+    for argument in set(arguments) & set(nothing):
+        _set(config, argument.partition(".")[2].partition("=")[0], None)
+    arguments = ["train.py", *(a for a in arguments if a not in nothing)]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments, lock_config=True
+        )
+        rest = values(arguments)[1:]
+    except flags.IllegalFlagValueError as error:
+        path, text = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error)).groups()
+        words = _KINDS[_kind(path, known[path])]
+        raise ConfigError(f"config.{path} must be {words}: got {text!r}.") from error
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if rest:
+        raise ConfigError(f"Arguments start with --: got {rest[0]!r}.")
+    leaves = flatten(config)
+    return config, {path: leaves[path] for path in paths}
+
+
+def _convert(path, text):
+    kind = type(flatten(default_config())[path])
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{_label(path)} must be {_KINDS[kind]}: got {text!r}.") from error
+
+
+def _set(config, path, value):
+    section, _, field = path.rpartition(".")
+    target = config[section] if section else config
+    target[field] = value
+
+
+def _label(path):
+    """How a user calls a field: `--epochs (config.train.epochs)`."""
+    for name, flag in _FLAT_FLAGS.items():
+        if flag.path == path:
+            return f"--{name}" if name == path else f"--{name} (config.{path})"
+    return f"config.{path}"
+
+
+def _help():
+    defaults = flatten(default_config())
+    lines = [
+        "usage: train.py [--flag=value ...] [--config=FILE] [--config.any.field=value ...]",
+        "",
+        "Trains an attention model. A config file overrides the defaults, flags override both.",
+        "",
+    ]
+    for name, flag in _FLAT_FLAGS.items():
+        default = defaults[flag.path] if flag.path else ""
+        lines.append(f"  --{name:14} {flag.help} (default {default or 'none'})".rstrip())
+    lines += [
+        "  --interactive    ask for each parameter",
+        "  --config         Python file with get_config(): see configs/ (default none)",
+        "",
+        "Fields for --config.any.field=value, with the defaults of --task=teacher:",
+        "",
+    ]
+    return "\n".join(lines + [f"  {path} = {value}" for path, value in defaults.items()])
+
+
+def _interview(config, workdir):
+    """Asks for each parameter, again after a wrong answer; returns the run directory."""
+    print("Enter keeps what stands in brackets; Ctrl-D leaves.")
+    for name in _QUESTIONS:
+        path = _FLAT_FLAGS[name].path
+        if name == "num_heads" and config.model.name == "selfhead":
+            continue
+        if path is None:
+            answer = input(f"{name} [{workdir or 'none'}]: ").strip()
+            workdir = answer or workdir
+            continue
+        before = flatten(config)[path]
+        while True:
+            answer = input(f"{name} [{before}]: ").strip()
+            try:
+                _set(config, path, _convert(path, answer) if answer else before)
+            except ConfigError as error:
+                reasons = [str(error)]
+            else:
+                reasons = [sentence for place, sentence in problems(config) if place == path]
+            if not reasons:
+                break
+            print(f"  {reasons[0]}")
+    return workdir

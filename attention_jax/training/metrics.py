@@ -1,0 +1,144 @@
+"""Where the numbers of a run go: a screen, a JSON lines file, TensorBoard.
+
+A row is a flat dict: `step` and `epoch`, which count what is done, `seconds`, and the metrics. Every
+writer has `write(row)` and `close()`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TextIO
+
+Row = Mapping[str, int | float]
+
+# The axis of a plot, not a curve.
+_COUNTERS = ("step", "epoch", "seconds")
+
+
+class Writer(Protocol):
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object per row; `pandas.read_json(path, lines=True)` reads it.
+
+    Opening it for a run that continues after `last_step` drops the rows behind that step, and the
+    torn one that a killed process may have left: the run writes them again.
+
+    Attributes:
+        rows: The rows in the file, those of the past included.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0):
+        self.rows: list[Row] = []
+        self._file = open(path, "a+b")  # noqa: SIM115 (close() closes it)
+        self._file.seek(0)
+        kept = 0
+        for line in self._file:
+            row = _row(line)
+            if row is None or row["step"] > last_step:
+                break
+            self.rows.append(row)
+            kept += len(line)
+        self._file.truncate(kept)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        self._file.write(json.dumps(row).encode() + b"\n")
+        # With the system, not only with this process: kill -9 cannot take it back.
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the rows are on the disk; a checkpoint must not know more than they do."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _row(line):
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class TensorBoard:
+    """Event files, when tensorboardX is there; otherwise one note, and nothing."""
+
+    def __init__(self, directory: Path, last_step: int = 0):
+        self._directory, self._last_step = directory, last_step
+        self._events = None
+        self._absent = False
+
+    def write(self, row: Row) -> None:
+        if self._absent:
+            return
+        if self._events is None and not self._open():
+            return
+        for name in row.keys() - set(_COUNTERS):
+            self._events.add_scalar(name, row[name], row["step"])
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _open(self) -> bool:
+        try:
+            # Seconds, where torch is installed: the first epochs train meanwhile.
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            self._absent = True
+            print("tensorboardX is not installed: no TensorBoard events.")
+            return False
+        # What a killed process wrote behind the checkpoint is hidden, not drawn twice.
+        self._events = SummaryWriter(str(self._directory), purge_step=self._last_step + 1)
+        return True
+
+
+class Console:
+    """A bar in a terminal; elsewhere about ten lines a run, fit for a log file."""
+
+    def __init__(self, epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
+        self._stream = sys.stdout if stream is None else stream
+        self._epochs = epochs
+        self._interval = max(1, epochs // 10)
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=epochs, initial=first_epoch, unit="epoch", file=self._stream, leave=False
+            )
+
+    def write(self, row: Row) -> None:
+        epoch = row["epoch"]
+        if self._bar is not None:
+            self._bar.update(epoch - self._bar.n)
+            self._bar.set_postfix_str(metrics_line(row), refresh=False)
+        elif row["step"] == 1 or epoch % self._interval == 0 or epoch == self._epochs:
+            width = len(str(self._epochs))
+            print(
+                f"epoch {epoch:{width}}/{self._epochs}  step {row['step']:<6} {metrics_line(row)}",
+                file=self._stream,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def metrics_line(row: Row) -> str:
+    """The metrics of a row in a line.
+
+    >>> metrics_line({"step": 3, "epoch": 1, "loss": 0.5, "eval_loss": 0.25})
+    'loss 0.5  eval_loss 0.25'
+    """
+    return "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in _COUNTERS)
