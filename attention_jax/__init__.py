@@ -1,0 +1,56 @@
+"""Attention in JAX and Flax linen: exact, fast, complete, and a laboratory to train and compare it.
+
+The public names are below; each is imported when it is first used, so that a program which only
+wants to parse its flags does not pay for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attention_jax.functional import biases, masks, positions
+    from attention_jax.functional.dot_product import (
+        attention_weights,
+        dot_product_attention,
+    )
+    from attention_jax.functional.linear import linear_attention
+    from attention_jax.layers import MultiHeadAttention, SingleHeadAttention
+    from attention_jax.models import Block, SequenceModel
+
+_HOMES = {
+    "masks": "attention_jax.functional.masks",
+    "biases": "attention_jax.functional.biases",
+    "positions": "attention_jax.functional.positions",
+    "attention_weights": "attention_jax.functional.dot_product",
+    "dot_product_attention": "attention_jax.functional.dot_product",
+    "linear_attention": "attention_jax.functional.linear",
+    "MultiHeadAttention": "attention_jax.layers",
+    "SingleHeadAttention": "attention_jax.layers",
+    "Block": "attention_jax.models",
+    "SequenceModel": "attention_jax.models",
+}
+
+__all__ = [
+    "Block",
+    "MultiHeadAttention",
+    "SequenceModel",
+    "SingleHeadAttention",
+    "attention_weights",
+    "biases",
+    "dot_product_attention",
+    "linear_attention",
+    "masks",
+    "positions",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attention_jax' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,91 @@
+"""The errors that a caller can cause, each said once and in the caller's words."""
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.types import Array
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Raises TypeError unless `array` holds real floating-point numbers."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {dtype}.")
+
+
+def as_integers(name: str, array: Array, axes: int = 0) -> Array:
+    """`array` as an integer array of at least `axes` axes, or the error that says why not."""
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, got {array.dtype}.")
+    if array.ndim < axes:
+        raise ValueError(f"{name} must have at least {axes} axis, got shape {array.shape}.")
+    return array
+
+
+def check_qkv(query: Array, key: Array, value: Array) -> None:
+    """Raises unless the shapes are `[..., T, N, H]`, `[..., S, K, H]`, `[..., S, K, V]`, K | N."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, array)
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} must be [..., length, heads, head size], got shape {array.shape}."
+            )
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(
+            "query, key and value must share their batch axes, got shapes "
+            f"{query.shape}, {key.shape} and {value.shape}."
+        )
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(
+            "key and value must share length S and heads K, got shapes "
+            f"{key.shape} and {value.shape}."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must share head size H, got shapes {query.shape} and {key.shape}."
+        )
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"query heads N must be a multiple of key heads K, got N={query.shape[-2]} and "
+            f"K={key.shape[-2]}."
+        )
+    if query.shape[-1] == 0:
+        raise ValueError(f"head size H must be at least 1, got query shape {query.shape}.")
+
+
+def check_broadcastable(name: str, shape: Sequence[int], target: Sequence[int]) -> None:
+    """Raises ValueError unless an array of `shape` broadcasts to `target` without growing it."""
+    fits = len(shape) <= len(target) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to [..., N, T, S] = {tuple(target)}, got shape {tuple(shape)}."
+        )
+
+
+def check_rate(name: str, rate: float | Array) -> None:
+    """Raises ValueError unless 0 <= rate < 1; a traced rate is taken on trust."""
+    if isinstance(rate, jax.core.Tracer):
+        return
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
+
+
+def as_size(name: str, value: int, minimum: int = 1) -> int:
+    """`value` as a Python int; TypeError when it is none, ValueError below `minimum`."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    if size < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {size}.")
+    return size

@@ -1,0 +1,222 @@
+"""Preferences: what is added to the logits, as a rule or as an array.
+
+A bias is a small value that can say, for any rectangle of the logits, what to add there. Its
+arrays are leaves of a pytree, so the gradient of a loss with respect to a bias is a bias whose
+arrays are gradients. Biases add up with `+`, with one another and with arrays.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.checks import as_size, check_floating
+from attention_jax.functional.tiles import (
+    Tile,
+    as_offset,
+    offset_of,
+    per_row,
+    slice_axis,
+    value_class,
+)
+from attention_jax.types import Array
+
+
+class Bias:
+    """What `alibi` and `relative` return. Subclasses say what one tile looks like."""
+
+    # numpy must leave `array + bias` to us instead of trying it element by element.
+    __array_ufunc__ = None
+
+    def tile(self, at: Tile) -> Array:
+        """Floating-point, broadcastable to `[..., N, t_size, s_size]`."""
+        raise NotImplementedError
+
+    def __add__(self, other: "Bias | Array") -> "Bias":
+        return Sum(self, as_bias(other))
+
+    def __radd__(self, other: "Bias | Array") -> "Bias":
+        return Sum(as_bias(other), self)
+
+
+@value_class
+class Alibi(Bias):
+    slopes: Array
+    offset: Any
+
+    def tile(self, at):
+        distance = jnp.abs((at.t + offset_of(self.offset, at)) - at.s)
+        return -self.slopes[:, None, None] * distance.astype(self.slopes.dtype)
+
+
+@value_class
+class Relative(Bias):
+    table: Array
+    bidirectional: bool
+    max_distance: int
+    offset: Any
+
+    def tile(self, at):
+        distance = at.s - (at.t + offset_of(self.offset, at))  # [..., 1, t, s]
+        buckets = relative_buckets(
+            distance, self.table.shape[0], self.bidirectional, self.max_distance
+        )
+        # [..., t, s, N] -> [..., N, t, s]; a distance with batch axes has a head axis of 1.
+        bias = jnp.moveaxis(self.table[buckets], -1, -3)
+        return bias if distance.ndim == 2 else jnp.squeeze(bias, -4)
+
+
+@value_class
+class Dense(Bias):
+    array: Array
+
+    def tile(self, at):
+        rows = slice_axis(self.array, at.t_start, at.t_size, -2)
+        return slice_axis(rows, at.s_start, at.s_size, -1)
+
+
+@value_class
+class Sum(Bias):
+    left: Bias
+    right: Bias
+
+    def tile(self, at):
+        return self.left.tile(at) + self.right.tile(at)
+
+
+@value_class
+class Shifted(Bias):
+    """The rules of `bias`, for queries that stand `offset` positions later in the sequence."""
+
+    bias: Bias
+    offset: Any
+
+    def tile(self, at):
+        return self.bias.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+
+
+def alibi(slopes: int | Array, *, offset: int | str | Array = 0) -> Bias:
+    """-slope * |t + offset - s|: the further away, the less welcome.
+
+    Args:
+        slopes: `[N]`, learnable; or the number of heads N, for the paper's geometric slopes.
+        offset: As in `masks.causal`.
+
+    Reference:
+        Press et al. 2021, "Train Short, Test Long", section 3. https://arxiv.org/abs/2108.12409
+    """
+    if jnp.ndim(slopes) == 0:
+        slopes = alibi_slopes(as_size("slopes", slopes))
+    slopes = jnp.asarray(slopes)
+    check_floating("slopes", slopes)
+    if slopes.ndim != 1:
+        raise ValueError(f"slopes must be [N], got shape {slopes.shape}.")
+    return Alibi(slopes, as_offset(offset))
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The paper's slopes, `[N]`: 2 ** (-8 n / N) for N a power of two.
+
+    Otherwise the slopes of the power of two below, then every other one of the power above.
+    """
+
+    def geometric(n):
+        return [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** int(math.log2(num_heads))
+    extra = geometric(2 * below)[0::2][: num_heads - below]
+    return np.array(geometric(below) + extra, np.float32)
+
+
+def relative(
+    table: Array,
+    *,
+    bidirectional: bool = True,
+    num_buckets: int | None = None,
+    max_distance: int = 128,
+    offset: int | str | Array = 0,
+) -> Bias:
+    """One learnable number per head and bucket of distance s - t, as in T5.
+
+    Args:
+        table: `[num_buckets, N]`.
+        bidirectional: Half of the buckets for keys after the query, half for those before it. If
+            False, all are for keys before it, and every key after it shares bucket 0.
+        num_buckets: The number of rows of `table`, which is the default.
+        max_distance: From here on all distances share the last bucket.
+        offset: As in `masks.causal`.
+
+    Raises:
+        ValueError: The table does not fit `num_buckets`, or there are too few buckets.
+
+    Reference:
+        Raffel et al. 2020, "T5", section 2.1. https://arxiv.org/abs/1910.10683
+    """
+    table = jnp.asarray(table)
+    check_floating("table", table)
+    if table.ndim != 2:
+        raise ValueError(f"table must be [num_buckets, N], got shape {table.shape}.")
+    if num_buckets is not None and num_buckets != table.shape[0]:
+        raise ValueError(
+            f"num_buckets must be the number of rows of table: got {num_buckets} and shape "
+            f"{table.shape}."
+        )
+    fewest = 4 if bidirectional else 2
+    if table.shape[0] < fewest or table.shape[0] % (fewest // 2):
+        raise ValueError(
+            f"table must have at least {fewest} rows{' and an even number' * bidirectional}, got "
+            f"shape {table.shape}."
+        )
+    as_size("max_distance", max_distance, minimum=table.shape[0] // fewest + 1)
+    return Relative(table, bool(bidirectional), int(max_distance), as_offset(offset))
+
+
+def relative_buckets(
+    distance: Array, num_buckets: int, bidirectional: bool, max_distance: int
+) -> Array:
+    """T5's bucket of each distance s - t: exact for near keys, logarithmic for far ones."""
+    if bidirectional:
+        num_buckets //= 2
+        first = jnp.where(distance > 0, num_buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        first = 0
+        distance = jnp.maximum(-distance, 0)
+    lookup = _one_sided_buckets(num_buckets, max_distance)
+    return first + jnp.asarray(lookup)[jnp.minimum(distance, max_distance)]
+
+
+def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of every distance 0 ... max_distance.
+
+    Distance n is in logarithmic bucket j when log(n / exact) / log(max_distance / exact) * rest
+    reaches j. Compared as whole numbers: a logarithm in floating point misses by one where the
+    quotient is an integer.
+    """
+    exact = num_buckets // 2
+    rest = num_buckets - exact
+
+    def bucket(n):
+        if n < exact:
+            return n
+        reached = (j for j in range(1, rest) if n**rest * exact**j >= max_distance**j * exact**rest)
+        return exact + max(reached, default=0)
+
+    return np.array([bucket(n) for n in range(max_distance + 1)], np.int32)
+
+
+def shifted(bias: Bias, offset: int | Array) -> Bias:
+    """`bias` for queries that are the tokens `offset, offset + 1, ...` of the sequence.
+
+    Rules count from the sequence's start; an array stays the array of these very queries.
+    """
+    return Shifted(bias, as_offset(offset))
+
+
+def as_bias(bias: "Bias | Array") -> Bias:
+    """A bias as it is, and a floating-point array as the rule that slices it."""
+    if isinstance(bias, Bias):
+        return bias
+    check_floating("bias", bias)
+    return Dense(jnp.atleast_2d(bias))

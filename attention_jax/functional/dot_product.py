@@ -1,0 +1,266 @@
+"""Scaled dot-product attention: the door that all callers come through, and its definition.
+
+`_dense` is equation 1 of the paper with everything that people add to it. It is the oracle of
+every faster path, so it is written to be read.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.checks import check_broadcastable, check_floating, check_qkv, check_rate
+from attention_jax.functional.biases import Bias, as_bias
+from attention_jax.functional.dropout import keep_mask
+from attention_jax.functional.masks import Mask, as_mask
+from attention_jax.functional.tiles import Tile
+from attention_jax.types import Array
+
+IMPLEMENTATIONS = ("dense", "blockwise", "cudnn")
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | Bias | None = None,
+    mask: Array | Mask | None = None,
+    *,
+    scale: float | Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    dropout_rate: float | Array = 0.0,
+    dropout_rng: Array | None = None,
+    deterministic: bool = False,
+    implementation: str | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Averages the values, weighted by how well each key answers the query.
+
+        softmax(softcap(scale * query key^T) + bias, where=mask) value
+
+    Logits, softmax and sums are in float32 at least. A query that may attend to nothing returns
+    exact zeros and passes exact zeros back. What is masked has no influence: NaN or Inf in keys,
+    and any finite number in values, changes neither outputs nor gradients.
+
+    Args:
+        query: `[..., T, N, H]`.
+        key: `[..., S, K, H]`, where K divides N: query head n reads key head n // (N / K).
+        value: `[..., S, K, V]`.
+        bias: Added to the logits: an array broadcastable to `[..., N, T, S]`, or a `biases.*`
+            value. An entry of -inf is the same as masked.
+        mask: A boolean array broadcastable to `[..., N, T, S]`, or a `masks.*` value; True means
+            "may attend".
+        scale: Multiplies the logits. Defaults to `H ** -0.5`.
+        softcap: Bounds the scaled logits x to `softcap * tanh(x / softcap)`.
+        sinks: `[N]` logits that take part in the normaliser and have no value, so that a head may
+            attend to nothing in particular.
+        dropout_rate: The probability with which each normalised weight is dropped, in [0, 1); the
+            others grow by `1 / (1 - dropout_rate)`. Which ones depends on (rng, batch, head, query,
+            key) alone.
+        dropout_rng: A PRNG key; needed when `dropout_rate` is above 0.
+        deterministic: Turns dropout off.
+        implementation: None chooses; "dense" is the definition.
+        block_size: An integer or (query_block, key_block), for "blockwise" only.
+        return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
+            `[..., T, N]`, differentiable, -inf for a query that may attend to nothing.
+
+    Returns:
+        `[..., T, N, V]` in the dtype of `query`; with `return_residual`, that and the residual.
+
+    Raises:
+        ValueError: Shapes do not fit together, or a value is out of its range.
+        TypeError: An argument has the wrong type.
+        NotImplementedError: The implementation cannot honour the request.
+
+    References:
+        Vaswani et al. 2017, "Attention Is All You Need", equation 1.
+        https://arxiv.org/abs/1706.03762
+        Grouped heads: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+        softcap: Gemma Team 2024, "Gemma 2", section 2. https://arxiv.org/abs/2408.00118
+        sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks",
+        section 3.3, with logits for keys as in gpt-oss. https://arxiv.org/abs/2309.17453
+    """
+    query, key, value = (
+        x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value)
+    )
+    check_qkv(query, key, value)
+    mask = None if mask is None else as_mask(mask)
+    bias = None if bias is None else as_bias(bias)
+    sinks = _check_options(query, softcap, sinks)
+    rate = _active_rate(dropout_rate, dropout_rng, deterministic)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}."
+        )
+    if block_size is not None and implementation != "blockwise":
+        raise ValueError(
+            f'block_size is for implementation="blockwise", got {block_size} with '
+            f"{implementation!r}."
+        )
+    if implementation in ("blockwise", "cudnn"):
+        raise NotImplementedError(
+            f'implementation="{implementation}" does not exist yet: use "dense" or None.'
+        )
+    attend = functools.partial(
+        _dense, bias=bias, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+    )
+    return attend(query, key, value, rate=rate, rng=dropout_rng, return_residual=return_residual)
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    bias: Array | Bias | None = None,
+    mask: Array | Mask | None = None,
+    *,
+    scale: float | Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """The weights `[..., N, T, S]` that `dot_product_attention` averages the values with.
+
+    Arguments are those of `dot_product_attention`. Rows sum to 1, to less where `sinks` take their
+    share, and to 0 for a query that may attend to nothing.
+    """
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    check_qkv(query, key, key)
+    mask = None if mask is None else as_mask(mask)
+    bias = None if bias is None else as_bias(bias)
+    sinks = _check_options(query, softcap, sinks)
+    logits, visible = _logits(query, key, bias, mask, scale, softcap)
+    return _softmax(logits, visible, sinks)[0]
+
+
+def _dense(query, key, value, *, bias, mask, scale, softcap, sinks, rate, rng, return_residual):
+    """The definition."""
+    *batch, T, N, _ = query.shape
+    S, K, V = value.shape[-3:]
+    logits, visible = _logits(query, key, bias, mask, scale, softcap)
+    weights, total, peak = _softmax(logits, visible, sinks)
+    if rate is not None:
+        keep = keep_mask(rng, rate, batch, N, T, S)
+        weights = jnp.where(keep, weights / (1 - rate), 0)
+
+    # The query heads that share a value head are rows of one product.
+    weights = weights.reshape(*batch, K, N // K * T, S).astype(_common_dtype(query, key, value))
+    value = jnp.swapaxes(value, -2, -3)  # [..., K, S, V]
+    mixed = jnp.matmul(weights, value, preferred_element_type=logits.dtype)
+    mixed = jnp.swapaxes(mixed.reshape(*batch, N, T, V), -2, -3).astype(query.dtype)
+    if not return_residual:
+        return mixed
+    seen = total > 0 if visible is None else visible.any(-1, keepdims=True)
+    residual = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+    return mixed, jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
+
+
+def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None]:
+    """softcap(scale * query key^T) + bias, `[..., N, T, S]`, and which of them are visible."""
+    *batch, T, N, H = query.shape
+    S, K = key.shape[-3:-1]
+    shape, whole = (*batch, N, T, S), Tile.whole(T, S)
+    visible = None
+    if mask is not None:
+        mask.check(T, S)
+        visible = mask.tile(whole)
+        check_broadcastable("mask", visible.shape, shape)
+    if bias is not None:
+        bias = bias.tile(whole)
+        check_broadcastable("bias", bias.shape, shape)
+        visible = ~jnp.isneginf(bias) if visible is None else visible & ~jnp.isneginf(bias)
+
+    dtype = _common_dtype(query, key)
+    # Heads before positions, and the query heads that share a key head as rows of one product.
+    query = jnp.swapaxes(query, -2, -3).reshape(*batch, K, N // K * T, H).astype(dtype)
+    key = jnp.swapaxes(key, -2, -3).astype(dtype)  # [..., K, S, H]
+    logits = _products(query, key).reshape(shape)
+    if visible is not None:
+        visible = jnp.broadcast_to(visible, shape)
+        logits = _where(visible, logits)  # Before tanh: its slope at a masked NaN is NaN.
+    logits = logits * (H**-0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits += _where(visible, bias).astype(logits.dtype)
+    return logits, visible
+
+
+@jax.custom_jvp
+def _products(query: Array, key: Array) -> Array:
+    """query key^T, in float32 at least.
+
+    Its derivatives take NaN and Inf in `query` and `key` for 0. In the forward pass a mask removes
+    what they spoil; in the backward pass they would meet the zeros of the mask in a product, and
+    0 * NaN is NaN. A visible NaN still shows: the output and so its cotangent are NaN.
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=dtype)
+
+
+@_products.defjvp
+def _(primals, tangents):
+    (query, key), (d_query, d_key) = primals, tangents
+    finite_query, finite_key = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
+    return _products(query, key), _products(d_query, finite_key) + _products(finite_query, d_key)
+
+
+def _softmax(logits, visible, sinks) -> tuple[Array, Array, Array]:
+    """The weights `[..., N, T, S]`, and total and peak `[..., N, T, 1]` of their normaliser.
+
+    The normaliser is total * exp(peak). A row in which nothing is visible has weights 0: `where=`,
+    not a large negative number, which would make it 1 / S.
+    """
+    lowest = jnp.finfo(logits.dtype).min
+    peak = jnp.max(logits, axis=-1, keepdims=True, initial=lowest, where=visible)
+    if sinks is not None:
+        sinks = sinks.astype(logits.dtype)[:, None, None]  # [N, 1, 1]
+        peak = jnp.maximum(peak, sinks)
+    peak = lax.stop_gradient(peak)
+    # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
+    weights = jnp.exp(_where(visible, logits - peak))
+    total = _where(visible, weights).sum(-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - peak)
+    # After the division: the cotangent of a masked weight may be infinite, and is nobody's concern.
+    return _where(visible, weights / jnp.where(total == 0, 1, total)), total, peak
+
+
+def _where(visible: Array | None, x: Array) -> Array:
+    """`x` where it is visible, else 0."""
+    return x if visible is None else jnp.where(visible, x, 0)
+
+
+def _common_dtype(*arrays: Array) -> jnp.dtype:
+    """The one type in which products read their operands."""
+    return jnp.result_type(*arrays)
+
+
+def _check_options(query: Array, softcap: float | None, sinks: Array | None) -> Array | None:
+    if (
+        softcap is not None
+        and not isinstance(softcap, jax.core.Tracer)
+        and not (softcap > 0 and math.isfinite(softcap))
+    ):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}.")
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    check_floating("sinks", sinks)
+    if sinks.shape != query.shape[-2:-1]:
+        raise ValueError(
+            f"sinks must be [N] with N={query.shape[-2]} query heads, got shape {sinks.shape}."
+        )
+    return sinks
+
+
+def _active_rate(rate, rng, deterministic: bool) -> float | Array | None:
+    """The dropout rate, or None where nothing is dropped."""
+    check_rate("dropout_rate", rate)
+    if deterministic or (not isinstance(rate, jax.core.Tracer) and rate == 0):
+        return None
+    if rng is None:
+        raise ValueError(f"dropout_rate {rate} needs a dropout_rng, got None.")
+    return rate

@@ -1,0 +1,73 @@
+"""Dropout that depends on where a weight stands and on nothing else.
+
+`jax.random.bernoulli(rng, rate, shape)` gives other bits for another shape, so a blockwise path, a
+padded batch or a cached prefix would drop other weights than the definition. Here the fate of a
+weight is a hash of (rng, batch, head, query, key): the same for every implementation, block size
+and padded length.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.functional.tiles import Tile
+from attention_jax.types import Array
+
+
+def row_words(rng: Array, batch_shape: Sequence[int], num_heads: int, num_queries: int) -> Array:
+    """Two random words for each row of the logits, `[..., N, T, 2]` uint32.
+
+    The PRNG folds in one index after another, so a row's words do not know how many rows there are.
+    """
+    shape = (*batch_shape, num_heads, num_queries)
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        rng = jax.random.wrap_key_data(rng)
+    rows = rng[None]
+    for size in shape:
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        rows = jax.vmap(fold, (0, None))(rows, jnp.arange(size)).reshape(rows.shape[0] * size)
+    return jax.random.key_data(rows)[:, :2].reshape(*shape, 2)
+
+
+def keep_tile(words: Array, rate: float | Array, at: Tile) -> Array:
+    """Which weights of a tile survive: True with probability 1 - rate.
+
+    Args:
+        words: The rows' words, `[..., N, t_size, 2]`.
+        rate: The probability of being dropped, in steps of 2 ** -32.
+        at: The tile; only its keys' positions matter.
+
+    Returns:
+        Boolean, `[..., N, t_size, s_size]`.
+    """
+    first, second = words[..., :1], words[..., 1:]
+    # A row's 64 bits enter in two rounds, so two rows with one equal word are still unrelated.
+    bits = _mix(at.s.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + first)
+    bits = _mix(bits ^ second)
+    return bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
+
+
+def keep_mask(
+    rng: Array,
+    rate: float | Array,
+    batch_shape: Sequence[int],
+    num_heads: int,
+    num_queries: int,
+    num_keys: int,
+) -> Array:
+    """The weights that survive, boolean `[..., N, T, S]`: what every implementation applies."""
+    words = row_words(rng, batch_shape, num_heads, num_queries)
+    return keep_tile(words, rate, Tile.whole(num_queries, num_keys))
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of uint32 in which every input bit flips about half of the output bits.
+
+    Reference:
+        Wellons 2018, "Prospecting for Hash Functions", lowbias32.
+        https://nullprogram.com/blog/2018/07/31/
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,111 @@
+"""Linear attention: the exponential replaced by a product of features, so the past is a sum.
+
+A mechanism of its own, not a faster softmax. This file is the pattern for adding the next one.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.checks import as_size, check_qkv
+from attention_jax.functional.masks import Band, Mask
+from attention_jax.types import Array
+
+
+def elu_plus_one(x: Array) -> Array:
+    """elu(x) + 1: positive, and close to exp(x) below zero. Katharopoulos et al., equation 7."""
+    return jax.nn.elu(x) + 1
+
+
+def linear_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | None = None,
+    feature_map: Callable[[Array], Array] = elu_plus_one,
+    chunk_size: int = 64,
+) -> Array:
+    """Averages the values with weights phi(query) phi(key)^T, in time and memory linear in S.
+
+    Args:
+        query: `[..., T, N, H]`.
+        key: `[..., S, K, H]`, where K divides N: query head n reads key head n // (N / K).
+        value: `[..., S, K, V]`.
+        mask: None, or `masks.causal()`: query t sees the keys s <= t.
+        feature_map: phi, `[..., H] -> [..., F]`, nowhere negative.
+        chunk_size: How many positions the causal form computes at once; the result does not
+            depend on it. F * V numbers are kept per chunk.
+
+    Returns:
+        `[..., T, N, V]` in the dtype of `query`. A query without keys (S = 0), or whose weights are
+        all zero, returns zeros.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+        NotImplementedError: Another mask; `dot_product_attention` takes any.
+
+    Reference:
+        Katharopoulos et al. 2020, "Transformers are RNNs", equations 5 and 9.
+        https://arxiv.org/abs/2006.16236
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_qkv(query, key, value)
+    chunk_size = as_size("chunk_size", chunk_size)
+    causal = isinstance(mask, Band) and (mask.left, mask.right, mask.offset) == (None, 0, 0)
+    if mask is not None and not causal:
+        raise NotImplementedError(
+            f"linear_attention takes mask=None or masks.causal(), got {mask!r}: "
+            "use dot_product_attention."
+        )
+
+    *batch, T, N, _ = query.shape
+    K, V = value.shape[-2:]
+    out_dtype = query.dtype
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    heads_first = (jnp.swapaxes(x, -2, -3).astype(dtype) for x in (query, key, value))
+    query, key, value = heads_first  # [..., N, T, H], [..., K, S, H], [..., K, S, V]
+    query = feature_map(query).reshape(*batch, K, N // K, T, -1)  # [..., K, G, T, F]
+    key = feature_map(key)  # [..., K, S, F]
+    # A column of ones: the same sums that average the values count the weights.
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+    attend = _causal if causal else _bidirectional
+    sums = attend(query, key, value, chunk_size)  # [..., K, G, T, V + 1]
+    mixed, total = sums[..., :-1], sums[..., -1:]
+    mixed = jnp.where(total == 0, 0, mixed / jnp.where(total == 0, 1, total))
+    mixed = mixed.reshape(*batch, N, T, V)
+    return jnp.swapaxes(mixed, -2, -3).astype(out_dtype)
+
+
+def _bidirectional(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
+    """Every query reads the one sum over all keys."""
+    del chunk_size
+    state = jnp.einsum("...KSF,...KSV->...KFV", key, value)
+    return jnp.einsum("...KGTF,...KFV->...KGTV", query, state)
+
+
+def _causal(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
+    """Every query reads the sum over the chunks before its own, and its own chunk key by key."""
+    T, S = query.shape[-2], key.shape[-2]
+    length = max(T, S, 1)
+    c = min(chunk_size, length)  # Positions i, j within a chunk; m counts chunks.
+    query, key, value = (_chunks(x, length, c) for x in (query, key, value))
+
+    state = jnp.einsum("...KmjF,...KmjV->...KmFV", key, value)
+    before = jnp.cumsum(state, axis=-3) - state
+    past = jnp.einsum("...KGmiF,...KmFV->...KGmiV", query, before)
+
+    weights = jnp.einsum("...KGmiF,...KmjF->...KGmij", query, key)
+    weights = jnp.where(jnp.tri(c, dtype=bool), weights, 0)
+    present = jnp.einsum("...KGmij,...KmjV->...KGmiV", weights, value)
+    sums = past + present
+    return sums.reshape(*sums.shape[:-3], -1, sums.shape[-1])[..., :T, :]
+
+
+def _chunks(x: Array, length: int, c: int) -> Array:
+    """`[..., positions, features]` -> `[..., m, c, features]`, padded with zeros."""
+    chunks = -(-length // c)
+    padding = [(0, 0)] * (x.ndim - 2) + [(0, chunks * c - x.shape[-2]), (0, 0)]
+    return jnp.pad(x, padding).reshape(*x.shape[:-2], chunks, c, x.shape[-1])

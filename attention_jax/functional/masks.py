@@ -1,0 +1,368 @@
+"""Who may attend to whom: masks as rules, evaluated where they are needed.
+
+A mask is a small value that can say, for any rectangle of the logits, which queries may attend to
+which keys. Masks combine with `&`, `|` and `~`, with one another and with boolean arrays:
+
+    >>> print(causal() & segments(jnp.array([0, 0, 1, 1])))
+    causal() & segments(query_ids[4])
+    ■···
+    ■■··
+    ··■·
+    ··■■
+
+Every mask is a pytree: what it holds in arrays may be traced, and changing it recompiles nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.checks import as_integers, as_size
+from attention_jax.functional.tiles import (
+    Tile,
+    as_offset,
+    offset_of,
+    per_row,
+    slice_axis,
+    value_class,
+    words,
+)
+from attention_jax.types import Array
+
+_PICTURE_LIMIT = 32  # A larger picture does not fit a terminal.
+_PICTURE_SIZE = 8  # The size at which a rule without one of its own is drawn.
+
+
+class Mask:
+    """What `causal`, `window`, `segments`, ... return. Subclasses say what one tile looks like."""
+
+    # numpy must leave `array & mask` to us instead of trying it element by element.
+    __array_ufunc__ = None
+
+    def tile(self, at: Tile) -> Array:
+        """Boolean, broadcastable to `[..., N, t_size, s_size]`; True where t may attend to s."""
+        raise NotImplementedError
+
+    def size(self) -> tuple[int | None, int | None]:
+        """The T and S that the mask was made for; None where it fits any."""
+        return None, None
+
+    def materialize(self, T: int, S: int) -> Array:
+        """The whole mask as a boolean array, `[T, S]` or `[..., N or 1, T, S]`.
+
+        Raises:
+            ValueError: The mask holds arrays of another T or S.
+        """
+        self.check(T, S)
+        visible = self.tile(Tile.whole(T, S))
+        return jnp.broadcast_to(visible, (*visible.shape[:-2], T, S))
+
+    def check(self, T: int, S: int) -> None:
+        """Raises ValueError when the mask was made for another number of queries or keys."""
+        own_T, own_S = self.size()
+        if own_T not in (None, 1, T) or own_S not in (None, 1, S):
+            raise ValueError(f"mask {self!r} was made for T={own_T}, S={own_S}: got {T=}, {S=}.")
+
+    def __and__(self, other: "Mask | Array") -> "Mask":
+        return And(self, as_mask(other))
+
+    def __rand__(self, other: "Mask | Array") -> "Mask":
+        return And(as_mask(other), self)
+
+    def __or__(self, other: "Mask | Array") -> "Mask":
+        return Or(self, as_mask(other))
+
+    def __ror__(self, other: "Mask | Array") -> "Mask":
+        return Or(as_mask(other), self)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: combine masks with & | ~, not and/or/not.")
+
+    def __str__(self) -> str:
+        T, S = (_PICTURE_SIZE if n is None else n for n in self.size())
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self))
+        if traced or max(T, S) > _PICTURE_LIMIT:
+            return repr(self)
+        visible = np.asarray(self.materialize(T, S))
+        first = visible.reshape(-1, T, S)[0] if visible.size else visible.reshape(T, S)
+        rows = ["".join("■" if seen else "·" for seen in row) for row in first]
+        note = f" (the first of {visible.shape[:-2]})" if visible.ndim > 2 else ""
+        return "\n".join([repr(self) + note, *rows])
+
+
+@value_class
+class Band(Mask):
+    """t + offset - left <= s <= t + offset + right."""
+
+    left: int | None
+    right: int | None
+    offset: Any
+
+    def tile(self, at):
+        centre = at.t + offset_of(self.offset, at)
+        visible = jnp.ones((at.t_size, at.s_size), bool)
+        if self.right is not None:
+            visible = at.s <= centre + self.right
+        if self.left is not None:
+            visible &= at.s >= centre - self.left
+        return visible
+
+    def __repr__(self):
+        name = "causal(" if (self.left, self.right) == (None, 0) else f"window({self.left}, "
+        words = [] if name == "causal(" else [f"right={self.right}"]
+        if not isinstance(self.offset, int) or self.offset:
+            words.append(f"offset={words(self.offset)}")
+        return name + ", ".join(words) + ")"
+
+
+@value_class
+class Segments(Mask):
+    """query_ids[t] == key_ids[s]."""
+
+    query_ids: Array
+    key_ids: Array
+
+    def tile(self, at):
+        query_ids = _queries(self.query_ids, at)  # [..., t, 1]
+        key_ids = slice_axis(self.key_ids, at.s_start, at.s_size, -1)[..., None, :]
+        return _with_head_axis(query_ids) == _with_head_axis(key_ids)
+
+    def size(self):
+        return self.query_ids.shape[-1], self.key_ids.shape[-1]
+
+    def __repr__(self):
+        same = self.query_ids is self.key_ids
+        return f"segments(query_ids{words(self.query_ids)}" + (
+            ")" if same else f", key_ids{words(self.key_ids)})"
+        )
+
+
+@value_class
+class KeyLengths(Mask):
+    """s < length."""
+
+    lengths: Array
+
+    def tile(self, at):
+        return at.s < per_row(self.lengths)
+
+    def __repr__(self):
+        return f"key_lengths({words(self.lengths)})"
+
+
+@value_class
+class QueryLengths(Mask):
+    """t < length."""
+
+    lengths: Array
+
+    def tile(self, at):
+        return at.t < per_row(self.lengths)
+
+    def __repr__(self):
+        return f"query_lengths({words(self.lengths)})"
+
+
+@value_class
+class Dense(Mask):
+    """A boolean array that says it all."""
+
+    array: Array
+
+    def tile(self, at):
+        rows = slice_axis(self.array, at.t_start, at.t_size, -2)
+        return slice_axis(rows, at.s_start, at.s_size, -1)
+
+    def size(self):
+        return self.array.shape[-2:]
+
+    def __repr__(self):
+        return f"dense({words(self.array)})"
+
+
+@value_class
+class Pair(Mask):
+    """Two masks; what is made of them is said below."""
+
+    left: Mask
+    right: Mask
+
+    def size(self):
+        """The larger of the two sizes, None being smaller than any."""
+        pairs = zip(self.left.size(), self.right.size(), strict=True)
+        return tuple(max(pair, key=lambda n: -1 if n is None else n) for pair in pairs)
+
+    def check(self, T, S):
+        self.left.check(T, S)
+        self.right.check(T, S)
+
+
+@value_class
+class And(Pair):
+    def tile(self, at):
+        return self.left.tile(at) & self.right.tile(at)
+
+    def __repr__(self):
+        return " & ".join(
+            f"({mask!r})" if isinstance(mask, Or) else repr(mask)
+            for mask in (self.left, self.right)
+        )
+
+
+@value_class
+class Or(Pair):
+    def tile(self, at):
+        return self.left.tile(at) | self.right.tile(at)
+
+    def __repr__(self):
+        return f"{self.left!r} | {self.right!r}"
+
+
+@value_class
+class Not(Mask):
+    mask: Mask
+
+    def tile(self, at):
+        return ~self.mask.tile(at)
+
+    def size(self):
+        return self.mask.size()
+
+    def check(self, T, S):
+        self.mask.check(T, S)
+
+    def __repr__(self):
+        return f"~({self.mask!r})" if isinstance(self.mask, Pair) else f"~{self.mask!r}"
+
+
+@value_class
+class Shifted(Mask):
+    """The rules of `mask`, for queries that stand `offset` positions later in the sequence."""
+
+    mask: Mask
+    offset: Any
+
+    def tile(self, at):
+        return self.mask.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+
+    def __repr__(self):
+        return f"shifted({self.mask!r}, {words(self.offset)})"
+
+
+def causal(offset: int | str | Array = 0) -> Mask:
+    """Key s is visible to query t when s <= t + offset: nobody sees the future.
+
+    Args:
+        offset: Where query 0 stands among the keys. An integer, an integer array `[...]` with one
+            entry per batch row, or "end": the last query stands at the last key (offset S - T).
+            The default aligns the first with the first, as jax.nn and torch do.
+
+    >>> print(causal(offset="end").materialize(2, 4).astype(int))
+    [[1 1 1 0]
+     [1 1 1 1]]
+    """
+    return window(None, 0, offset)
+
+
+def window(left: int | None, right: int | None = 0, offset: int | str | Array = 0) -> Mask:
+    """t + offset - left <= s <= t + offset + right, both ends included; None is no limit.
+
+    Args:
+        left: How many keys before its own position a query sees, or None for all of them.
+        right: How many keys after it. The default 0 is a causal window.
+        offset: As in `causal`.
+
+    Raises:
+        ValueError: A negative `left` or `right`. A window that ends before the query's own
+            position is a window with a negative offset.
+
+    Reference:
+        Beltagy et al. 2020, "Longformer", section 3.1. https://arxiv.org/abs/2004.05150
+
+    >>> print(window(1).materialize(4, 4).astype(int))
+    [[1 0 0 0]
+     [1 1 0 0]
+     [0 1 1 0]
+     [0 0 1 1]]
+    """
+    left = left if left is None else as_size("left", left, minimum=0)
+    right = right if right is None else as_size("right", right, minimum=0)
+    return Band(left, right, as_offset(offset))
+
+
+def segments(query_ids: Array, key_ids: Array | None = None) -> Mask:
+    """Equal ids see one another: several sequences packed into one row.
+
+    Args:
+        query_ids: `[..., T]` integers.
+        key_ids: `[..., S]` integers; the default is `query_ids`.
+    """
+    query_ids = as_integers("query_ids", query_ids, axes=1)
+    key_ids = query_ids if key_ids is None else as_integers("key_ids", key_ids, axes=1)
+    return Segments(query_ids, key_ids)
+
+
+def key_lengths(lengths: Array) -> Mask:
+    """Only the first `lengths` keys of each row are real; `lengths` is `[...]` integers."""
+    return KeyLengths(as_integers("lengths", lengths))
+
+
+def query_lengths(lengths: Array) -> Mask:
+    """Only the first `lengths` queries of each row are real, the others attend to nothing.
+
+    `lengths` is `[...]` integers.
+    """
+    return QueryLengths(as_integers("lengths", lengths))
+
+
+def dense(array: Array) -> Mask:
+    """A boolean array, broadcastable to `[..., N, T, S]`; True means "may attend"."""
+    array = jnp.asarray(array)
+    if array.dtype != bool:
+        raise TypeError(
+            "mask must be boolean (True = may attend), "
+            f"got {array.dtype}; numbers to add to the logits are a bias."
+        )
+    return Dense(jnp.atleast_2d(array))
+
+
+def shifted(mask: Mask, offset: int | Array) -> Mask:
+    """`mask` for queries that are the tokens `offset, offset + 1, ...` of the sequence.
+
+    Rules and ids count from the sequence's start; a `dense` array stays the array of these very
+    queries. `offset` is an integer or `[...]` integers, one per batch row.
+    """
+    return Shifted(mask, as_offset(offset))
+
+
+def as_mask(mask: "Mask | Array") -> Mask:
+    """A mask as it is, and a boolean array as `dense(array)`."""
+    if isinstance(mask, Mask):
+        return mask
+    if not hasattr(mask, "dtype"):
+        raise TypeError(
+            f"mask must be a boolean array or a masks.* value, got {type(mask).__name__}."
+        )
+    return dense(mask)
+
+
+def _with_head_axis(x: Array) -> Array:
+    """`[..., T, S]` -> `[..., 1, T, S]`, where there are batch axes to keep apart from heads."""
+    return x if x.ndim == 2 else x[..., None, :, :]
+
+
+def _queries(ids: Array, at: Tile) -> Array:
+    """The ids of the tile's queries, `[..., t_size, 1]`."""
+    if isinstance(at.offset, int) and at.offset == 0:
+        return slice_axis(ids, at.t_start, at.t_size, -1)[..., None]
+    positions = at.t[..., 0]  # [..., 1, t] or [t]
+    positions = positions[..., 0, :] if positions.ndim > 1 else positions
+    batch = jnp.broadcast_shapes(ids.shape[:-1], positions.shape[:-1])
+    ids = jnp.broadcast_to(ids, (*batch, ids.shape[-1]))
+    positions = jnp.broadcast_to(positions, (*batch, at.t_size))
+    return jnp.take_along_axis(ids, positions, axis=-1, mode="clip")[..., None]

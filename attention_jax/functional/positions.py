@@ -1,0 +1,81 @@
+"""Where a token stands: rotations of queries and keys, and vectors to add to the inputs."""
+
+import jax.numpy as jnp
+
+from attention_jax.checks import as_size, check_floating
+from attention_jax.types import Array
+
+
+def rotary(
+    x: Array,
+    positions: Array | None = None,
+    *,
+    base: float = 10_000.0,
+    fraction: float = 1.0,
+) -> Array:
+    """Rotates pairs of coordinates by angles that grow with the position.
+
+    The product of a rotated query and a rotated key depends on their distance alone. Coordinate i
+    is paired with i + R / 2, where R is the number of rotated coordinates (the "half" layout).
+
+    Args:
+        x: Queries or keys, `[..., T, N, H]`.
+        positions: `[..., T]`, broadcastable over the batch axes. Defaults to 0, 1, ..., T - 1.
+        base: The wavelength of pair i is 2 pi base ** (2 i / R) positions.
+        fraction: The share of the H coordinates that is rotated, the first R = fraction * H.
+
+    Returns:
+        The shape and dtype of `x`. Angles are computed in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: R is odd, or `fraction` is not in [0, 1], or shapes do not fit.
+
+    Reference:
+        Su et al. 2021, "RoFormer", equation 34. https://arxiv.org/abs/2104.09864
+    """
+    check_floating("x", x)
+    if x.ndim < 3:
+        raise ValueError(f"x must be [..., T, N, H], got shape {x.shape}.")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must lie in [0, 1], got {fraction}.")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}.")
+    T, H = x.shape[-3], x.shape[-1]
+    rotated = round(fraction * H)
+    if rotated % 2:
+        raise ValueError(
+            f"rotary needs an even number of rotated coordinates, got {rotated} of head size {H}."
+        )
+    positions = jnp.arange(T) if positions is None else jnp.asarray(positions)
+    if positions.ndim == 0 or positions.shape[-1] not in (1, T):
+        raise ValueError(f"positions must be [..., T] with {T=}, got shape {positions.shape}.")
+
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    pairs = jnp.arange(rotated // 2, dtype=dtype)
+    frequencies = base ** (-2 * pairs / max(rotated, 1))
+    angles = positions[..., None, None].astype(dtype) * frequencies  # [..., T, 1, R / 2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x[..., :rotated].astype(dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., rotated:]], axis=-1)
+
+
+def sinusoidal(num_positions: int, features: int) -> Array:
+    """Waves of geometrically growing length, `[num_positions, features]` float32.
+
+    The first half of the features are sines, the second half cosines of the same angles
+    t / 10000 ** (i / (features / 2)).
+
+    Raises:
+        ValueError: `features` is odd, or a size is negative.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
+        https://arxiv.org/abs/1706.03762
+    """
+    num_positions = as_size("num_positions", num_positions, minimum=0)
+    if as_size("features", features) % 2:
+        raise ValueError(f"features must be even, got {features}.")
+    waves = jnp.arange(features // 2, dtype=jnp.float32)
+    angles = jnp.arange(num_positions)[:, None] * 10_000.0 ** (-waves / (features // 2))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
