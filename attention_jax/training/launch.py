@@ -1,0 +1,132 @@
+"""Launchers: the only code that counts devices.
+
+A launcher runs an unchanged `(state, batch) -> (state, metrics)` on the devices at hand. State and
+metrics look the same under each, so a checkpoint does not know which one wrote it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attention_jax.types import PyTree
+
+AXIS = "data"
+
+
+class Launcher(NamedTuple):
+    """How to run a step.
+
+    Attributes:
+        compile: `(function, *, donate=False) -> function` for functions of a state (or parameters)
+            and a batch (or rows), whose results are no longer split over devices. `donate=True`
+            gives the memory of the first argument to the result: the caller must not use it again.
+        put_state: Places a state where the compiled function wants it. The two may share memory: do
+            not use the one given after the one returned was donated.
+        put_batch: Places any tree of arrays `[B, ...]`, split over the devices. ValueError when B
+            cannot be split.
+        constrain: Called inside the function on a tree of `[B, ...]` made there: keeps it split.
+        axis_name: For `make_train_step` and `make_eval_step`.
+    """
+
+    compile: Callable[..., Callable]
+    put_state: Callable[[PyTree], PyTree]
+    put_batch: Callable[[PyTree], PyTree]
+    constrain: Callable[[PyTree], PyTree]
+    axis_name: str | None = None
+
+
+def single() -> Launcher:
+    """One device."""
+    device = jax.local_devices()[0]
+
+    def compiled(function: Callable, *, donate: bool = False) -> Callable:
+        return jax.jit(function, donate_argnums=0 if donate else ())
+
+    return Launcher(
+        compile=compiled,
+        put_state=lambda state: jax.device_put(state, device),
+        put_batch=lambda batch: jax.device_put(batch, device),
+        constrain=lambda batch: batch,
+    )
+
+
+def pmapped() -> Launcher:
+    """One program per local device; sums meet in an explicit psum."""
+    devices = jax.local_devices()
+
+    def compiled(function: Callable, *, donate: bool = False) -> Callable:
+        # Axis None: the state is never stacked per device, so checkpoints and metrics look the same
+        # under every launcher.
+        return jax.pmap(
+            function,
+            AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=devices,
+            donate_argnums=0 if donate else (),
+        )
+
+    # The sharding that pmap gives its results: any other would compile the second call anew.
+    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    replicated = NamedSharding(mesh, P())
+
+    def put_batch(batch: PyTree) -> PyTree:
+        check_split(batch, len(devices))
+        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+
+    return Launcher(
+        compile=compiled,
+        put_state=lambda state: jax.device_put(state, replicated),
+        put_batch=put_batch,
+        constrain=lambda batch: batch,
+        axis_name=AXIS,
+    )
+
+
+def sharded() -> Launcher:
+    """One program over a mesh of all devices; the compiler adds the sums."""
+    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, P())
+    split = NamedSharding(mesh, P(AXIS))
+
+    def compiled(function: Callable, *, donate: bool = False) -> Callable:
+        return jax.jit(
+            function,
+            in_shardings=(replicated, split),
+            out_shardings=replicated,
+            donate_argnums=0 if donate else (),
+        )
+
+    def put_batch(batch: PyTree) -> PyTree:
+        check_split(batch, mesh.size)
+        return jax.device_put(batch, split)
+
+    return Launcher(
+        compile=compiled,
+        put_state=lambda state: jax.device_put(state, replicated),
+        put_batch=put_batch,
+        # Without it the compiler may as well make the whole batch on every device.
+        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
+    )
+
+
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {
+    "single": single,
+    "pmap": pmapped,
+    "sharded": sharded,
+}
+
+
+def check_split(batch: PyTree, num_devices: int) -> None:
+    """Raises ValueError unless the rows of every array can be dealt out evenly."""
+    for x in jax.tree.leaves(batch):
+        size = np.shape(x)[0]
+        if size == 0 or size % num_devices:
+            raise ValueError(
+                f"a batch of {size} rows cannot be split over {num_devices} devices: the batch "
+                f"size must be a multiple of {num_devices}."
+            )

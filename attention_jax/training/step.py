@@ -1,0 +1,347 @@
+"""The training step: pure functions `(state, batch) -> (state, metrics)`, whatever runs them.
+
+Nothing here knows a model, a device or a file. A step is given a loss function
+
+    loss_fn(params, batch, rng) -> (loss, sums)
+
+where `rng` is the dropout key (None: no dropout), `loss` is a *sum* over the batch and `sums` holds
+what it is a sum over, `"weight"`, and any further sums to report, such as `"accuracy"`. Sums can be
+added over micro-batches, devices and held-out batches; means cannot.
+
+Nothing here looks for NaN either: a loss or gradient that is not finite goes into the metrics and
+into the parameters as it is, and `check_finite` says at which step it happened.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from attention_jax.types import Array, Batch, PyTree, TrainState
+
+Sums = dict[str, Array]
+LossFn = Callable[[PyTree, Batch, Array | None], tuple[Array, Sums]]
+Apply = Callable[[PyTree, Batch, Array | None], Array]
+
+
+def squared_error(apply: Apply) -> LossFn:
+    """The loss of a continuous task: the squared error, averaged over the D coordinates.
+
+    Args:
+        apply: `(params, batch, rng) -> [B, T, D]`.
+
+    Returns:
+        A loss function with the sum `"weight"`.
+    """
+
+    def loss_fn(params: PyTree, batch: Batch, rng: Array | None) -> tuple[Array, Sums]:
+        predictions = apply(params, batch, rng).astype(jnp.float32)
+        error = jnp.square(predictions - batch.targets).mean(axis=-1)  # [B, T]
+        return (batch.weights * error).sum(), {"weight": batch.weights.sum()}
+
+    return loss_fn
+
+
+def cross_entropy(apply: Apply) -> LossFn:
+    """The loss of a token task: -log softmax(logits)[target], in float32.
+
+    Args:
+        apply: `(params, batch, rng) -> [B, P, vocab_size]`, logits at `batch.positions` alone.
+
+    Returns:
+        A loss function with the sums `"weight"` and `"accuracy"`.
+    """
+
+    def loss_fn(params: PyTree, batch: Batch, rng: Array | None) -> tuple[Array, Sums]:
+        logits = apply(params, batch, rng).astype(jnp.float32)
+        target_logits = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+        error = jax.nn.logsumexp(logits, axis=-1) - target_logits  # [B, P]
+        correct = logits.argmax(axis=-1) == batch.targets
+        sums = {"weight": batch.weights.sum(), "accuracy": (batch.weights * correct).sum()}
+        return (batch.weights * error).sum(), sums
+
+    return loss_fn
+
+
+# Task.loss -> the loss function of a model.
+LOSSES: dict[str, Callable[[Apply], LossFn]] = {
+    "squared_error": squared_error,
+    "cross_entropy": cross_entropy,
+}
+
+
+def summarize(sums: Mapping[str, Array]) -> Sums:
+    """Divides every sum by the weight: the sums of `make_eval_step` become metrics."""
+    weight = sums["weight"]
+    return {name: total if name == "weight" else total / weight for name, total in sums.items()}
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """Builds one optimizer step.
+
+    Args:
+        loss_fn: Gives sums, see above.
+        optimizer: Sees the gradient of the mean loss, the total loss over the total weight.
+        axis_name: Axis of the enclosing `jax.pmap`, over which every sum is taken.
+        accumulate: Number of micro-batches that the batch is worked off in, one after the other.
+            The result is that of the whole batch; the memory is that of one micro-batch.
+
+    Returns:
+        `(state, batch) -> (state, metrics)`. The metrics are scalars: `"loss"`, `"weight"`, the
+        other sums of `loss_fn` as means, and `"grad_norm"`, before any clipping. The dropout key is
+        a function of `state.rng`, `state.step`, the device along `axis_name` and the micro-batch.
+
+    Raises:
+        ValueError: `accumulate` is below 1, or (on the first call) does not divide the batch.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1: got {accumulate}.")
+
+    def sums_and_grads(params: PyTree, batch: Batch, rng: Array) -> tuple[Sums, PyTree]:
+        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, rng)
+        return {"loss": loss, **sums}, grads
+
+    def accumulated(params: PyTree, batch: Batch, rng: Array) -> tuple[Sums, PyTree]:
+        def add(total, micro):
+            index, micro_batch = micro
+            new = sums_and_grads(params, micro_batch, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, new), None
+
+        micros = (jnp.arange(accumulate), split_rows(batch, accumulate))
+        one = jax.tree.map(lambda x: x[0], micros[1])
+        shapes = jax.eval_shape(sums_and_grads, params, one, rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        compute = sums_and_grads if accumulate == 1 else accumulated
+        sums, grads = compute(state.params, batch, rng)
+        # Sum first, divide last: a mean of per-device means is wrong as soon as the devices hold
+        # different weights.
+        if axis_name is not None:
+            sums, grads = jax.lax.psum((sums, grads), axis_name)
+        grads = jax.tree.map(lambda g: g / sums["weight"].astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    return step
+
+
+def make_eval_step(
+    loss_fn: LossFn, *, axis_name: str | None = None
+) -> Callable[[PyTree, Batch], Sums]:
+    """Builds `(params, batch) -> sums`, without dropout.
+
+    Add the sums over all batches, then `summarize` them.
+
+    Args:
+        loss_fn: As for `make_train_step`.
+        axis_name: Likewise.
+    """
+
+    def step(params: PyTree, batch: Batch) -> Sums:
+        loss, sums = loss_fn(params, batch, None)
+        sums = {"loss": loss, **sums}
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return step
+
+
+def split_rows(batch: PyTree, parts: int) -> PyTree:
+    """Cuts `[B, ...]` into `[parts, B / parts, ...]`; part i holds rows i, i + parts, ...
+
+    Strided, because neighbouring rows live on one device: every device then holds its share of
+        every
+    part, and nothing is sent around.
+    """
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows (per device) cannot be accumulated in {parts} parts."
+            )
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def make_epoch(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    sample: Callable[[Array, Array], Batch],
+    num_steps: int,
+    *,
+    rng: Array,
+    constrain: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[[TrainState, Array], tuple[TrainState, Sums]]:
+    """Builds many steps in one program, each with a batch of its own made on the way.
+
+    Args:
+        train_step: From `make_train_step`.
+        sample: `Task.sample`.
+        num_steps: Steps per call.
+        rng: Key of the training data. The batch of step i is `sample(fold_in(rng, i), rows)`, with
+            i counted over the whole run, so a resumed run sees the data of an uninterrupted one.
+        constrain: `Launcher.constrain`, which says where the batch is to be made.
+
+    Returns:
+        `(state, rows [B]) -> (state, metrics)`, every metric with an axis `[num_steps]`.
+    """
+
+    def epoch(state: TrainState, rows: Array) -> tuple[TrainState, Sums]:
+        def body(state: TrainState, _) -> tuple[TrainState, Sums]:
+            return train_step(state, constrain(sample(jax.random.fold_in(rng, state.step), rows)))
+
+        return jax.lax.scan(body, state, length=num_steps)
+
+    return epoch
+
+
+def make_evaluation(
+    eval_step: Callable[[PyTree, Batch], Sums],
+    sample: Callable[[Array, Array], Batch],
+    num_batches: int,
+    *,
+    rng: Array,
+    constrain: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[[PyTree, Array], Sums]:
+    """Builds the evaluation on `num_batches` held-out batches, the same ones at every call.
+
+    Args:
+        eval_step: From `make_eval_step`.
+        sample, constrain: As for `make_epoch`.
+        num_batches: At least 1.
+        rng: Key of the held-out data; batch i is `sample(fold_in(rng, i), rows)`.
+
+    Returns:
+        `(params, rows [B]) -> metrics`, scalars.
+    """
+
+    def evaluate(params: PyTree, rows: Array) -> Sums:
+        def body(_, index: Array) -> tuple[None, Sums]:
+            batch = constrain(sample(jax.random.fold_in(rng, index), rows))
+            return None, eval_step(params, batch)
+
+        sums = jax.lax.scan(body, None, jnp.arange(num_batches))[1]
+        return summarize(jax.tree.map(lambda x: x.sum(axis=0), sums))
+
+    return evaluate
+
+
+def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
+    """Stops a run whose loss or gradient is no longer a number.
+
+    Args:
+        metrics: `[num_steps]` arrays of one call of an epoch, fetched.
+        first_step: The step that they begin with.
+
+    Raises:
+        FloatingPointError: Names the first step and metric that is NaN or infinite.
+    """
+    finite = {name: np.isfinite(values) for name, values in metrics.items()}
+    broken = np.flatnonzero(~np.logical_and.reduce(list(finite.values())))
+    if broken.size:
+        i = broken[0]
+        names = ", ".join(f"{name} is {metrics[name][i]}" for name in finite if not finite[name][i])
+        raise FloatingPointError(f"training diverged at step {first_step + i}: {names}.")
+
+
+def make_schedule(
+    learning_rate: float,
+    *,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+) -> optax.Schedule:
+    """Learning rate as a function of the step.
+
+    It rises linearly to `learning_rate` over the first `warmup_steps` (whose first step is not
+    wasted at zero), then stays (`"constant"`) or falls to 0 at `total_steps` along half a cosine
+    (`"cosine"`).
+
+    Raises:
+        ValueError: An unknown schedule, a negative number, or a cosine without room to fall.
+    """
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"schedule must be 'constant' or 'cosine': got {schedule!r}.")
+    if not learning_rate >= 0 or warmup_steps < 0:
+        raise ValueError(
+            f"learning_rate and warmup_steps must not be negative: got {learning_rate} and "
+            f"{warmup_steps}."
+        )
+    if schedule == "cosine" and (total_steps is None or total_steps <= warmup_steps):
+        raise ValueError(
+            f"a cosine needs total_steps > warmup_steps: got {total_steps=}, {warmup_steps=}."
+        )
+
+    def rate(step: Array) -> Array:
+        warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+        if schedule == "constant":
+            return learning_rate * warmup
+        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        return learning_rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return rate
+
+
+def make_optimizer(
+    name: str = "adam",
+    *,
+    learning_rate: float = 1e-3,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    momentum: float = 0.0,
+) -> optax.GradientTransformation:
+    """Builds an optimizer from plain settings.
+
+    Args:
+        name: `"adam"`, `"adamw"` or `"sgd"`.
+        learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`.
+        weight_decay: Pulls all parameters towards 0 by this fraction of the learning rate per step;
+            adamw and sgd only.
+        clip_norm: Longer gradients are shortened to this norm. 0: none is.
+        momentum: sgd only.
+
+    Raises:
+        ValueError: An unknown name, a number out of range, or a setting that the optimizer named
+            would ignore.
+    """
+    if name not in ("adam", "adamw", "sgd"):
+        raise ValueError(f"optimizer must be 'adam', 'adamw' or 'sgd': got {name!r}.")
+    if not (weight_decay >= 0 and clip_norm >= 0 and 0 <= momentum < 1):
+        raise ValueError(
+            "weight_decay and clip_norm must not be negative and momentum must lie in [0, 1): "
+            f"got {weight_decay}, {clip_norm} and {momentum}."
+        )
+    if weight_decay and name == "adam":
+        raise ValueError(f"adam has no weight_decay, use adamw: got {weight_decay=}.")
+    if momentum and name != "sgd":
+        raise ValueError(f"momentum belongs to sgd, {name} has its own: got {momentum=}.")
+    rate = make_schedule(
+        learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    if name == "sgd":
+        direction = optax.trace(momentum) if momentum else optax.identity()
+    else:
+        direction = optax.scale_by_adam()
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        direction,
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(rate),
+    )
