@@ -261,6 +261,19 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             f"{_label('train.batch_size')} must be a multiple of config.optimizer.accumulate: "
             f"got {train.batch_size} and {optimizer.accumulate}.",
         )
+    if optimizer.weight_decay and optimizer.name == "adam":
+        yield (
+            "optimizer.weight_decay",
+            f"config.optimizer.weight_decay is for adamw and sgd: got {optimizer.weight_decay} "
+            f"with adam.",
+        )
+    total_steps = train.epochs * train.steps_per_epoch
+    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= total_steps:
+        yield (
+            "optimizer.warmup_steps",
+            "config.optimizer.warmup_steps must leave the cosine some of the steps: "
+            f"got {optimizer.warmup_steps} of {total_steps}.",
+        )
     if optimizer.momentum and optimizer.name != "sgd":
         yield (
             "optimizer.momentum",

@@ -1,0 +1,318 @@
+"""The command line keeps its word: what it accepts, what it refuses, and in which words."""
+
+import inspect
+import sys
+
+import pytest
+
+from attention_jax.training.config import (
+    DEFAULTS,
+    TASKS,
+    ConfigError,
+    check,
+    default_config,
+    flatten,
+    parse,
+    problems,
+)
+
+
+def config_of(*arguments):
+    return parse(["train.py", *arguments]).config
+
+
+def changed(*arguments, task="teacher"):
+    """The fields that a command line changes."""
+    before, after = flatten(default_config(task)), flatten(config_of(*arguments))
+    assert before.keys() == after.keys()
+    return {path: after[path] for path in after if after[path] != before[path]}
+
+
+def refusal(*arguments):
+    with pytest.raises(ConfigError) as error:
+        parse(["train.py", *arguments])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_config(path, *lines):
+    path.write_text(
+        "from attention_jax.training.config import default_config\n\n\n"
+        "def get_config(task='teacher'):\n    config = default_config(task)\n"
+        + "".join(f"    {line}\n" for line in lines)
+        + "    return config\n"
+    )
+    return str(path)
+
+
+def test_defaults_are_those_of_the_original():
+    config = config_of()
+    assert (config.model.name, config.model.features, config.model.num_heads) == (
+        "multihead",
+        64,
+        8,
+    )
+    assert config.optimizer.learning_rate == 0.001
+    assert (config.train.batch_size, config.task.seq_length, config.train.epochs) == (32, 10, 100)
+    assert parse(["train.py"]).workdir is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "value"),
+    [
+        ("--model=selfhead", "model.name", "selfhead"),
+        ("--embed_dim=128", "model.features", 128),
+        ("--num_heads=16", "model.num_heads", 16),
+        ("--learning_rate=0.0001", "optimizer.learning_rate", 0.0001),
+        ("--batch_size=64", "train.batch_size", 64),
+        ("--seq_length=20", "task.seq_length", 20),
+        ("--epochs=200", "train.epochs", 200),
+        ("--launcher=pmap", "launcher", "pmap"),
+        ("--seed=7", "seed", 7),
+        ("--init_from=runs/a", "init_from", "runs/a"),
+    ],
+)
+def test_each_flat_flag_sets_its_field(flag, path, value):
+    assert changed(flag) == {path: value}
+    assert changed(*flag.split("=")) == {path: value}
+
+
+def test_save_path_and_workdir_are_one():
+    assert parse(["train.py", "--save_path=a"]).workdir == "a"
+    assert parse(["train.py", "--workdir", "a", "--save_path", "a"]).workdir == "a"
+    assert "a and b" in refusal("--save_path=a", "--workdir=b")
+
+
+def test_config_overrides_need_no_config_file():
+    assert changed("--config.model.window=4", "--config.model.causal") == {
+        "model.window": 4,
+        "model.causal": True,
+    }
+    assert changed("--config.optimizer.clip_norm", "1", "--epochs", "3") == {
+        "optimizer.clip_norm": 1.0,
+        "train.epochs": 3,
+    }
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    path = write_config(
+        tmp_path / "x.py", "config.train.epochs = 7", "config.model.window = 3", "config.seed = 5"
+    )
+    file = f"--config={path}"
+    assert changed(file) == {"train.epochs": 7, "model.window": 3, "seed": 5}
+    # In any order, also before the file.
+    assert changed("--config.train.epochs=8", file, "--config.model.window=None") == {
+        "train.epochs": 8,
+        "seed": 5,
+    }
+    assert changed("--epochs=9", file)["train.epochs"] == 9
+    # Of a field that file and flag both set, another run of the process finds nothing.
+    assert changed(file)["train.epochs"] == 7
+
+
+def test_a_config_file_takes_an_argument(tmp_path):
+    path = write_config(tmp_path / "x.py")
+    assert config_of(f"--config={path}:copy").task.name == "copy"
+
+
+def test_naming_a_task_brings_its_defaults(tmp_path):
+    config = config_of("--task=recall", "--config.task.num_pairs=2", "--seq_length=32")
+    assert (config.task.name, config.task.num_pairs, config.task.seq_length) == ("recall", 2, 32)
+    assert config.model.causal
+    assert config.model.num_layers == 2
+    # Over a file, which has its own model, only the task changes.
+    path = write_config(tmp_path / "x.py", "config.model.features = 16")
+    config = config_of(f"--config={path}", "--task=copy")
+    assert (config.task.name, config.model.features, config.model.causal) == ("copy", 16, False)
+    assert "vocab_size" in config.task
+
+
+def test_a_task_has_exactly_the_settings_of_its_builder():
+    from attention_jax.tasks import TASKS as BUILDERS
+
+    assert TASKS.keys() == BUILDERS.keys()
+    for name, builder in BUILDERS.items():
+        settings = {p.name: p.default for p in inspect.signature(builder).parameters.values()}
+        if name == "teacher":  # As wide as its student, and drawn from the seed of the run.
+            for taken in ("features", "num_heads", "seed"):
+                del settings[taken]
+        assert TASKS[name]["task"] == settings
+
+
+def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
+    assert changed("--epochs=5", "--config.train.epochs=5") == {"train.epochs": 5}
+    message = refusal("--epochs=5", "--config.train.epochs=6")
+    assert "--epochs=5" in message
+    assert "--config.train.epochs=6" in message
+    assert "contradicts" in refusal("--task=recall", "--config.task.name=copy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # Unknown, with what may have been meant.
+        (["--num_head=3"], ["--num_head is unknown", "--num_heads"]),
+        (["--config.model.num_head=3"], ["config.model.num_head", "config.model.num_heads"]),
+        (["--config.task.num_pairs=3"], ["config.task.num_pairs is unknown"]),
+        (["--config.nothing=3"], ["config.nothing is unknown"]),
+        (["--config.train=3"], ["config.train is unknown"]),
+        (["train"], ["'train'"]),
+        # Of the wrong kind.
+        (["--epochs"], ["--epochs"]),
+        (["--epochs=many"], ["--epochs", "integer", "'many'"]),
+        (["--epochs=2.5"], ["--epochs", "integer", "'2.5'"]),
+        (["--config.train.epochs=many"], ["config.train.epochs", "integer", "'many'"]),
+        (["--config.model.window=wide"], ["config.model.window", "integer", "'wide'"]),
+        (["--config.model.causal=maybe"], ["config.model.causal", "true or false", "'maybe'"]),
+        (["--learning_rate=nan"], ["--learning_rate", "finite", "nan"]),
+        # Out of range.
+        (["--epochs=0"], ["--epochs", "at least 1", "got 0"]),
+        (["--epochs=-3"], ["--epochs", "got -3"]),
+        (["--batch_size=0"], ["--batch_size", "got 0"]),
+        (["--seq_length=0"], ["--seq_length", "got 0"]),
+        (["--embed_dim=-64"], ["--embed_dim", "got -64"]),
+        (["--learning_rate=0"], ["--learning_rate", "above 0", "got 0.0"]),
+        (["--seed=-1"], ["--seed", "got -1"]),
+        (["--config.model.dropout_rate=1.0"], ["config.model.dropout_rate", "got 1.0"]),
+        (["--config.checkpoint.keep=1"], ["config.checkpoint.keep", "at least 2", "got 1"]),
+        # Not one of the choices.
+        (["--model=rnn"], ["--model", "multihead, selfhead", "'rnn'"]),
+        (["--task=sort"], ["task", "teacher, recall, copy", "'sort'"]),
+        (["--launcher=tpu"], ["--launcher", "single, pmap, sharded", "'tpu'"]),
+        (["--config.optimizer.name=lion"], ["config.optimizer.name", "adamw", "'lion'"]),
+        # Sound alone, but not together.
+        (["--embed_dim=30"], ["--num_heads", "embed_dim", "8 and 30"]),
+        (["--config.model.num_kv_heads=3"], ["num_kv_heads", "num_heads", "3 and 8"]),
+        (["--config.optimizer.accumulate=5"], ["--batch_size", "accumulate", "32 and 5"]),
+        (["--config.optimizer.momentum=0.9"], ["momentum", "sgd", "0.9 with adam"]),
+        (["--config.optimizer.weight_decay=0.1"], ["weight_decay", "adamw", "0.1 with adam"]),
+        (
+            ["--config.optimizer.schedule=cosine", "--config.optimizer.warmup_steps=3200"],
+            ["warmup_steps", "3200 of 3200"],
+        ),
+        (["--config.model.positions=rotary", "--embed_dim=24"], ["rotary", "even", "got 3"]),
+        # What a mode cannot honour.
+        (["--model=selfhead", "--num_heads=4"], ["--num_heads", "multihead only", "got 4"]),
+        (["--model=selfhead", "--config.model.num_kv_heads=1"], ["num_kv_heads", "multihead only"]),
+        # Another task's settings.
+        (["--config.task.name=recall"], ["config.task.", "missing", "--task=recall"]),
+    ],
+)
+def test_a_refusal_names_the_flag_and_what_came(arguments, words):
+    message = refusal(*arguments)
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("config.model.num_head = 3", ["x.py:6:", "num_head", 'Did you mean "num_heads"']),
+        ("config.train.epochs = 'many'", ["x.py:6:", "epochs"]),
+        ("config.train.epochs = 0", ["--epochs", "got 0"]),
+        ("config.train.epochs = 1 / 0", ["x.py:6:", "ZeroDivisionError"]),
+        ("config = 3", ["x.py", "ConfigDict", "int"]),
+        ("config.train.epochs = = 3", ["x.py:", "SyntaxError"]),
+        ("import nothing_of_that_name", ["x.py:6:", "nothing_of_that_name"]),
+    ],
+)
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, line, words):
+    message = refusal(f"--config={write_config(tmp_path / 'x.py', line)}")
+    assert not [word for word in words if word not in message], message
+
+
+def test_a_missing_config_file_is_named():
+    assert "nowhere.py" in refusal("--config=nowhere.py")
+    assert "get_config" in refusal(f"--config={__file__}")
+
+
+def test_every_default_is_sound():
+    for task in TASKS:
+        check(default_config(task))
+    assert default_config().to_dict() | {"task": {}} == DEFAULTS
+
+
+def test_all_that_is_wrong_is_found():
+    config = default_config()
+    config.train.epochs, config.model.features = 0, -1
+    assert {path for path, _ in problems(config)} == {"train.epochs", "model.features"}
+
+
+def test_help_names_every_flag_and_field(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(["train.py", "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    flags = (
+        *("model", "embed_dim", "num_heads", "learning_rate", "batch_size", "seq_length", "epochs"),
+        *("save_path", "workdir", "interactive", "task", "launcher", "seed", "init_from", "config"),
+    )
+    assert not [flag for flag in flags if f"--{flag} " not in text]
+    assert not [path for path in flatten(default_config()) if f"  {path} = " not in text]
+
+
+# The interview -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Answers the questions of --interactive; returns what was asked."""
+
+    def give(*lines):
+        asked, left = [], list(lines)
+
+        def answer(question):
+            asked.append(question)
+            if not left:
+                raise EOFError
+            return left.pop(0)
+
+        monkeypatch.setattr("builtins.input", answer)
+        return asked
+
+    return give
+
+
+def test_enter_keeps_every_default(answers):
+    asked = answers(*[""] * 8)
+    assert changed("--interactive") == {}
+    assert [question.split()[0] for question in asked] == [
+        *("model", "embed_dim", "num_heads", "learning_rate"),
+        *("batch_size", "seq_length", "epochs", "save_path"),
+    ]
+    assert asked[1] == "embed_dim [64]: "
+
+
+def test_a_wrong_answer_is_asked_again_with_the_reason(answers, capsys):
+    answers("rnn", "multihead", "wide", "30", "", "5", "0.01", "0", "16", "", "2", "runs/a")
+    command = parse(["train.py", "--interactive"])
+    model, train = command.config.model, command.config.train
+    assert (model.name, model.features, model.num_heads) == ("multihead", 30, 5)
+    assert (command.config.optimizer.learning_rate, train.batch_size) == (0.01, 16)
+    assert (command.workdir, train.epochs) == ("runs/a", 2)
+    reasons = capsys.readouterr().out
+    assert not [word for word in ("'rnn'", "'wide'", "8 and 30", "got 0") if word not in reasons]
+
+
+def test_one_head_is_not_asked_for_its_number(answers):
+    asked = answers("selfhead", *[""] * 6)
+    assert changed("--interactive") == {"model.name": "selfhead"}
+    assert not [question for question in asked if question.startswith("num_heads")]
+
+
+def test_flags_are_the_defaults_of_the_interview(answers):
+    asked = answers(*[""] * 8)
+    assert changed("--interactive", "--epochs=3") == {"train.epochs": 3}
+    assert "epochs [3]: " in asked
+
+
+def test_the_end_of_the_input_ends_the_interview(answers):
+    answers("multihead", "32")
+    with pytest.raises(EOFError):
+        parse(["train.py", "--interactive"])
+
+
+def test_reading_flags_does_not_import_jax():
+    import subprocess
+
+    code = "import sys; from attention_jax.training import config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
