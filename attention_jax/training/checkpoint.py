@@ -1,0 +1,271 @@
+"""Checkpoints: the state as one unit, written by orbax.
+
+A checkpoint is a flat dict from path (`params.out.kernel`) to array beside a JSON object, so it
+depends neither on the launcher that ran nor on the classes that the state is made of. The JSON part
+holds a fingerprint of the arrays, because orbax itself has no checksum.
+
+Importing this module is cheap; orbax (about a second) is imported when a directory is opened.
+"""
+
+import hashlib
+import logging
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.types import PyTree, TrainState
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+DIRECTORY = "checkpoints"  # Inside a run's directory.
+MAX_NAMED = 5  # Leaves that an error about a misfit names.
+
+
+class Checkpoints:
+    """The checkpoints of one run, one numbered directory per step.
+
+    Only one process may write a directory. Unfinished checkpoints (their names contain "tmp") of an
+    earlier, killed process are removed on opening.
+
+    Args:
+        directory: Created when missing.
+        keep: How many of the newest checkpoints stay, at least 2: the newest may turn out broken.
+        read_only: Open another run's directory, and leave it as it is.
+
+    Raises:
+        ValueError: `keep` is below 2.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2 checkpoints: got {keep}.")
+        self.directory = Path(directory).absolute()
+        self._read_only = read_only
+        self._manager = _open(self.directory, keep, read_only)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, config: Mapping[str, Any] | None = None) -> None:
+        """Saves in the background; `state` may be donated or changed right after.
+
+        Args:
+            state: Under `state.step`. A step that is saved already is not saved again.
+            config: Anything that JSON can hold, kept beside the arrays.
+        """
+        import orbax.checkpoint as ocp
+
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        arrays, key_types = _to_arrays(state)
+        about = {
+            "step": step,
+            "fingerprint": fingerprint(arrays),
+            "key_types": key_types,
+            "config": dict(config or {}),
+        }
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+            ),
+        )
+        if not saved:
+            raise RuntimeError(
+                f"{self.directory} already holds step {self.latest_step()}, after step {step}."
+            )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """Restores the newest checkpoint that is whole.
+
+        One that cannot be read or does not match its fingerprint is moved aside, to a name that
+        ends in `.broken`, with a line on stderr that says so.
+
+        Args:
+            like: A state of the structure, shapes and dtypes to restore; its arrays may be
+                `jax.ShapeDtypeStruct`.
+
+        Returns:
+            The state, in host memory; None when there is no checkpoint.
+
+        Raises:
+            ValueError: The checkpoint and `like` do not fit; names the first leaves that differ.
+            RuntimeError: There are checkpoints, and all are broken.
+        """
+        found = self._newest_whole()
+        return None if found is None else _from_arrays(*found, like, prefix="")
+
+    def restore_params(self, like: PyTree) -> PyTree:
+        """Restores the parameters alone, as `restore` does.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+        """
+        found = self._newest_whole()
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}.")
+        return _from_arrays(*found, like, prefix="params.")
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the writer."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _newest_whole(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        self.wait()
+        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        for step in steps:
+            try:
+                return self._read(step)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self._set_aside(step, error)
+        if steps:
+            raise RuntimeError(f"every checkpoint in {self.directory} is broken: {steps}.")
+        return None
+
+    def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
+        )
+        arrays, about = found["state"], found["about"]
+        if fingerprint(arrays) != about["fingerprint"]:
+            raise ValueError("the arrays do not match their fingerprint")
+        return arrays, about
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        # One line: the storage layer below orbax explains itself at length.
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        print(
+            f"Checkpoint {self.directory / str(step)} is broken, falling back to the one before: "
+            f"{reason}",
+            file=sys.stderr,
+        )
+        if not self._read_only:
+            # Not deleted, and not left in the way of the run, which will come to this step again.
+            (self.directory / str(step)).rename(self.directory / f"{step}.broken")
+            self._manager.reload()
+
+
+def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
+    """Reads the newest parameters of another run, without touching it.
+
+    Args:
+        run_directory: The workdir of that run.
+        like: Parameters of the structure, shapes and dtypes to restore.
+
+    Raises:
+        FileNotFoundError: There is no run or no checkpoint.
+        ValueError: The parameters do not fit; names the first leaves that differ.
+    """
+    directory = Path(run_directory) / DIRECTORY
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {directory}.")
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.restore_params(like)
+
+
+def fingerprint(tree: PyTree) -> str:
+    """sha256 over the sorted paths, dtypes, shapes and bytes of all arrays, as 64 hex digits.
+
+    Equal for equal parameters, whichever launcher, process or machine made them.
+    """
+    digest = hashlib.sha256()
+    for path, array in sorted(_to_arrays(tree)[0].items()):
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager":
+    # Orbax tells its life on absl's logger at every step; its errors are enough.
+    absl_logger = logging.getLogger("absl")
+    if _not_orbax_chatter not in absl_logger.filters:
+        absl_logger.addFilter(_not_orbax_chatter)
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers
+
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+    )
+    return ocp.CheckpointManager(directory, options=options, item_names=("state", "about"))
+
+
+def _not_orbax_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A copy in host memory as `{path: array}`, and `{path: kind}` of the PRNG keys among them.
+
+    A copy, because on CPU `np.asarray` is a view of a buffer that the next step, when the state is
+    donated, overwrites under the writer's hands.
+    """
+    arrays, key_types = {}, {}
+    for path, leaf in _leaves(tree).items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            key_types[path] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[path] = np.array(leaf)
+    return arrays, key_types
+
+
+def _from_arrays(
+    arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], like: PyTree, *, prefix: str
+) -> PyTree:
+    """The opposite of `_to_arrays`, of the paths that begin with `prefix`."""
+    found = {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
+    for path, kind in about["key_types"].items():
+        if path.startswith(prefix):
+            found[path.removeprefix(prefix)] = jax.random.wrap_key_data(arrays[path], impl=kind)
+    wanted = _leaves(like)
+
+    def describe(tree: Mapping[str, Any], path: str) -> str:
+        return f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing"
+
+    misfits = [
+        f"{prefix}{path}: wanted {describe(wanted, path)}, found {describe(found, path)}"
+        for path in sorted(wanted.keys() | found.keys())
+        if describe(wanted, path) != describe(found, path)
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - MAX_NAMED} more" if len(misfits) > MAX_NAMED else ""
+        raise ValueError(
+            f"the checkpoint of step {about['step']} does not fit: "
+            f"{'; '.join(misfits[:MAX_NAMED])}{more}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in wanted])
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
