@@ -1,0 +1,108 @@
+"""A mistake is answered at the door: the right type of error, the argument's name, one line."""
+
+import jax
+import numpy as np
+import pytest
+from cases import DOT_PRODUCT, Sizes, every_case, every_dot_product, random_qkv
+
+from attention_jax import masks
+
+QUERY, KEY, VALUE = random_qkv()  # [2, 5, 6, 11], [2, 7, 3, 11], [2, 7, 3, 13]
+
+SHAPES = {
+    "head size": ((QUERY, KEY[..., :10], VALUE), "11.*10"),
+    "length": ((QUERY, KEY, VALUE[:, :6]), "key.*value"),
+    "key heads": ((QUERY, KEY[..., :2, :], VALUE), "key.*value"),
+    "groups": ((QUERY[..., :5, :], KEY, VALUE), "5.*3"),
+    "more key heads than query heads": ((QUERY[..., :2, :], KEY, VALUE), "2.*3"),
+    "batch": ((QUERY, KEY[:1], VALUE[:1]), "batch"),
+    "number of axes": ((QUERY[0], KEY, VALUE), "batch"),
+    "two axes": ((QUERY[0, 0], KEY[0, 0], VALUE[0, 0]), "query"),
+}
+TYPES = {
+    "integers": ((QUERY.astype(int), KEY, VALUE), "query"),
+    "booleans": ((QUERY, KEY, VALUE > 0), "value"),
+    "complex": ((QUERY, KEY.astype(complex), VALUE), "key"),
+    "nothing": ((QUERY, None, VALUE), "key"),
+    "text": (("query", KEY, VALUE), "query"),
+}
+SETTINGS = {
+    "mask of numbers": ({"mask": np.ones((5, 7))}, TypeError, "mask"),
+    "mask of integers": ({"mask": np.ones((5, 7), int)}, TypeError, "mask"),
+    "mask of nothing": ({"mask": "causal"}, TypeError, "mask"),
+    "mask shape": ({"mask": np.ones((7, 5), bool)}, ValueError, r"mask.*\(7, 5\)|mask.*T=7"),
+    "mask without heads": ({"mask": np.ones((2, 5, 7), bool)}, ValueError, "mask"),
+    "mask that makes a batch": ({"mask": np.ones((3, 2, 1, 5, 7), bool)}, ValueError, "mask"),
+    "mask value": ({"mask": masks.segments(np.arange(4))}, ValueError, "mask|query_ids"),
+    "mask value's batch": ({"mask": masks.key_lengths(np.arange(3))}, ValueError, "mask"),
+    "bias of booleans": ({"bias": np.ones((5, 7), bool)}, TypeError, "bias"),
+    "bias of integers": ({"bias": np.ones((5, 7), int)}, TypeError, "bias"),
+    "bias of nothing": ({"bias": "alibi"}, TypeError, "bias"),
+    "bias shape": ({"bias": np.ones((5, 5, 7), np.float32)}, ValueError, r"bias.*\(5, 5, 7\)"),
+    "mask as bias": ({"bias": masks.causal()}, TypeError, "bias"),
+    "softcap of zero": ({"softcap": 0.0}, ValueError, "softcap"),
+    "negative softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "sinks shape": ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks.*\(3,\)"),
+    "sinks type": ({"sinks": np.ones(6, int)}, TypeError, "sinks"),
+    "implementation": ({"implementation": "fast"}, ValueError, "implementation.*fast"),
+    "block size of zero": ({"block_size": 0}, ValueError, "block_size"),
+}
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+
+
+@every_case
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_do_not_fit_are_a_value_error(case, name):
+    qkv, words = SHAPES[name]
+    with pytest.raises(ValueError, match=words) as error:
+        case.attend(*qkv)
+    one_line(error)
+
+
+@every_case
+@pytest.mark.parametrize("name", TYPES)
+def test_what_is_no_float_array_is_a_type_error(case, name):
+    qkv, words = TYPES[name]
+    with pytest.raises(TypeError, match=words) as error:
+        case.attend(*qkv)
+    one_line(error)
+
+
+@every_dot_product
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_bad_setting_is_named(case, name):
+    settings, error_type, words = SETTINGS[name]
+    with pytest.raises(error_type, match=words) as error:
+        case.attend(QUERY, KEY, VALUE, **settings)
+    one_line(error)
+
+
+@every_dot_product
+@pytest.mark.parametrize("name", ["mask shape", "bias shape", "sinks shape"])
+def test_a_bad_setting_is_named_under_jit_too(case, name):
+    settings, error_type, words = SETTINGS[name]
+    with pytest.raises(error_type, match=words):
+        jax.jit(case.attend)(QUERY, KEY, VALUE, **settings)
+
+
+def test_block_size_is_not_ignored_by_the_definition():
+    for case in DOT_PRODUCT:
+        if case.name == "dense":
+            with pytest.raises((ValueError, NotImplementedError), match="block_size"):
+                case.attend(QUERY, KEY, VALUE, block_size=64)
+
+
+def test_settings_are_keyword_only():
+    for case in DOT_PRODUCT:
+        with pytest.raises(TypeError):
+            case.attend(QUERY, KEY, VALUE, None, None, 1.0)
+
+
+def test_one_key_head_serves_any_number_of_query_heads():
+    for case in DOT_PRODUCT:
+        for N in (1, 2, 5):
+            sizes = Sizes(N=N, K=1)
+            assert jax.eval_shape(case.attend, *random_qkv(sizes)).shape == sizes.out

@@ -1,0 +1,128 @@
+"""Biases are preferences by distance; their gradients are tested with the rest of attention."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import DOT_PRODUCT, assert_close, random_qkv
+
+from attention_jax import biases
+
+
+def as_added(bias, N, T, S):
+    """What a bias adds to the logits `[N, T, S]`, read off the logsumexp of one key at a time."""
+    query, key, value = jnp.zeros((T, N, 1)), jnp.zeros((S, 1, 1)), jnp.zeros((S, 1, 1))
+    columns = [
+        DOT_PRODUCT[0].attend(query, key, value, bias, jnp.arange(S) == s, return_residual=True)[1]
+        for s in range(S)
+    ]
+    return np.moveaxis(np.array(columns), 0, -1).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 6, 8, 12])
+def test_alibi_slopes_are_those_of_the_paper(num_heads):
+    got = as_added(biases.alibi(num_heads), num_heads, 2, 3)
+    assert_close(got, oracles.alibi(oracles.alibi_slopes(num_heads), 2, 3), 1e-6)
+
+
+def test_alibi_falls_with_distance_on_both_sides():
+    slopes = np.array([0.5, 2.0])
+    got = as_added(biases.alibi(jnp.asarray(slopes, jnp.float32)), 2, 3, 5)
+    assert_close(got, oracles.alibi(slopes, 3, 5), 1e-6)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_follows_the_buckets_of_t5(bidirectional):
+    for num_buckets, max_distance in [(32, 128), (8, 20)]:
+        rule = {"bidirectional": bidirectional, "max_distance": max_distance}
+        table = np.arange(num_buckets, dtype=np.float32)[:, None]
+        for T, S in [(1, 200), (200, 1)]:
+            bias = biases.relative(jnp.asarray(table), num_buckets=num_buckets, **rule)
+            got = dense_bias(bias, T, S)
+            want = oracles.relative(table, T, S, num_buckets=num_buckets, **rule)
+            np.testing.assert_array_equal(got, want)
+
+
+def dense_bias(bias, T, S):
+    """`[N, T, S]`: the gradient of the logsumexp cannot say it, so one logit is asked at a time
+    through a mask; for one query or one key the whole row fits in the batch axis."""
+    size = max(T, S)
+    mask = np.eye(size, dtype=bool).reshape(size, 1, *((1, size) if T == 1 else (size, 1)))
+    _, lse = jax.jit(DOT_PRODUCT[0].attend, static_argnames="return_residual")(
+        jnp.zeros((size, T, 1, 1)),
+        jnp.zeros((size, S, 1, 1)),
+        jnp.zeros((size, S, 1, 1)),
+        bias,
+        mask,
+        return_residual=True,
+    )
+    lse = np.asarray(lse)[..., 0]  # [size, T]
+    return lse.reshape(1, 1, size) if T == 1 else np.diag(lse).reshape(1, size, 1)
+
+
+def test_relative_takes_the_column_of_its_head():
+    table = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    rule = {"bidirectional": True, "num_buckets": 8, "max_distance": 6}
+    got = as_added(biases.relative(jnp.asarray(table), **rule), 3, 4, 5)
+    assert_close(got, oracles.relative(table, 4, 5, **rule), 1e-6)
+
+
+def test_relative_buckets_default_to_those_of_t5():
+    table = np.arange(32, dtype=np.float32)[:, None]
+    got = dense_bias(biases.relative(jnp.asarray(table)), 1, 200)
+    rule = {"bidirectional": True, "num_buckets": 32, "max_distance": 128}
+    np.testing.assert_array_equal(got, oracles.relative(table, 1, 200, **rule))
+
+
+def test_biases_learn():
+    query, key, value = random_qkv()
+    target = random_qkv(seed=1)[2][:, :5].repeat(2, axis=2)
+
+    @jax.jit
+    @jax.grad
+    def grad(parameters):
+        bias = biases.alibi(parameters["slopes"])
+        other = biases.relative(parameters["table"], max_distance=20)
+        out = [DOT_PRODUCT[0].attend(query, key, value, b) for b in (bias, other)]
+        return sum(((x - target) ** 2).sum() for x in out)
+
+    grads = grad({"slopes": jnp.ones(6), "table": jnp.zeros((8, 6))})
+    for name, leaf in grads.items():
+        assert np.isfinite(leaf).all(), name
+        assert leaf.any(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "word"),
+    [
+        (lambda: biases.alibi(0), ValueError, "slopes|num_heads"),
+        (lambda: biases.alibi(2.5), TypeError, "slopes|num_heads"),
+        (lambda: biases.alibi(np.ones((2, 2), np.float32)), ValueError, "slopes"),
+        (lambda: biases.alibi(np.array([1, 2])), TypeError, "slopes"),
+        (lambda: biases.relative(np.ones(8, np.float32)), ValueError, "table"),
+        (lambda: biases.relative(np.ones((8, 2), int)), TypeError, "table"),
+        (
+            lambda: biases.relative(np.ones((8, 2), np.float32), num_buckets=9),
+            ValueError,
+            "num_buckets",
+        ),
+        (
+            lambda: biases.relative(np.ones((8, 2), np.float32), max_distance=0),
+            ValueError,
+            "max_distance",
+        ),
+    ],
+)
+def test_a_bad_bias_is_refused(make, error, word):
+    with pytest.raises(error, match=word):
+        make()
+
+
+@pytest.mark.parametrize("bias", [biases.alibi(5), biases.relative(jnp.ones((8, 5)))])
+def test_a_bias_for_another_number_of_heads_is_refused(bias):
+    for case, jit in itertools.product(DOT_PRODUCT, (jax.jit, lambda f: f)):
+        with pytest.raises(ValueError, match="bias"):
+            jit(case.attend)(*random_qkv(), bias)

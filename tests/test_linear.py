@@ -1,0 +1,125 @@
+"""Linear attention: the sum over all pairs, computed without them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import Sizes, assert_close, every_linear, random_qkv, value_and_pull
+
+from attention_jax import masks
+
+
+@every_linear
+@pytest.mark.parametrize(
+    "sizes", [Sizes(), Sizes(batch=(), N=3, K=1), Sizes(batch=(2, 2), N=2, K=2)]
+)
+def test_every_query_averages_all_values(case, sizes):
+    qkv = random_qkv(sizes)
+    assert_close(jax.jit(case.attend)(*qkv), case.oracle(*qkv), 2e-6)
+
+
+@every_linear
+@pytest.mark.parametrize(
+    ("T", "S"), [(7, 7), (5, 7), (7, 5), (131, 131), (131, 67), (67, 131), (128, 128)]
+)
+def test_causal_in_chunks_is_the_sum_over_the_past(case, T, S):
+    qkv = random_qkv(Sizes(batch=(), T=T, S=S, N=2, K=1, H=3, V=2))
+    attend = jax.jit(functools.partial(case.attend, mask=masks.causal()))
+    assert_close(attend(*qkv), case.oracle(*qkv, mask=oracles.causal(T, S)), 5e-6)
+
+
+@every_linear
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["bidirectional", "causal"])
+def test_gradients_are_slopes(case, mask, x64):
+    sizes = Sizes(batch=(), T=5, S=5, N=2, K=1, H=3, V=2)
+    qkv = random_qkv(sizes, dtype=np.float64)
+    visible = None if mask is None else oracles.causal(5, 5)
+    attend = lambda *qkv: case.attend(*qkv, mask=mask)
+    out, grads = value_and_pull(attend)(*qkv)
+    assert out.dtype == np.float64
+    cotangent = np.random.default_rng(11).standard_normal(out.shape)
+    directions = random_qkv(sizes, dtype=np.float64, seed=1)
+    for i, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
+
+        def loss(x, i=i):
+            arguments = [x if j == i else np.asarray(y) for j, y in enumerate(qkv)]
+            return (case.oracle(*arguments, mask=visible) * cotangent).sum()
+
+        slope = oracles.central_difference(loss, np.asarray(qkv[i]), np.asarray(direction))
+        assert_close((grad * direction).sum(), slope, 1e-8)
+
+
+@every_linear
+def test_the_length_of_a_chunk_is_no_part_of_the_result(case):
+    qkv = random_qkv(Sizes(batch=(), T=13, S=13, N=2, K=1, H=3, V=2))
+    want = case.oracle(*qkv, mask=oracles.causal(13, 13))
+    for chunk_size in (1, 4, 13, 99):
+        out = case.attend(*qkv, mask=masks.causal(), chunk_size=chunk_size)
+        assert_close(out, want, 2e-6)
+
+
+@every_linear
+def test_the_future_cannot_leak_across_or_within_chunks(case):
+    query, key, value = random_qkv(Sizes(batch=(), T=7, S=7, N=2, K=1, H=3, V=2))
+
+    def attend(key, value):
+        return case.attend(query, key, value, mask=masks.causal(), chunk_size=3).sum(axis=(1, 2))
+
+    for jacobian in jax.jit(jax.jacobian(attend, argnums=(0, 1)))(key, value):
+        influence = np.abs(jacobian).sum(axis=(2, 3))
+        assert not np.triu(influence, 1).any()
+        assert (np.diag(influence)[1:] > 0).all()
+
+
+@every_linear
+def test_half_precision_sums_in_float32(case):
+    qkv = tuple(x.astype(jnp.bfloat16) for x in random_qkv(Sizes(batch=(), T=257, S=257, N=1, K=1)))
+    out = jax.jit(functools.partial(case.attend, mask=masks.causal()))(*qkv)
+    assert out.dtype == jnp.bfloat16
+    # One rounding of the output, half a unit in the last of 8 bits.
+    assert_close(out, case.oracle(*qkv, mask=oracles.causal(257, 257)), 2**-8)
+
+
+@every_linear
+def test_another_feature_map(case):
+    qkv = random_qkv(Sizes(batch=()))
+    wide = lambda x: jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
+    numpy_wide = lambda x: np.concatenate([np.maximum(x, 0), np.maximum(-x, 0)], axis=-1)
+    out = case.attend(*qkv, feature_map=wide)
+    assert_close(out, case.oracle(*qkv, feature_map=numpy_wide), 2e-6)
+
+
+@every_linear
+def test_weights_that_are_all_zero_give_zeros(case):
+    out, grads = value_and_pull(lambda *qkv: case.attend(*qkv, feature_map=jax.nn.relu))(
+        *(-abs(x) for x in random_qkv())
+    )
+    assert not out.any()
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@every_linear
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal(1),
+        masks.causal("end"),
+        masks.window(2),
+        masks.causal() & masks.key_lengths(jnp.array([1, 2])),
+        ~masks.causal(),
+        np.ones((5, 7), bool),
+    ],
+    ids=str,
+)
+def test_other_masks_are_an_honest_limit(case, mask):
+    with pytest.raises(NotImplementedError, match="dot_product_attention"):
+        case.attend(*random_qkv(), mask=mask)
+
+
+@every_linear
+def test_a_bad_chunk_is_refused(case):
+    with pytest.raises(ValueError, match="chunk_size"):
+        case.attend(*random_qkv(), mask=masks.causal(), chunk_size=0)

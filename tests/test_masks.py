@@ -1,0 +1,151 @@
+"""Masks are rules: each is compared with its question about one query and one key."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from attention_jax import masks
+
+SHAPES = [(5, 7), (7, 5), (6, 6), (1, 4), (4, 1), (0, 3), (3, 0)]
+
+
+def assert_mask(mask, want, T, S):
+    got = mask.materialize(T, S)
+    assert got.dtype == bool
+    shape = (2, 3, T, S)
+    np.testing.assert_array_equal(np.broadcast_to(got, shape), np.broadcast_to(want, shape))
+
+
+@pytest.mark.parametrize("offset", [0, 2, -3, 100, -100, "end"])
+def test_causal_sees_the_past_and_itself(offset):
+    for T, S in SHAPES:
+        assert_mask(masks.causal(offset), oracles.causal(T, S, offset), T, S)
+
+
+def test_causal_aligns_first_with_first_and_end_aligns_last_with_last():
+    first, last = masks.causal().materialize(2, 4), masks.causal(offset="end").materialize(2, 4)
+    assert np.asarray(first).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert np.asarray(last).astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("left", [0, 2, None])
+@pytest.mark.parametrize("right", [0, 1, None])
+def test_window_is_inclusive_on_both_sides(left, right):
+    for (T, S), offset in itertools.product([(5, 7), (7, 5)], [0, 2, "end"]):
+        want = oracles.window(T, S, left, right, offset)
+        assert_mask(masks.window(left, right, offset), want, T, S)
+
+
+def test_window_looks_back_only_unless_told():
+    assert_mask(masks.window(1), oracles.window(4, 4, 1, 0), 4, 4)
+
+
+def test_offsets_may_differ_between_the_rows_of_a_batch():
+    offsets = np.array([1, 3])
+    want = np.stack([oracles.causal(5, 7, offset) for offset in offsets])[:, None]
+    assert_mask(masks.causal(jnp.asarray(offsets)), want, 5, 7)
+
+
+def test_segments_see_their_own_kind():
+    T_ids, S_ids = np.array([[0, 0, 1], [2, 2, 2]]), np.array([[1, 0, 0, 9], [9, 9, 2, 0]])
+    assert_mask(masks.segments(T_ids, S_ids), oracles.segments(T_ids, S_ids), 3, 4)
+    assert_mask(masks.segments(jnp.asarray(T_ids)), oracles.segments(T_ids), 3, 3)
+    assert_mask(masks.segments(T_ids[0]), oracles.segments(T_ids[0])[0], 3, 3)
+
+
+def test_lengths_hide_the_padding():
+    lengths = np.array([3, 0])
+    assert_mask(masks.key_lengths(lengths), oracles.key_lengths(5, 4, lengths), 5, 4)
+    assert_mask(masks.query_lengths(lengths), oracles.query_lengths(5, 4, lengths), 5, 4)
+    assert_mask(masks.key_lengths(2), oracles.visible(5, 4, lambda t, s: s < 2), 5, 4)
+
+
+def test_dense_is_the_array():
+    array = np.random.default_rng(0).random((2, 1, 5, 7)) < 0.5
+    assert_mask(masks.dense(array), array, 5, 7)
+    assert_mask(masks.dense(array[0, 0, :1]), array[0, 0, :1], 5, 7)
+
+
+def test_masks_form_an_algebra():
+    T, S, lengths = 5, 7, np.array([4, 2])
+    array = np.random.default_rng(0).random((3, T, S)) < 0.5
+    parts = [
+        (masks.causal(1), oracles.causal(T, S, 1)),
+        (masks.key_lengths(lengths), oracles.key_lengths(T, S, lengths)),
+        (masks.dense(array), array),
+    ]
+    for (a, want_a), (b, want_b) in itertools.product(parts, repeat=2):
+        assert_mask(a & b, want_a & want_b, T, S)
+        assert_mask(a | b, want_a | want_b, T, S)
+        assert_mask(~a, ~want_a, T, S)
+        assert_mask(~(a & ~b), ~(want_a & ~want_b), T, S)
+        assert_mask(~a | ~b, ~(want_a & want_b), T, S)
+    (a, want_a), (b, want_b), (c, want_c) = parts
+    assert_mask(a & (b | c), want_a & (want_b | want_c), T, S)
+    assert_mask((a & b) | c, (want_a & want_b) | want_c, T, S)
+
+
+def test_an_array_may_stand_on_either_side():
+    array, causal = np.random.default_rng(0).random((5, 7)) < 0.5, oracles.causal(5, 7)
+    for x in (array, jnp.asarray(array)):
+        assert_mask(x & masks.causal(), array & causal, 5, 7)
+        assert_mask(masks.causal() & x, array & causal, 5, 7)
+        assert_mask(x | masks.causal(), array | causal, 5, 7)
+
+
+def test_a_mask_prints_as_a_picture():
+    ids = np.array([0, 0, 1, 1])
+    mask = masks.causal() & masks.segments(ids)
+    rows = str(mask).splitlines()[-4:]
+    seen, unseen = rows[0][0], rows[0][-1]
+    want = oracles.causal(4, 4) & oracles.segments(ids)[0]
+    assert rows == ["".join(seen if x else unseen for x in row) for row in want]
+
+
+def test_a_picture_that_does_not_fit_the_screen_is_words():
+    assert len(str(masks.dense(np.ones((999, 999), bool)))) < 200
+
+
+@pytest.mark.parametrize("word", ["causal", "window", "segments", "key_lengths", "query_lengths"])
+def test_a_mask_says_what_it_is(word):
+    one = np.array([1])
+    arguments = {"causal": (), "window": (1,)}.get(word, (one,))
+    assert word in repr(getattr(masks, word)(*arguments))
+
+
+def test_a_mask_may_be_traced():
+    mask = masks.causal() & masks.key_lengths(jnp.array([3, 1])) | ~masks.segments(jnp.arange(4))
+    traced = jax.jit(lambda mask: mask.materialize(4, 4))(mask)
+    np.testing.assert_array_equal(traced, mask.materialize(4, 4))
+    assert isinstance(jax.jit(lambda mask: str(mask) and 0)(mask), jax.Array)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "word"),
+    [
+        (lambda: masks.causal("start"), ValueError, "offset"),
+        (lambda: masks.causal(0.5), TypeError, "offset"),
+        (lambda: masks.window(-1), ValueError, "left"),
+        (lambda: masks.window(1, -1), ValueError, "right"),
+        (lambda: masks.window(1.5), TypeError, "left"),
+        (lambda: masks.segments(np.array([0.5])), TypeError, "query_ids"),
+        (lambda: masks.segments(np.array([1]), np.array([0.5])), TypeError, "key_ids"),
+        (lambda: masks.segments(np.array(1)), ValueError, "query_ids"),
+        (lambda: masks.key_lengths(np.array([0.5])), TypeError, "lengths"),
+        (lambda: masks.query_lengths(np.array([True])), TypeError, "lengths"),
+        (lambda: masks.dense(np.ones((2, 2))), TypeError, "mask"),
+        (lambda: masks.causal() & None, TypeError, "mask"),
+        (lambda: masks.causal() & np.ones((2, 2)), TypeError, "mask"),
+        (lambda: bool(masks.causal()), TypeError, "mask"),
+        (lambda: masks.segments(np.arange(3)).materialize(4, 4), ValueError, "T=3"),
+        (lambda: masks.dense(np.ones((3, 4), bool)).materialize(4, 4), ValueError, "T=3"),
+        (lambda: (~masks.segments(np.arange(3))).materialize(4, 4), ValueError, "T=3"),
+    ],
+)
+def test_a_bad_mask_is_refused(make, error, word):
+    with pytest.raises(error, match=word):
+        make()

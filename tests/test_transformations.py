@@ -1,0 +1,254 @@
+"""What jax can do to a function, it can do to attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import (
+    DOT_PRODUCT,
+    LINEAR,
+    SMALL,
+    Sizes,
+    assert_close,
+    every_case,
+    random_mask,
+    random_qkv,
+    value_and_pull,
+)
+from jax.sharding import PartitionSpec as P
+
+from attention_jax import biases, masks
+
+SETTINGS = {
+    "causal": (DOT_PRODUCT + LINEAR, lambda: {"mask": masks.causal()}),
+    "everything": (
+        DOT_PRODUCT,
+        lambda: {
+            "mask": masks.window(2, 1) & masks.dense(random_mask(SMALL.T, SMALL.S)),
+            "bias": biases.alibi(SMALL.N),
+            "softcap": 2.0,
+            "sinks": jnp.arange(6.0),
+            "dropout_rate": 0.3,
+            "dropout_rng": jax.random.key(0),
+        },
+    ),
+}
+every_setting = pytest.mark.parametrize(
+    ("case", "settings"),
+    [(case, make) for cases, make in SETTINGS.values() for case in cases],
+    ids=[f"{case.name}-{name}" for name, (cases, _) in SETTINGS.items() for case in cases],
+)
+
+
+@every_setting
+def test_jit_changes_nothing(case, settings):
+    qkv = random_qkv()
+    attend = lambda *qkv: case.attend(*qkv, **settings())
+    assert_close(jax.jit(attend)(*qkv), attend(*qkv), 1e-6)
+
+
+@every_case
+def test_vmap_over_a_batch_is_the_batch(case):
+    qkv = random_qkv(Sizes(batch=(3,)))
+    attend = lambda *qkv: case.attend(*qkv, mask=masks.causal())
+    (out, grads), (want, want_grads) = (value_and_pull(f)(*qkv) for f in (jax.vmap(attend), attend))
+    assert_close(out, want, 1e-6)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        assert_close(grad, want_grad, 1e-5)
+
+
+@every_case
+def test_vmap_over_any_axis_of_one_argument(case):
+    query, key, value = random_qkv()
+    values = jnp.stack([value, 2 * value], axis=2)
+    out = jax.jit(jax.vmap(case.attend, in_axes=(None, None, 2), out_axes=1))(query, key, values)
+    want = case.attend(query, key, value)
+    assert_close(out, np.stack([want, 2 * want], axis=1), 1e-5)
+
+
+def test_vmap_over_a_mask_and_a_bias():
+    query, key, value = random_qkv(Sizes(batch=()))
+    lengths, slopes = jnp.array([3, 7, 0]), jnp.ones((3, 6)) * jnp.arange(3)[:, None]
+    for case in DOT_PRODUCT:
+
+        def attend(length, slopes, case=case):
+            mask, bias = masks.key_lengths(length), biases.alibi(slopes)
+            return case.attend(query, key, value, bias, mask)
+
+        out = jax.jit(jax.vmap(attend))(lengths, slopes)
+        for got, length, slope in zip(out, lengths, slopes, strict=True):
+            want, _ = oracles.dot_product(
+                query,
+                key,
+                value,
+                mask=np.arange(7) < int(length),
+                bias=oracles.alibi(slope, 5, 7),
+            )
+            assert_close(got, want, 2e-6)
+
+
+@every_case
+def test_scan_and_checkpoint_are_the_loop(case):
+    query, key, value = random_qkv(Sizes(T=7, S=7, N=3, K=3, H=5, V=5))
+    mask = masks.causal()
+
+    def layer(x, _):
+        return case.attend(x, key, value, mask=mask), None
+
+    def loop(x):
+        for _ in range(3):
+            x, _ = layer(x, None)
+        return x
+
+    def scanned(x):
+        return jax.lax.scan(jax.checkpoint(layer), x, None, length=3)[0]
+
+    (out, (grad,)), (want, (want_grad,)) = (value_and_pull(f)(query) for f in (scanned, loop))
+    assert_close(out, want, 1e-6)
+    assert_close(grad, want_grad, 1e-5)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_pmap_and_shard_map_split_the_batch_and_change_nothing(case):
+    qkv = random_qkv(Sizes(batch=(8,), T=7, N=2, K=1, H=3, V=5))
+
+    def value_and_grad(query, key, value):
+        out, pull_back = jax.vjp(
+            lambda *qkv: case.attend(*qkv, mask=masks.causal()), query, key, value
+        )
+        return out, pull_back(out)
+
+    want = jax.jit(value_and_grad)(*qkv)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    # The default checks: a scan whose carry starts as a constant does not pass them.
+    mapped = jax.shard_map(value_and_grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    for got, right in zip(
+        jax.tree.leaves(jax.jit(mapped)(*qkv)), jax.tree.leaves(want), strict=True
+    ):
+        assert_close(got, right, 1e-5)
+    parts = jax.pmap(value_and_grad)(*(x[:, None] for x in qkv))
+    for got, right in zip(jax.tree.leaves(parts), jax.tree.leaves(want), strict=True):
+        assert_close(got[:, 0], right, 1e-5)
+
+
+def test_shard_map_passes_masks_biases_dropout_and_heads():
+    query, key, value = random_qkv(Sizes(batch=(4,), T=7, N=4, K=2, H=3, V=5))
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    lengths, slopes = jnp.array([3, 0, 7, 5]), jnp.arange(1.0, 5.0)
+    for case in DOT_PRODUCT:
+
+        def attend(lengths, query, key, value, slopes, sinks, case=case):
+            mask = masks.causal() & masks.key_lengths(lengths)
+            return case.attend(query, key, value, biases.alibi(slopes), mask, sinks=sinks)
+
+        def grads(lengths, *arrays, attend=attend):
+            out, pull_back = jax.vjp(lambda *arrays: attend(lengths, *arrays), *arrays)
+            return out, pull_back(out)
+
+        arrays = (lengths, query, key, value, slopes, slopes)
+        rows = P("data", None, "heads")
+        split = jax.shard_map(
+            grads,
+            mesh=mesh,
+            in_specs=(P("data"), rows, rows, rows, P("heads"), P("heads")),
+            out_specs=(rows, (rows, rows, rows, P("heads"), P("heads"))),
+        )
+        for got, want in zip(
+            jax.tree.leaves(jax.jit(split)(*arrays)),
+            jax.tree.leaves(jax.jit(grads)(*arrays)),
+            strict=True,
+        ):
+            assert_close(got, want, 1e-5)
+
+        def dropped(query, key, value, rng, case=case):
+            rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+            return case.attend(query, key, value, dropout_rate=0.5, dropout_rng=rng)
+
+        split = jax.shard_map(dropped, mesh=mesh, in_specs=(rows, rows, rows, P()), out_specs=rows)
+        assert np.isfinite(jax.jit(split)(query, key, value, jax.random.key(0))).all()
+
+
+def directional(case, settings, sizes=SMALL):
+    """A scalar function of one float64 vector of inputs, a point and two directions."""
+    qkv = random_qkv(sizes, dtype=np.float64)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal(sizes.out))
+
+    def loss(qkv):
+        return (case.attend(*qkv, **settings()) * weights).sum()
+
+    directions = [random_qkv(sizes, dtype=np.float64, seed=seed) for seed in (1, 2)]
+    return loss, qkv, directions
+
+
+def along(x, direction, step):
+    return jax.tree.map(lambda a, b: a + step * b, x, direction)
+
+
+def inner(x, y):
+    return sum(jnp.vdot(a, b) for a, b in zip(x, y, strict=True))
+
+
+@every_setting
+def test_forward_mode_and_second_order_are_derivatives(case, settings, x64):
+    loss, x, (u, v) = directional(case, settings)
+
+    @jax.jit
+    def everything(x):
+        gradient = jax.grad(loss)
+        value, slope = jax.jvp(loss, (x,), (u,))
+        forward_over_reverse = inner(jax.jvp(gradient, (x,), (u,))[1], v)
+        reverse_over_reverse = inner(jax.grad(lambda x: inner(gradient(x), u))(x), v)
+        return value, slope, inner(gradient(x), u), forward_over_reverse, reverse_over_reverse
+
+    _, slope, slope_in_reverse, curvature, curvature_in_reverse = everything(x)
+    assert_close(slope, slope_in_reverse, 1e-10)
+    assert_close(curvature, curvature_in_reverse, 1e-10)
+    # Slopes are exact, so the differences need to be small only against the step.
+    step = 1e-5
+    ahead, behind = everything(along(x, u, step)), everything(along(x, u, -step))
+    assert_close(slope, (ahead[0] - behind[0]) / (2 * step), 1e-6)
+    ahead, behind = everything(along(x, v, step)), everything(along(x, v, -step))
+    assert_close(curvature, (ahead[1] - behind[1]) / (2 * step), 1e-6)
+
+
+def test_empty_rows_have_no_tangent_and_no_curvature():
+    query, key, value = random_qkv()
+    mask = masks.query_lengths(jnp.array([3, 0]))
+    for case in DOT_PRODUCT:
+        attend = lambda query, case=case: case.attend(query, key, value, mask=mask)
+        loss = lambda query, attend=attend: (attend(query) ** 2).sum()
+
+        @jax.jit
+        def run(query, attend=attend, loss=loss):
+            out, tangent = jax.jvp(attend, (query,), (query,))
+            return out, tangent, jax.jvp(jax.grad(loss), (query,), (query,))[1]
+
+        for x in run(query):
+            assert np.isfinite(x).all()
+            assert not x[1].any()
+            assert not x[0, 3:].any()
+            assert x[0, :3].any()
+
+
+def test_masks_and_biases_pass_through_jit_as_arguments():
+    query, key, value = random_qkv()
+    for case in DOT_PRODUCT:
+
+        @jax.jit
+        def attend(mask, bias, case=case):
+            return case.attend(query, key, value, bias, mask)
+
+        traces = attend._cache_size
+        for lengths in ([3, 2], [7, 0]):
+            mask = masks.causal(1) & masks.key_lengths(jnp.array(lengths))
+            want, _ = oracles.dot_product(
+                query,
+                key,
+                value,
+                mask=oracles.causal(5, 7, 1) & oracles.key_lengths(5, 7, np.array(lengths)),
+                bias=oracles.alibi(oracles.alibi_slopes(6), 5, 7),
+            )
+            assert_close(attend(mask, biases.alibi(6)), want, 2e-6)
+        assert traces() == 1
