@@ -19,15 +19,15 @@ def teacher(*, seq_length: int = 10, features: int = 64, num_heads: int = 8, see
     weights drawn from `seed` makes of them, so a student of the same architecture can get to zero
     loss, and only by attending as the teacher does.
 
-    The teacher's heads have character: coordinate h = 1, 2, ... of every query and key is scaled by
-    h ** -2, so that a head asks mostly one question, and logits have standard deviation 2. With
-    plain normal weights all heads ask about everything at once; a student can then hardly tell them
-    apart and sits on a plateau, at half the loss of predicting the mean, for all of a default run.
+    The teacher has half as many heads as its student, and logits of standard deviation 2. A student
+    with no head to spare trains badly here: two of its heads share one of the teacher's, another of
+    the teacher's is left over, and the loss stays on that plateau for thousands of steps.
 
     Args:
         seq_length: T.
         features: D, the width of inputs and targets.
-        num_heads: N, a divisor of D.
+        num_heads: N of the student, a divisor of D. The teacher has N // 2 heads (one for N = 1) of
+            the student's size H = D / N.
         seed: Chooses the teacher.
 
     Returns:
@@ -65,14 +65,13 @@ def draw_weights(seed: int, features: int, num_heads: int) -> dict[str, np.ndarr
     still has its teacher.
     """
     head_dim = features // num_heads
+    num_heads = max(1, num_heads // 2)
     draw = np.random.RandomState(seed).standard_normal
-    spectrum = np.arange(1, head_dim + 1.0) ** -2
-    # Query and key coordinates of variance s^2 make logits of variance mean(s^4).
-    spectrum *= np.sqrt(LOGIT_SCALE / np.sqrt(np.mean(spectrum**4)))
-    scales = {"query": spectrum, "key": spectrum, "value": 1.0}
+    # Inputs have variance 1; query and key coordinates of variance c make logits of variance c^2.
+    scales = {"query": LOGIT_SCALE**0.5, "key": LOGIT_SCALE**0.5, "value": 1.0}
     shape = (features, num_heads, head_dim)
-    weights = {name: features**-0.5 * draw(shape) * scale for name, scale in scales.items()}
-    weights["out"] = features**-0.5 * draw((num_heads, head_dim, features))
+    weights = {name: scale * features**-0.5 * draw(shape) for name, scale in scales.items()}
+    weights["out"] = (num_heads * head_dim) ** -0.5 * draw((num_heads, head_dim, features))
     return {name: weight.astype(np.float32) for name, weight in weights.items()}
 
 
