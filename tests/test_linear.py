@@ -112,7 +112,7 @@ def test_weights_that_are_all_zero_give_zeros(case):
         ~masks.causal(),
         np.ones((5, 7), bool),
     ],
-    ids=str,
+    ids=["offset", "end", "window", "and", "not", "array"],
 )
 def test_other_masks_are_an_honest_limit(case, mask):
     with pytest.raises(NotImplementedError, match="dot_product_attention"):

@@ -1,0 +1,391 @@
+"""The layers: flax's parameters, the functions' mathematics, and a cache that never lies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+from flax import linen as nn
+
+from attention_jax import (
+    MultiHeadAttention,
+    SingleHeadAttention,
+    biases,
+    dot_product_attention,
+    linear_attention,
+    masks,
+    positions,
+)
+
+FlaxAttention = nn.MultiHeadDotProductAttention
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def init(layer, *inputs):
+    """Random parameters (a bias that starts at zero hides a wrong one) and an empty cache."""
+    rng = np.random.default_rng(0)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), *inputs)
+    draw = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
+    return {
+        name: jax.tree.map(
+            draw if name == "params" else lambda x: jnp.zeros(x.shape, x.dtype), tree
+        )
+        for name, tree in variables.items()
+    }
+
+
+def shapes(tree):
+    return jax.tree.map(jnp.shape, tree)
+
+
+# The same as flax.
+
+
+@pytest.mark.parametrize(
+    ("use_bias", "batch", "cross"),
+    [(True, (2,), False), (False, (), False), (True, (2, 3), True), (False, (2, 3), True)],
+    ids=str,
+)
+def test_multi_head_attention_is_that_of_flax(use_bias, batch, cross):
+    x, memory = normal(*batch, 5, 12), normal(*batch, 7, 10, seed=1) if cross else None
+    S = 7 if cross else 5
+    mask = np.random.default_rng(2).random((*batch, 1, 5, S)) < 0.7
+    mask[..., 0] = True  # Flax makes the mean of an empty row, we make zeros.
+    theirs = FlaxAttention(num_heads=4, use_bias=use_bias)
+    ours = MultiHeadAttention(num_heads=4, use_bias=use_bias)
+    variables = init(theirs, x, memory)
+    assert shapes(init(ours, x, memory)) == shapes(variables)
+
+    @jax.jit
+    def both(variables, x, memory):
+        return [layer.apply(variables, x, memory, mask=mask) for layer in (theirs, ours)]
+
+    want, got = both(variables, x, memory)
+    assert_close(got, want, 1e-6)
+
+
+def test_qk_norm_and_out_features_are_those_of_flax():
+    x = normal(2, 5, 12)
+    theirs = FlaxAttention(num_heads=3, normalize_qk=True, out_features=7)
+    ours = MultiHeadAttention(num_heads=3, qk_norm=True, out_features=7)
+    variables = init(theirs, x)
+    assert shapes(init(ours, x)) == shapes(variables)
+    want, got = (jax.jit(layer.apply)(variables, x) for layer in (theirs, ours))
+    assert_close(got, want, 1e-5)
+
+
+def test_sown_weights_are_those_of_flax():
+    x, mask = normal(2, 5, 12), np.tri(5, dtype=bool)
+    theirs, ours = FlaxAttention(num_heads=3), MultiHeadAttention(num_heads=3)
+    variables = init(theirs, x)
+    sown = []
+    for layer in (theirs, ours):
+        run = functools.partial(layer.apply, mask=mask, sow_weights=True, mutable=["intermediates"])
+        sown.append(jax.jit(run)(variables, x)[1]["intermediates"]["attention_weights"][0])
+    assert_close(sown[1], sown[0], 1e-6)
+    # Not asked for, nothing is kept.
+    _, state = jax.eval_shape(
+        functools.partial(ours.apply, mutable=["intermediates"]), variables, x
+    )
+    assert not state.get("intermediates")
+
+
+def test_the_function_serves_as_attention_fn_of_flax_linen():
+    x, mask = normal(2, 5, 12), np.tri(5, dtype=bool)
+    theirs = FlaxAttention(num_heads=3)
+    mixed = FlaxAttention(num_heads=3, attention_fn=dot_product_attention)
+    variables = init(theirs, x)
+    want, got = (
+        jax.jit(functools.partial(layer.apply, mask=mask))(variables, x)
+        for layer in (theirs, mixed)
+    )
+    assert_close(got, want, 1e-6)
+    dropping = FlaxAttention(num_heads=3, attention_fn=dot_product_attention, dropout_rate=0.5)
+    run = jax.jit(
+        lambda rng: dropping.apply(variables, x, deterministic=False, rngs={"dropout": rng})
+    )
+    a, b, c = run(jax.random.key(1)), run(jax.random.key(1)), run(jax.random.key(2))
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+
+
+# The mathematics is that of the functions.
+
+
+def project(params, name, x):
+    return jnp.einsum("...TD,DNH->...TNH", x, params[name]["kernel"]) + params[name]["bias"]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_grouped_heads_rotary_and_bias_are_the_functions(num_kv_heads):
+    x = normal(2, 5, 12)
+    layer = MultiHeadAttention(
+        num_heads=6, num_kv_heads=num_kv_heads, head_dim=4, rotary=True, rotary_base=100.0
+    )
+    bias, mask = biases.alibi(6), masks.causal()
+    variables = init(layer, x)
+    params = variables["params"]
+    assert params["query"]["kernel"].shape == (12, 6, 4)
+    assert params["key"]["kernel"].shape == params["value"]["kernel"].shape
+    assert params["key"]["kernel"].shape == (12, num_kv_heads, 4)
+    assert params["out"]["kernel"].shape == (6, 4, 12)
+
+    @jax.jit
+    def both(params, x):
+        query, key = (
+            positions.rotary(project(params, name, x), base=100.0) for name in ("query", "key")
+        )
+        mixed = dot_product_attention(query, key, project(params, "value", x), bias, mask)
+        out = jnp.einsum("...TNH,NHD->...TD", mixed, params["out"]["kernel"])
+        return (
+            layer.apply({"params": params}, x, mask=mask, bias=bias),
+            out + params["out"]["bias"],
+        )
+
+    got, want = both(params, x)
+    assert_close(got, want, 2e-6)
+
+
+def test_single_head_attention_is_one_head():
+    x = normal(2, 5, 12)
+    one, many = SingleHeadAttention(head_dim=4), MultiHeadAttention(num_heads=1, head_dim=4)
+    variables = init(one, x)
+    params = variables["params"]
+    assert shapes(params["query"]) == {"kernel": (12, 4), "bias": (4,)}
+    assert shapes(params["out"]) == {"kernel": (4, 12), "bias": (12,)}
+    with_head = {
+        name: {
+            "kernel": leaf["kernel"][:, None] if name != "out" else leaf["kernel"][None],
+            "bias": leaf["bias"][None] if name != "out" else leaf["bias"],
+        }
+        for name, leaf in params.items()
+    }
+    got = jax.jit(functools.partial(one.apply, mask=masks.causal()))(variables, x)
+    want = jax.jit(functools.partial(many.apply, mask=masks.causal()))({"params": with_head}, x)
+    assert_close(got, want, 1e-6)
+
+
+def test_head_dim_defaults_to_the_width_by_heads():
+    x = normal(1, 2, 12)
+    assert init(MultiHeadAttention(num_heads=3), x)["params"]["query"]["kernel"].shape == (12, 3, 4)
+    single = init(SingleHeadAttention(), x)["params"]
+    assert single["query"]["kernel"].shape == (12, 12)
+
+
+def test_another_attention_fn_is_called():
+    x = normal(2, 5, 12)
+    plain, linear = (
+        MultiHeadAttention(num_heads=3),
+        MultiHeadAttention(num_heads=3, attention_fn=linear_attention),
+    )
+    variables = init(plain, x)
+    outs = [
+        jax.jit(functools.partial(layer.apply, mask=masks.causal()))(variables, x)
+        for layer in (plain, linear)
+    ]
+    assert abs(outs[0] - outs[1]).max() > 1e-3
+
+
+# Dropout, types.
+
+
+@pytest.mark.parametrize("make", [MultiHeadAttention, SingleHeadAttention])
+def test_dropout_needs_to_be_told_and_follows_its_rng(make):
+    heads = {"num_heads": 3} if make is MultiHeadAttention else {}
+    x = normal(2, 5, 12)
+    layer, plain = make(dropout_rate=0.5, **heads), make(**heads)
+    variables = init(plain, x)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(rng, deterministic):
+        return layer.apply(variables, x, deterministic=deterministic, rngs={"dropout": rng})
+
+    a, b, c = (run(jax.random.key(seed), False) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+    assert_close(run(jax.random.key(0), True), plain.apply(variables, x), 1e-6)
+    with pytest.raises(Exception, match="deterministic"):
+        layer.apply(variables, x, rngs={"dropout": jax.random.key(0)})
+
+
+@pytest.mark.parametrize("make", [MultiHeadAttention, SingleHeadAttention])
+def test_bfloat16_computes_forward_and_backward_with_float32_parameters(make):
+    # A bfloat16 product with a float32 result and a batch axis in the middle does not run on CPU.
+    heads = {"num_heads": 4, "num_kv_heads": 2, "rotary": True, "qk_norm": True}
+    layer = make(dtype=jnp.bfloat16, **(heads if make is MultiHeadAttention else {}))
+    x = normal(2, 5, 8)
+    variables = init(layer, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    @jax.jit
+    def run(variables, x):
+        def loss(variables, x):
+            out = layer.apply(variables, x, mask=masks.causal(), bias=jnp.ones((5, 5)))
+            return out.astype(jnp.float32).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
+
+    (grads, d_x), out = run(variables, x)
+    assert out.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, d_x)))
+    exact = layer.clone(dtype=None).apply(variables, x, mask=masks.causal(), bias=jnp.ones((5, 5)))
+    assert abs(out - exact).max() < 0.05 * abs(exact).max()
+
+
+def test_parameters_may_be_bfloat16():
+    variables = jax.eval_shape(
+        MultiHeadAttention(num_heads=3, param_dtype=jnp.bfloat16, qk_norm=True).init,
+        jax.random.key(0),
+        normal(2, 5, 12),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "error", "word"),
+    [
+        (MultiHeadAttention(num_heads=5), {}, ValueError, "num_heads"),
+        (MultiHeadAttention(num_heads=4, num_kv_heads=3), {}, ValueError, "num_kv_heads"),
+        (MultiHeadAttention(num_heads=4, num_kv_heads=0), {}, ValueError, "num_kv_heads"),
+        (MultiHeadAttention(num_heads=4, dropout_rate=1.0), {}, ValueError, "dropout_rate"),
+        (MultiHeadAttention(num_heads=4), {"mask": np.ones((5, 5))}, TypeError, "mask"),
+        (
+            MultiHeadAttention(num_heads=4, rotary=True),
+            {"inputs_kv": normal(2, 7, 12)},
+            (ValueError, NotImplementedError),
+            "rotary",
+        ),
+        (
+            MultiHeadAttention(num_heads=4, decode=True),
+            {"inputs_kv": normal(2, 7, 12)},
+            (ValueError, NotImplementedError),
+            "decode",
+        ),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(layer, settings, error, word):
+    with pytest.raises(error, match=word):
+        jax.eval_shape(
+            lambda: layer.init(jax.random.key(0), normal(2, 5, 12), deterministic=True, **settings)
+        )
+
+
+# Decoding.
+
+CAPACITY = 11
+DECODED = {
+    "plain": ({}, {}, masks.causal()),
+    "grouped, rotary, window": (
+        {"num_kv_heads": 2, "rotary": True},
+        {"mask": masks.window(3)},
+        masks.window(3),
+    ),
+    "alibi, qk-norm": ({"qk_norm": True}, {"bias": biases.alibi(4)}, masks.causal()),
+}
+
+
+class Decoder:
+    """A layer, the full forward pass that decoding has to reproduce, and its empty cache."""
+
+    def __init__(self, name, batch=(2,)):
+        options, self.settings, mask = DECODED[name]
+        self.x = normal(*batch, CAPACITY, 12)
+        full = MultiHeadAttention(num_heads=4, head_dim=6, **options)
+        self.layer = full.clone(decode=True)
+        variables = init(self.layer, self.x)
+        self.params, self.cache = variables["params"], variables["cache"]
+        self.want = jax.jit(functools.partial(full.apply, **{**self.settings, "mask": mask}))(
+            {"params": self.params}, self.x
+        )
+        self.jitted = jax.jit(self.step)
+
+    def step(self, cache, x, **more):
+        out, state = self.layer.apply(
+            {"params": self.params, "cache": cache}, x, mutable=["cache"], **self.settings, **more
+        )
+        return out, state["cache"]
+
+    def run(self, chunks):
+        cache, done, outs = self.cache, 0, []
+        for size in chunks:
+            out, cache = self.jitted(cache, self.x[..., done : done + size, :])
+            outs.append(out)
+            done += size
+        return jnp.concatenate(outs, axis=-2)
+
+
+@functools.lru_cache
+def decoder_of(name, batch=(2,)):
+    return Decoder(name, batch)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_decoding_in_any_portions_is_the_full_forward_pass(name):
+    decoder = decoder_of(name)
+    for chunks in ((1,) * CAPACITY, (4, 1, 6), (CAPACITY,)):
+        assert_close(decoder.run(chunks), decoder.want, 1e-5, str(chunks))
+
+
+def test_init_leaves_the_cache_empty():
+    layer = MultiHeadAttention(num_heads=4, num_kv_heads=2, head_dim=6, decode=True)
+    cache = jax.jit(layer.init)(jax.random.key(0), normal(3, CAPACITY, 12))["cache"]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(cache))
+    assert cache["cached_key"].shape == (3, CAPACITY, 2, 6)
+
+
+def test_rows_may_be_of_different_length():
+    decoder = decoder_of("grouped, rotary, window")
+    # Row 0 takes 4, 1 and 2 tokens, row 1 takes 2, 2 and 2; what is padded is NaN.
+    cache, taken = decoder.cache, np.zeros(2, int)
+    for lengths in ([4, 2], [1, 2], [2, 2]):
+        T = max(lengths)
+        x = np.full((2, T, 12), np.nan, np.float32)
+        for row, length in enumerate(lengths):
+            x[row, :length] = decoder.x[row, taken[row] : taken[row] + length]
+        out, cache = decoder.jitted(cache, jnp.asarray(x), lengths=jnp.array(lengths))
+        for row, length in enumerate(lengths):
+            want = decoder.want[row, taken[row] : taken[row] + length]
+            assert_close(out[row, :length], want, 1e-5)
+        taken += lengths
+
+
+def test_past_capacity_is_an_error_outside_jit():
+    decoder = decoder_of("plain")
+    _, cache = decoder.jitted(decoder.cache, decoder.x[:, :9])
+    with pytest.raises(ValueError, match="11"):
+        decoder.step(cache, decoder.x[:, :3])
+    with pytest.raises(ValueError, match="11"):
+        decoder.step(decoder.cache, normal(2, CAPACITY + 1, 12))
+
+
+def test_past_capacity_is_nan_inside_jit_and_overwrites_nothing():
+    decoder = decoder_of("plain")
+    _, cache = decoder.jitted(decoder.cache, decoder.x[:, :9])
+    out, after = decoder.jitted(cache, decoder.x[:, :3])
+    assert np.isnan(out).all()
+    for name in ("cached_key", "cached_value"):
+        np.testing.assert_array_equal(after[name], cache[name])
+    # And it does not forget that something was lost, if it goes on at all.
+    more, _ = decoder.jitted(after, decoder.x[:, :3])
+    assert np.isnan(more).all()
+    # Up to the last place, all is well.
+    out, _ = decoder.jitted(cache, decoder.x[:, 9:])
+    assert_close(out, decoder.want[:, 9:], 1e-5)
+
+
+def test_two_batch_axes_and_none_decode():
+    for batch in ((2, 3), ()):
+        decoder = decoder_of("plain", batch)
+        assert_close(decoder.run((4, 6, 1)), decoder.want, 1e-5)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    decoder = decoder_of("plain")
+    with pytest.raises(ValueError, match="batch"):
+        decoder.step(decoder.cache, normal(3, 1, 12))
