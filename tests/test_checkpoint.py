@@ -1,0 +1,224 @@
+"""Promises of the checkpoints: whole, exact, strict, and wary of what the disk gives back."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
+from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.step import make_epoch, make_train_step, squared_error
+from attention_jax.types import Batch, TrainState
+
+OPTIMIZER = optax.adam(0.01)
+
+
+def new_state(step=0):
+    params = {
+        "out": {"kernel": np.arange(15, dtype=np.float32).reshape(3, 5) + step},
+        "half": np.ones(7, jnp.bfloat16),
+    }
+    return TrainState(np.int32(step), params, OPTIMIZER.init(params), jax.random.key(step))
+
+
+def assert_equal(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def write(directory, *steps):
+    with Checkpoints(directory) as checkpoints:
+        for step in steps:
+            checkpoints.save(new_state(step), {"learning_rate": 0.1})
+
+
+def numbered(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_restores_what_was_saved(tmp_path):
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.restore(new_state()) is None
+        checkpoints.save(new_state(4))
+        checkpoints.save(new_state(4))  # Once more is not an error: SIGTERM may come right after.
+        checkpoints.wait()
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest_step() == 4
+        assert_equal(checkpoints.restore(new_state()), new_state(4))
+        assert_equal(checkpoints.restore(jax.eval_shape(new_state)), new_state(4))
+
+
+def test_keeps_the_newest_and_clears_the_unfinished(tmp_path):
+    write(tmp_path, 1, 2, 3)
+    assert numbered(tmp_path) == ["2", "3"]
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 3
+    assert numbered(tmp_path) == ["2", "3"]
+    with pytest.raises(ValueError, match="keep must be at least 2 checkpoints: got 1"):
+        Checkpoints(tmp_path, keep=1)
+
+
+def test_an_older_step_is_not_dropped_silently(tmp_path):
+    write(tmp_path, 5)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(RuntimeError, match="holds step 5"):
+        checkpoints.save(new_state(3))
+
+
+def test_donated_state_is_saved_as_it_was(tmp_path):
+    add = jax.jit(
+        lambda s: s._replace(params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        state = jax.device_put(new_state(2))
+        params = {"out": {"kernel": jnp.zeros((2000, 2000))}}
+        state = state._replace(params=params)
+        checkpoints.save(state)
+        for _ in range(5):
+            state = add(state)
+        found = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert not found.params["out"]["kernel"].any()
+
+
+def test_misfit_names_the_leaves(tmp_path):
+    write(tmp_path, 2)
+    state = new_state()
+    params = {"out": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"^the checkpoint of step 2 does not fit: ") as error:
+            checkpoints.restore(state._replace(params=params))
+        assert "params.half: wanted nothing, found bfloat16[7]" in str(error.value)
+        assert "params.out.bias: wanted float32[3], found nothing" in str(error.value)
+        assert "params.out.kernel: wanted float32[3, 4], found float32[3, 5]" in str(error.value)
+        with pytest.raises(ValueError, match="opt_state"):
+            checkpoints.restore(state._replace(opt_state=optax.sgd(0.1).init(state.params)))
+        with pytest.raises(ValueError, match="step: wanted int16"):
+            checkpoints.restore(state._replace(step=np.int16(0)))
+        with pytest.raises(ValueError, match="rng: wanted"):
+            checkpoints.restore(state._replace(rng=jax.random.key(0, impl="rbg")))
+    assert numbered(tmp_path) == ["2"], "a misfit is the caller's mistake, not a broken checkpoint"
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "gone": lambda path: path.unlink(),
+    "changed": lambda path: path.write_bytes(bytes(255 - b for b in path.read_bytes())),
+}
+
+
+# The reader's threads may still answer when its event loop is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "state/_METADATA", "about/metadata"])
+def test_broken_newest_gives_way_to_the_one_before(tmp_path, capfd, part, damage):
+    write(tmp_path, 2, 4)
+    DAMAGES[damage](tmp_path / "4" / part)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(new_state()), new_state(2))
+        assert f"Checkpoint {tmp_path / '4'} is broken" in capfd.readouterr().err
+        assert checkpoints.latest_step() == 2
+        checkpoints.save(new_state(4))  # The resumed run comes by again.
+        assert_equal(checkpoints.restore(new_state()), new_state(4))
+    assert numbered(tmp_path) == ["2", "4", "4.broken"]
+
+
+def test_arrays_that_read_well_but_differ_are_noticed(tmp_path, capsys):
+    write(tmp_path, 2, 4)
+    # The arrays of step 2 in the place of step 4: no reader complains.
+    shutil.rmtree(tmp_path / "4" / "state")
+    shutil.copytree(tmp_path / "2" / "state", tmp_path / "4" / "state")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(new_state()).step) == 2
+    assert "do not match their fingerprint" in capsys.readouterr().err
+
+
+def test_nothing_but_broken_checkpoints_is_an_error(tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / "2" / "about" / "metadata").unlink()
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(RuntimeError, match=r"broken: \[2\]"):
+        checkpoints.restore(new_state())
+
+
+def test_parameters_of_another_run_are_read_and_not_touched(tmp_path):
+    run = tmp_path / "run"
+    write(run / "checkpoints", 2, 4)
+    (run / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    assert_equal(restore_params(run, new_state().params), new_state(4).params)
+    with pytest.raises(ValueError, match=r"params\.half: wanted nothing"):
+        restore_params(run, {"out": new_state().params["out"]})
+    (run / "checkpoints" / "4" / "about" / "metadata").unlink()
+    assert_equal(restore_params(run, new_state().params), new_state(2).params)
+    assert numbered(run / "checkpoints") == ["2", "4", "6.orbax-checkpoint-tmp"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        restore_params(tmp_path / "elsewhere", new_state().params)
+
+
+def test_fingerprint_sees_paths_types_shapes_and_bytes():
+    tree = {"a": np.zeros((2, 3), np.float32), "b": np.arange(4, dtype=np.int32)}
+    same = {"b": jnp.arange(4, dtype=jnp.int32), "a": jnp.zeros((2, 3))}
+    others = [
+        {"a": tree["a"], "c": tree["b"]},
+        {"a": tree["a"].reshape(3, 2), "b": tree["b"]},
+        {"a": tree["a"].view(np.int32), "b": tree["b"]},
+        {"a": tree["a"] + np.float32(1e-20), "b": tree["b"]},
+        {"a": tree["a"], "b": tree["b"][::-1]},
+    ]
+    assert fingerprint(tree) == fingerprint(same)
+    assert len({fingerprint(t) for t in [tree, *others]}) == 6
+    assert len(fingerprint(tree)) == 64
+
+
+def run(launcher, state, num_steps):
+    """`num_steps` steps of two per call, whose noise depends on the key in the state."""
+
+    def sample(rng, rows):
+        x = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(rng, row), (1, 3)))(rows)
+        return Batch(x, x[..., ::-1], jnp.ones((len(rows), 1)))
+
+    def apply(params, batch, rng):
+        return batch.inputs @ params["kernel"] + 0.1 * jax.random.normal(rng, (3,))
+
+    step = make_train_step(squared_error(apply), OPTIMIZER, axis_name=launcher.axis_name)
+    epoch = launcher.compile(
+        make_epoch(step, sample, 2, rng=jax.random.key(9), constrain=launcher.constrain),
+        donate=True,
+    )
+    state, rows = launcher.put_state(state), launcher.put_batch(np.arange(8))
+    for _ in range(num_steps // 2):
+        state, _ = epoch(state, rows)
+    return state
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_resumed_run_ends_like_the_uninterrupted_one(tmp_path, name):
+    launcher = LAUNCHERS[name]()
+
+    def start():
+        params = {"kernel": np.eye(3, dtype=np.float32)}
+        return TrainState(np.int32(0), params, OPTIMIZER.init(params), jax.random.key(1))
+
+    whole = run(launcher, start(), 8)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(run(launcher, start(), 4))
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed = run(launcher, checkpoints.restore(start()), 4)
+    assert fingerprint(resumed) == fingerprint(whole)
+    assert int(resumed.step) == 8
+    assert fingerprint(start()) != fingerprint(whole)
+
+
+def test_orbax_is_imported_only_to_open_a_directory():
+    code = (
+        "import attention_jax.training.checkpoint, sys; sys.exit('orbax.checkpoint' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,149 @@
+"""Promises of the launchers: the same training on one device and on eight."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attention_jax.tasks import TASKS
+from attention_jax.tasks.teacher import attention_layer
+from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.step import (
+    make_epoch,
+    make_eval_step,
+    make_evaluation,
+    make_train_step,
+    squared_error,
+)
+from attention_jax.types import TrainState
+
+B, T, D, N, H = 16, 5, 6, 2, 3
+TASK = TASKS["teacher"](seq_length=T, features=D, num_heads=N)
+OPTIMIZER = optax.sgd(0.3)
+
+many = pytest.mark.parametrize("name", ["pmap", "sharded"])
+
+
+def sample(rng, rows):
+    """The teacher's batch, with weights that differ within a device and between devices."""
+    batch = TASK.sample(rng, rows)
+    return batch._replace(weights=batch.weights * (rows % 5)[:, None])
+
+
+def apply(params, batch, rng):
+    return jax.vmap(lambda x: attention_layer(x, **params))(batch.inputs)
+
+
+def new_state():
+    # On the host: a launcher places it, and may give its memory away.
+    draw = np.random.RandomState(3).standard_normal
+    shapes = {"query": (D, N, H), "key": (D, N, H), "value": (D, N, H), "out": (N, H, D)}
+    params = {name: np.float32(D**-0.5 * draw(shape)) for name, shape in shapes.items()}
+    return TrainState(np.int32(0), params, OPTIMIZER.init(params), jax.random.key(0))
+
+
+def make_program(launcher, accumulate=1, num_steps=50):
+    step = make_train_step(
+        squared_error(apply), OPTIMIZER, axis_name=launcher.axis_name, accumulate=accumulate
+    )
+    return make_epoch(step, sample, num_steps, rng=jax.random.key(1), constrain=launcher.constrain)
+
+
+@functools.cache
+def trained(name, accumulate=1):
+    launcher = LAUNCHERS[name]()
+    epoch = launcher.compile(make_program(launcher, accumulate), donate=True)
+    state, metrics = epoch(launcher.put_state(new_state()), launcher.put_batch(np.arange(B)))
+    return jax.tree.map(np.asarray, (state._replace(rng=jax.random.key_data(state.rng)), metrics))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@many
+def test_launchers_agree_after_fifty_steps(name, accumulate):
+    assert jax.device_count() == 8
+    one, many = trained("single"), trained(name, accumulate)
+    assert one[1]["loss"][-1] < 0.7 * one[1]["loss"][0]
+    for path, expected in jax.tree.leaves_with_path(one):
+        got = dict(jax.tree.leaves_with_path(many))[path]
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        error = np.abs(np.float64(got) - np.float64(expected)).max()
+        assert error <= 1e-5 * np.abs(np.float64(expected)).max(), path
+
+
+@functools.cache
+def evaluated(name):
+    launcher = LAUNCHERS[name]()
+    eval_step = make_eval_step(squared_error(apply), axis_name=launcher.axis_name)
+    program = make_evaluation(
+        eval_step, sample, 2, rng=jax.random.key(2), constrain=launcher.constrain
+    )
+    params = launcher.put_state(new_state().params)
+    metrics = launcher.compile(program)(params, launcher.put_batch(np.arange(B)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+    return metrics
+
+
+@many
+def test_evaluation_agrees(name):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        evaluated(name),
+        evaluated("single"),
+    )
+
+
+@many
+@pytest.mark.parametrize("size", [4, 12, 0])
+def test_batch_that_cannot_be_split_is_refused_with_both_numbers(name, size):
+    with pytest.raises(ValueError, match=rf"^a batch of {size} rows .* 8 devices[^\n]*$"):
+        LAUNCHERS[name]().put_batch({"rows": np.arange(size)})
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_batch_is_any_tree_and_keeps_its_order(name):
+    tree = {"a": np.arange(B), "b": (jnp.arange(3.0 * B).reshape(B, 3),)}
+    placed = LAUNCHERS[name]().put_batch(tree)
+    for x, y in zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(np.reshape(x, y.shape), y)
+    devices = 1 if name == "single" else 8
+    if name != "pmap":  # pmap deals its rows out at the call.
+        assert all(len(x.sharding.device_set) == devices for x in jax.tree.leaves(placed))
+
+
+COMPILATIONS = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILATIONS.append(event) if "backend_compile" in event else None
+)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_state_is_donated_and_the_second_call_compiles_nothing(name):
+    launcher = LAUNCHERS[name]()
+    epoch = launcher.compile(make_program(launcher, num_steps=2), donate=True)
+    rows = launcher.put_batch(np.arange(B))
+    first = launcher.put_state(new_state())
+    COMPILATIONS.clear()
+    second, _ = epoch(first, rows)
+    assert COMPILATIONS
+    assert first.params["query"].is_deleted()
+    COMPILATIONS.clear()
+    third, _ = epoch(second, rows)
+    assert not COMPILATIONS
+    assert int(third.step) == 4
+
+
+def test_sharded_batch_is_made_in_parts():
+    launcher = LAUNCHERS["sharded"]()
+    compiled = launcher.compile(make_program(launcher, accumulate=2))
+    lowered = compiled.lower(launcher.put_state(new_state()), launcher.put_batch(np.arange(B)))
+    text = lowered.compile().as_text()
+    leading = {int(n) for n in re.findall(rf"f32\[(\d+),{T},{D}\]", text)}
+    assert B // 8 in leading
+    assert B not in leading, "a device makes the whole batch"
+    assert "all-gather" not in text
+    assert "all-to-all" not in text

@@ -1,0 +1,241 @@
+"""Promises of the training step: sums before means, whole batch or parts, whole run or pieces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attention_jax.training.step import (
+    check_finite,
+    cross_entropy,
+    make_epoch,
+    make_eval_step,
+    make_evaluation,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    squared_error,
+    summarize,
+)
+from attention_jax.types import Batch, TrainState
+
+D = 3
+SGD = optax.sgd(0.1)
+
+
+def sample(rng, rows):
+    """Vectors to be mapped linearly; the weights differ from row to row, and some are 0."""
+    inputs = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(rng, row), (2, D)))(rows)
+    weights = jnp.broadcast_to((rows % 3)[:, None], (len(rows), 2)).astype(jnp.float32)
+    return Batch(inputs, inputs[..., ::-1], weights)
+
+
+def apply(params, batch, rng):
+    return batch.inputs @ params["kernel"] + params["bias"]
+
+
+def noisy_apply(params, batch, rng):
+    """Stands for dropout: adds what the key says to the bias alone."""
+    noise = 0.0 if rng is None else jax.random.normal(rng, (D,))
+    return apply(params, batch, rng) + noise
+
+
+def new_state(optimizer=SGD, seed=0):
+    params = {"kernel": jnp.eye(D) * 0.5, "bias": jnp.arange(D) * 0.1}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
+
+
+BATCH = sample(jax.random.key(1), jnp.arange(12))
+
+
+def assert_same(got, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
+
+
+def test_step_descends_the_gradient_of_the_weighted_mean():
+    state, metrics = jax.jit(make_train_step(squared_error(apply), SGD))(new_state(), BATCH)
+
+    def mean_loss(params):
+        x, y, weight = (np.asarray(a, np.float64) for a in BATCH[:3])
+        error = x @ params["kernel"] + params["bias"] - y
+        return (weight * (error**2).mean(-1)).sum() / weight.sum()
+
+    old = {k: np.asarray(v, np.float64) for k, v in new_state().params.items()}
+    gradient = {k: np.zeros_like(v) for k, v in old.items()}
+    for name, value in old.items():
+        for index in np.ndindex(value.shape):
+            for sign in (1, -1):
+                value[index] += sign * 1e-4
+                gradient[name][index] += sign * mean_loss(old) / 2e-4
+                value[index] -= sign * 1e-4
+    expected = {name: old[name] - 0.1 * gradient[name] for name in old}
+    assert_same(state.params, expected, atol=1e-6)
+    norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+    assert_same(
+        metrics,
+        {"loss": mean_loss(old), "weight": float(BATCH.weights.sum()), "grad_norm": norm},
+        rtol=1e-5,
+    )
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 6])
+def test_accumulation_is_the_whole_batch(accumulate):
+    whole = jax.jit(make_train_step(squared_error(apply), SGD))
+    parts = jax.jit(make_train_step(squared_error(apply), SGD, accumulate=accumulate))
+    assert_same(parts(new_state(), BATCH)[0].params, whole(new_state(), BATCH)[0].params, rtol=1e-5)
+    assert_same(parts(new_state(), BATCH)[1], whole(new_state(), BATCH)[1], rtol=1e-5)
+
+
+def test_accumulation_refuses_a_remainder_and_nonsense():
+    step = make_train_step(squared_error(apply), SGD, accumulate=5)
+    with pytest.raises(ValueError, match=r"12 rows .* 5 parts"):
+        step(new_state(), BATCH)
+    with pytest.raises(ValueError, match="accumulate must be at least 1: got 0"):
+        make_train_step(squared_error(apply), SGD, accumulate=0)
+
+
+def test_dropout_key_changes_with_seed_step_and_part_only():
+    seen = []
+
+    def spy(params, batch, rng):
+        jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), jax.random.key_data(rng))
+        return apply(params, batch, rng)
+
+    def keys(state, accumulate=1):
+        seen.clear()
+        step = make_train_step(squared_error(spy), SGD, accumulate=accumulate)
+        jax.block_until_ready(step(state, BATCH))
+        jax.effects_barrier()
+        return list(seen)
+
+    state = new_state()
+    all_keys = (
+        keys(state)
+        + keys(state._replace(step=jnp.int32(1)))
+        + keys(new_state(seed=1))
+        + keys(state, accumulate=2)
+    )
+    assert len(all_keys) == len(set(all_keys)) == 5
+    assert keys(state) == all_keys[:1]
+
+
+def test_evaluation_has_no_dropout_and_adds_up():
+    eval_step = make_eval_step(squared_error(noisy_apply))
+    params = new_state().params
+    halves = [Batch(*(x[part] for x in BATCH[:3])) for part in (slice(0, 5), slice(5, 12))]
+    whole = eval_step(params, BATCH)
+    assert_same(jax.tree.map(jnp.add, *(eval_step(params, h) for h in halves)), whole, rtol=1e-5)
+
+    rng, rows = jax.random.key(4), jnp.arange(5)
+    evaluate = jax.jit(make_evaluation(eval_step, sample, 3, rng=rng))
+    sums = [eval_step(params, sample(jax.random.fold_in(rng, i), rows)) for i in range(3)]
+    expected = sum(s["loss"] for s in sums) / sum(s["weight"] for s in sums)
+    assert_same(evaluate(params, rows)["loss"], expected, rtol=1e-5)
+    assert_same(summarize(whole)["loss"], whole["loss"] / whole["weight"], rtol=0)
+
+
+def test_cross_entropy_counts_by_weight():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    targets = logits.argmax(-1).at[0, 0].set(0).at[1, 1].set(6)
+    weights = jnp.array([[1.0, 0.5, 0.0], [2.0, 1.0, 1.0]])
+    batch = Batch(inputs=targets, targets=targets, weights=weights)
+    loss, sums = cross_entropy(lambda params, batch, rng: logits)(None, batch, None)
+    expected = correct = 0.0
+    for b, p in np.ndindex(2, 3):
+        row = np.asarray(logits[b, p], np.float64)
+        chance = np.exp(row[targets[b, p]]) / np.exp(row).sum()
+        expected -= float(weights[b, p]) * np.log(chance)
+        correct += float(weights[b, p]) * (row.argmax() == targets[b, p])
+    assert_same((loss, sums), (expected, {"weight": 5.5, "accuracy": correct}), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [squared_error, cross_entropy])
+def test_loss_is_summed_in_float32(loss):
+    predictions = jnp.ones((40, 50, 2), jnp.bfloat16)
+    targets = jnp.zeros((40, 50, 2) if loss is squared_error else (40, 50), jnp.int32)
+    batch = Batch(targets, targets, jnp.ones((40, 50)))
+    total, _ = loss(lambda *_: predictions)(None, batch, None)
+    assert total.dtype == jnp.float32
+    np.testing.assert_allclose(total, 2000 * (1 if loss is squared_error else np.log(2)), rtol=1e-5)
+
+
+def test_run_in_pieces_is_the_run_in_one():
+    optimizer = optax.adam(0.01)
+    step = make_train_step(squared_error(noisy_apply), optimizer)
+    rng, rows = jax.random.key(5), jnp.arange(4)
+    long = jax.jit(make_epoch(step, sample, 6, rng=rng))
+    short = jax.jit(make_epoch(step, sample, 2, rng=rng))
+    state, whole = long(new_state(optimizer), rows)
+    piece, pieces = new_state(optimizer), []
+    for _ in range(3):
+        piece, metrics = short(piece, rows)
+        pieces.append(metrics)
+    pieces = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
+    jax.tree.map(np.testing.assert_array_equal, pieces, whole)
+    jax.tree.map(np.testing.assert_array_equal, piece.params, state.params)
+    assert len(np.unique(whole["loss"])) == 6
+    assert int(piece.step) == 6
+
+
+def test_divergence_is_named_and_never_hidden():
+    state = new_state()._replace(params={"kernel": jnp.full((D, D), jnp.nan), "bias": jnp.ones(D)})
+    state, metrics = jax.jit(make_train_step(squared_error(apply), SGD))(state, BATCH)
+    assert np.isnan(metrics["loss"])
+    assert np.isnan(state.params["bias"]).all()
+    metrics = {"loss": np.array([1.0, 2.0, np.nan]), "grad_norm": np.array([1.0, np.inf, np.nan])}
+    with pytest.raises(FloatingPointError, match="diverged at step 41: grad_norm is inf"):
+        check_finite(metrics, first_step=40)
+    check_finite({"loss": np.ones(3)}, first_step=0)
+
+
+def test_schedule_rises_stays_and_falls():
+    constant = make_schedule(2.0, warmup_steps=4)
+    np.testing.assert_allclose([constant(i) for i in (0, 1, 3, 4, 99)], [0.5, 1.0, 2.0, 2.0, 2.0])
+    cosine = make_schedule(2.0, schedule="cosine", warmup_steps=2, total_steps=10)
+    np.testing.assert_allclose(
+        [cosine(i) for i in (0, 1, 2, 6, 10, 11)], [1.0, 2.0, 2.0, 1.0, 0.0, 0.0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({"name": "adam"}, optax.adam(1e-2)),
+        ({"name": "adamw", "weight_decay": 0.1}, optax.adamw(1e-2, weight_decay=0.1)),
+        ({"name": "sgd", "momentum": 0.9}, optax.sgd(1e-2, momentum=0.9)),
+        (
+            {"name": "sgd", "clip_norm": 0.01},
+            optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1e-2)),
+        ),
+    ],
+)
+def test_optimizer_is_the_one_of_optax(settings, reference):
+    trained = []
+    for optimizer in (make_optimizer(**settings, learning_rate=1e-2), reference):
+        epoch = make_epoch(
+            make_train_step(squared_error(apply), optimizer), sample, 3, rng=jax.random.key(0)
+        )
+        trained.append(jax.jit(epoch)(new_state(optimizer), jnp.arange(4))[0].params)
+    assert_same(*trained, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "lion"}, "optimizer must be 'adam', 'adamw' or 'sgd': got 'lion'"),
+        ({"name": "adam", "weight_decay": 0.1}, "adam has no weight_decay"),
+        ({"name": "adamw", "momentum": 0.1}, "momentum belongs to sgd"),
+        ({"clip_norm": -1.0}, "must not be negative"),
+        ({"learning_rate": -1.0}, "must not be negative"),
+        ({"learning_rate": float("nan")}, "must not be negative"),
+        ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine': got 'linear'"),
+        ({"schedule": "cosine"}, "a cosine needs total_steps > warmup_steps"),
+        ({"schedule": "cosine", "warmup_steps": 9, "total_steps": 9}, "total_steps=9"),
+    ],
+)
+def test_bad_optimizer_setting_is_refused_in_one_line(settings, words):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        make_optimizer(**settings)
+    assert words in str(error.value)
