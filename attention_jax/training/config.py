@@ -230,10 +230,12 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
 
     model, optimizer, train = config.model, config.optimizer, config.train
     if model.name == "selfhead":
-        for field in ("num_kv_heads", "head_dim", "qk_norm", "dropout_rate"):
-            if model[field]:
+        for field, without in (("num_kv_heads", None), ("qk_norm", False)):
+            if model[field] != without:
                 path = f"model.{field}"
-                yield path, f"{_label(path)} is for multihead only: got {model[field]!r}."
+                yield path, f"config.{path} is for multihead only: got {model[field]!r}."
+        if model.positions == "rotary":
+            yield "model.positions", "config.model.positions='rotary' is for multihead only."
         heads, kv_heads = 1, 1
     else:
         heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads

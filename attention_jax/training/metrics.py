@@ -1,7 +1,7 @@
 """Where the numbers of a run go: a screen, a JSON lines file, TensorBoard.
 
-A row is a flat dict: `step` and `epoch`, which count what is done, `seconds`, and the metrics. Every
-writer has `write(row)` and `close()`.
+A row is a flat dict: `step` and `epoch`, which count what is done, `seconds`, and the metrics.
+Every writer has `write(row)` and `close()`.
 """
 
 import json
@@ -15,6 +15,15 @@ Row = Mapping[str, int | float]
 
 # The axis of a plot, not a curve.
 _COUNTERS = ("step", "epoch", "seconds")
+
+
+# What the console shows, and how it calls it.
+_LABELS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "held-out accuracy",
+}
 
 
 class Writer(Protocol):
@@ -44,7 +53,8 @@ class JsonLines:
                 break
             self.rows.append(row)
             kept += len(line)
-        self._file.truncate(kept)
+        if os.fstat(self._file.fileno()).st_size > kept:
+            self._file.truncate(kept)
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
@@ -124,11 +134,11 @@ class Console:
             self._bar.set_postfix_str(metrics_line(row), refresh=False)
         elif row["step"] == 1 or epoch % self._interval == 0 or epoch == self._epochs:
             width = len(str(self._epochs))
-            print(
-                f"epoch {epoch:{width}}/{self._epochs}  step {row['step']:<6} {metrics_line(row)}",
-                file=self._stream,
-                flush=True,
+            counters = (
+                f"epoch {epoch:{width}}/{self._epochs}  step {row['step']:<6}"
+                f" {row['seconds']:6.1f} s"
             )
+            print(f"{counters}  {metrics_line(row)}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -136,9 +146,9 @@ class Console:
 
 
 def metrics_line(row: Row) -> str:
-    """The metrics of a row in a line.
+    """What a reader wants to know of a row, in a line.
 
-    >>> metrics_line({"step": 3, "epoch": 1, "loss": 0.5, "eval_loss": 0.25})
-    'loss 0.5  eval_loss 0.25'
+    >>> metrics_line({"step": 3, "epoch": 1, "loss": 0.5, "grad_norm": 7.0, "eval_loss": 0.25})
+    'loss 0.5  held-out loss 0.25'
     """
-    return "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in _COUNTERS)
+    return "  ".join(f"{label} {row[name]:.4g}" for name, label in _LABELS.items() if name in row)

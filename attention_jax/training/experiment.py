@@ -1,0 +1,434 @@
+"""Builds everything that a config names, and runs the loop.
+
+>>> from attention_jax.training import config, experiment
+>>> result = experiment.run(config.default_config(), workdir="runs/first")  # doctest: +SKIP
+>>> result.metrics["eval_loss"]                                             # doctest: +SKIP
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from attention_jax import __version__
+from attention_jax.models import SequenceModel
+from attention_jax.tasks import TASKS, Task
+from attention_jax.training import step as steps
+from attention_jax.training.checkpoint import fingerprint, restore_params
+from attention_jax.training.config import ConfigError, RunError, check
+from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.metrics import Console, metrics_line
+from attention_jax.training.run_directory import NoDirectory, RunDirectory, claim, owned
+from attention_jax.types import Array, Batch, PyTree, TrainState
+
+# The streams of randomness, each `fold_in(key(seed), stream)`.
+_PARAMS, _TRAIN, _HELD_OUT, _DROPOUT = range(4)
+
+
+class Interrupted(RunError):
+    """SIGTERM or SIGINT ended the run, after its state was saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Diverged(RunError):
+    """The loss or a gradient is no longer a number."""
+
+
+class Result(NamedTuple):
+    """What a complete run leaves.
+
+    Attributes:
+        params: The trained parameters.
+        metrics: What `result.json` holds: `step`, `first_loss`, `train_loss`, `eval_loss` and the
+            other metrics of the held-out batches, `seconds`, `steps_per_second`, `num_params` and
+            `fingerprint`.
+        history: What `metrics.jsonl` holds, a row for every epoch and one for the first step.
+    """
+
+    params: PyTree
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
+    """Trains what the config says, or finishes what an earlier run in `workdir` began.
+
+    Args:
+        config: From `default_config`, with any fields changed.
+        workdir: The run directory. None: nothing is written.
+
+    Returns:
+        The result, also of a run that had finished before.
+
+    Raises:
+        ConfigError: Something in the config, or about the run directory, cannot be.
+        Diverged: NaN or infinity, named with its step; the last good checkpoint is kept.
+        Interrupted: After SIGTERM or SIGINT, with a checkpoint saved.
+    """
+    check(config)
+    # "Unable to initialize backend 'tpu'" is no news on a machine without one.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    _keep_compiled_programs()
+    if workdir is None:
+        return _run(config, NoDirectory())
+    with owned(Path(workdir)) as path:
+        claim(path, config, _versions())
+        with contextlib.closing(RunDirectory(path, config)) as directory:
+            return _run(config, directory)
+
+
+# What is run -------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run and what they work on.
+
+    Attributes:
+        task: What is learnt.
+        init: `() -> TrainState`.
+        put_state: Places a state on the devices.
+        epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the state given is used up.
+        evaluate: `(params, rows) -> metrics` on the held-out batches.
+        baseline: `() -> loss` of the task's baseline on them.
+        rows: The row numbers of a batch, split over the devices.
+    """
+
+    task: Task
+    init: Callable[[], TrainState]
+    put_state: Callable[[TrainState], TrainState]
+    epoch: Callable[[TrainState, Array], tuple[TrainState, dict]]
+    evaluate: Callable[[PyTree, Array], dict]
+    baseline: Callable[[], Array]
+    rows: Array
+
+
+def build(config: ConfigDict) -> Program:
+    """Builds what a config names; nothing is compiled yet.
+
+    Raises:
+        ConfigError: The task, the model, the optimizer or the devices cannot honour the config.
+    """
+    try:
+        return _build(config)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _build(config):
+    launcher = LAUNCHERS[config.launcher]()
+    rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
+    task = make_task(config)
+    model = make_model(config, task)
+    num_steps = config.train.steps_per_epoch
+    settings = config.optimizer.to_dict()
+    accumulate = settings.pop("accumulate")
+    optimizer = steps.make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
+
+    def apply(params: PyTree, batch: Batch, rng: Array | None) -> Array:
+        return model.apply(
+            {"params": params},
+            batch.inputs,
+            positions=batch.positions,
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+
+    loss_fn = steps.LOSSES[task.loss](apply)
+    if rows.shape[-1] % accumulate:  # [B], or [devices, B / devices]
+        raise ValueError(
+            f"{rows.shape[-1]} rows (per device) cannot be accumulated in {accumulate} parts."
+        )
+
+    def stream(number):
+        return jax.random.fold_in(jax.random.key(config.seed), number)
+
+    # The keys are made inside the programs: outside, each operation would be a program of its own.
+    def init() -> TrainState:
+        example = task.sample(stream(_TRAIN), jnp.arange(1))
+        variables = model.init(stream(_PARAMS), example.inputs, positions=example.positions)
+        params = variables["params"]
+        return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
+
+    def epoch(state: TrainState, rows: Array) -> tuple[TrainState, dict]:
+        step = steps.make_train_step(
+            loss_fn, optimizer, axis_name=launcher.axis_name, accumulate=accumulate
+        )
+        return steps.make_epoch(
+            step, task.sample, num_steps, rng=stream(_TRAIN), constrain=launcher.constrain
+        )(state, rows)
+
+    def evaluate(params: PyTree, rows: Array) -> dict:
+        step = steps.make_eval_step(loss_fn, axis_name=launcher.axis_name)
+        return steps.make_evaluation(
+            step,
+            task.sample,
+            config.eval.num_batches,
+            rng=stream(_HELD_OUT),
+            constrain=launcher.constrain,
+        )(params, rows)
+
+    def baseline() -> Array:
+        # The rows of all held-out batches as one batch, whole whatever the launcher.
+        def batch(index):
+            rng = jax.random.fold_in(stream(_HELD_OUT), index)
+            return task.sample(rng, jnp.arange(config.train.batch_size))
+
+        batches = jax.vmap(batch)(jnp.arange(config.eval.num_batches))
+        return task.baseline[1](jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
+
+    return Program(
+        task=task,
+        init=jax.jit(init),
+        put_state=launcher.put_state,
+        epoch=launcher.compile(epoch, donate=True),
+        evaluate=launcher.compile(evaluate),
+        baseline=jax.jit(baseline),
+        rows=rows,
+    )
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The task that `config.task` names; the teacher is as wide as its student."""
+    settings = config.task.to_dict()
+    name = settings.pop("name")
+    if name == "teacher":
+        heads = config.model.num_heads if config.model.name == "multihead" else 1
+        settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}
+    return TASKS[name](**settings)
+
+
+def make_model(config: ConfigDict, task: Task) -> SequenceModel:
+    """The model that `config.model` names, as wide and long as the task."""
+    settings = config.model.to_dict()
+    dtype = jnp.dtype(settings.pop("dtype"))
+    return SequenceModel(
+        attention=settings.pop("name"),
+        vocab_size=task.vocab_size,
+        max_length=config.task.seq_length,
+        dtype=dtype,
+        **settings,
+    )
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+def _run(config, store):
+    started = time.perf_counter()
+    program = build(config)
+    with _StopSignals() as stop:
+        state = store.restore(program.init)
+        if store.result is not None:
+            _say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")
+            return Result(state.params, store.result, list(store.rows))
+        state = program.put_state(_first_state(config, program) if state is None else state)
+        _announce(config, program, state, store.step)
+        state, history, pace = _train(config, program, state, store, started, stop)
+    result = _summary(program, state, history, pace)
+    _say(store.complete(result.metrics))
+    return result
+
+
+def _first_state(config, program):
+    state = program.init()
+    if config.init_from:
+        try:
+            params = restore_params(Path(config.init_from), like=state.params)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--init_from={config.init_from}: {error}") from error
+        state = state._replace(params=params)
+    return state
+
+
+def _train(config, program, state, store, started, stop):
+    """Runs the epochs that are left; returns the state, all rows, and the steps per second."""
+    num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
+    first_epoch = store.step // num_steps
+    history = list(store.rows)
+    if history:
+        started -= history[-1]["seconds"]
+
+    def record(epoch, metrics, held_out):
+        """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
+        metrics, held_out = jax.device_get((metrics, held_out))
+        first_step = (epoch - 1) * num_steps + 1
+        try:
+            steps.check_finite(metrics, first_step)
+        except FloatingPointError as error:
+            raise Diverged(str(error)) from error
+        for row in _rows(epoch, first_step, metrics, held_out):
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            history.append(row)
+            store.write(row)
+            console.write(row)
+
+    run_epoch, evaluate = _FirstCallTimed(program.epoch), _FirstCallTimed(program.evaluate)
+    begun, waiting = time.perf_counter(), None
+    with contextlib.closing(Console(epochs, first_epoch)) as console:
+        for epoch in range(first_epoch + 1, epochs + 1):
+            last = epoch == epochs
+            state, metrics = run_epoch(state, program.rows)
+            held_out = {}
+            if last or epoch % config.eval.every_epochs == 0:
+                held_out = evaluate(state.params, program.rows)
+            # One epoch late, so that the devices have this one to work on while the host writes.
+            if waiting is not None:
+                record(*waiting)
+            waiting = epoch, metrics, held_out
+            if last or stop.number or epoch % config.checkpoint.every_epochs == 0:
+                # Saved only once it is known to be sound, and with its rows on the disk.
+                record(*waiting)
+                waiting = None
+                store.save(state)
+            if stop.number and not last:
+                name = signal.Signals(stop.number).name
+                raise Interrupted(f"stopped by {name} at step {epoch * num_steps}.", stop.number)
+    done = (epochs - first_epoch) * num_steps
+    if not done:
+        return state, history, None
+    compiling = run_epoch.seconds + evaluate.seconds
+    return state, history, done / (time.perf_counter() - begun - compiling)
+
+
+class _FirstCallTimed:
+    """A compiled function that remembers how long its first call took.
+
+    Calls return before the devices have finished, so this is the time of compiling.
+    """
+
+    def __init__(self, function):
+        self._function = function
+        self.seconds: float | None = None
+
+    def __call__(self, *arguments):
+        called = time.perf_counter()
+        result = self._function(*arguments)
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - called
+        return result
+
+
+def _rows(epoch, first_step, metrics, held_out):
+    """The rows of an epoch; every training metric is a mean over the steps since the row before."""
+    num_steps = len(metrics["loss"])
+    metrics, held_out = _loss_first(metrics), _loss_first(held_out)
+    # The first step has a row of its own: where the run came from.
+    ends = [1, num_steps] if first_step == 1 and num_steps > 1 else [num_steps]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        row = {"step": first_step + end - 1, "epoch": epoch}
+        row |= {name: float(values[begin:end].mean()) for name, values in metrics.items()}
+        if end == num_steps:
+            row |= {f"eval_{name}": float(value) for name, value in held_out.items()}
+        yield row
+
+
+def _loss_first(metrics):
+    """As a reader would put them; the weight is known beforehand."""
+    names = sorted(metrics.keys() - {"weight"}, key=lambda name: (name != "loss", name))
+    return {name: metrics[name] for name in names}
+
+
+def _summary(program, state, history, pace):
+    """The result of a run that has come to its end, said and returned."""
+    last = history[-1]
+    params = jax.device_get(state.params)
+    metrics = {
+        "step": last["step"],
+        "first_loss": history[0]["loss"],
+        "train_loss": last["loss"],
+        **{name: value for name, value in last.items() if name.startswith("eval_")},
+        "baseline_loss": float(program.baseline()),
+        "seconds": last["seconds"],
+        # A process that found nothing left to train has no pace of its own.
+        "steps_per_second": round(pace or last["step"] / last["seconds"], 1),
+        "num_params": _num_params(params),
+        "fingerprint": fingerprint(params),
+    }
+    first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
+    _say(
+        f"first loss         {first:.4g}",
+        f"train loss         {metrics['train_loss']:.4g}",
+        f"held-out loss      {final:.4g}; the first loss is {first / final:.4g} times that",
+        f"baseline           {metrics['baseline_loss']:.4g}, {program.task.baseline[0]}",
+    )
+    if "eval_accuracy" in metrics:
+        _say(f"held-out accuracy  {metrics['eval_accuracy']:.2%}")
+    _say(
+        f"{metrics['step']} steps in {seconds:.1f} s, {metrics['steps_per_second']:.0f} per second "
+        f"once compiled; {metrics['num_params']:,} parameters"
+    )
+    return Result(params, metrics, history)
+
+
+def _announce(config, program, state, step):
+    model, train = config.model, config.train
+    devices = sorted(state.step.sharding.device_set, key=lambda device: device.id)
+    _say(
+        f"{config.task.name}: {model.name}, {_num_params(state.params):,} parameters; "
+        f"{train.epochs} epochs of {train.steps_per_epoch} steps of {train.batch_size} sequences; "
+        f"{config.launcher} on {len(devices)} {devices[0].platform} device(s)",
+        *([f"continuing after step {step}"] if step else []),
+    )
+
+
+def _num_params(params):
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _say(*lines):
+    print(*lines, sep="\n", flush=True)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT become a number to look at; a second one acts as it did before.
+
+    Python handles signals in the main thread alone; elsewhere they are left as they are.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number, frame):
+        self.number = number
+        self.__exit__()
+
+
+def _keep_compiled_programs():
+    """A program compiled once is read from the disk by the next process."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _versions():
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "attention_jax": __version__, **versions}

@@ -1,0 +1,197 @@
+"""The directory of a run: who owns it, what run it holds, and what has been written so far.
+
+    workdir/
+        config.json       the complete config of the run, and the versions it ran on
+        checkpoints/      the newest complete one is what the next process continues from
+        metrics.jsonl     one object per logged step
+        tensorboard/      event files, when tensorboardX is there
+        result.json       written last, when the run is complete
+
+Whatever instant a process dies at, the next one finds a directory to continue from: files are
+replaced in one stroke, rows reach the disk before the checkpoint that knows of them, and rows
+behind the newest checkpoint are dropped and written again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from attention_jax.training.checkpoint import DIRECTORY as CHECKPOINTS
+from attention_jax.training.checkpoint import Checkpoints
+from attention_jax.training.config import ConfigError, flatten
+from attention_jax.training.metrics import JsonLines, Row, TensorBoard
+from attention_jax.types import TrainState
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[Path]:
+    """Makes the directory and keeps every other process out of it until the block ends.
+
+    The lock is the kernel's and on the directory itself: it leaves no file, and a killed process
+    leaves no lock.
+
+    Raises:
+        ConfigError: The path is a file, cannot be made, or is owned by another process.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except FileExistsError as error:
+        raise ConfigError(f"the run directory {path} is a file.") from error
+    except OSError as error:
+        raise ConfigError(f"the run directory {path} cannot be used: {error.strerror}.") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield path
+    except BlockingIOError as error:
+        raise ConfigError(f"the run directory {path} is in use by another process.") from error
+    finally:
+        os.close(handle)
+
+
+def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
+    """Notes the config in a fresh directory; in a used one, makes sure that it is the same.
+
+    Raises:
+        ConfigError: The directory holds another run; the line names the fields that differ.
+    """
+    ours = flatten(config)
+    found = read_json(path / "config.json")
+    if found is None:
+        write_json(path / "config.json", {"config": config.to_dict(), "versions": dict(versions)})
+        return
+    theirs = flatten(ConfigDict(found["config"]))
+    differing = [
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ConfigError(f"the run directory {path} holds another run: {', '.join(differing)}.")
+
+
+class RunDirectory:
+    """A claimed directory and all that is written to it.
+
+    Attributes:
+        step: That of the checkpoint restored, 0 when there is none.
+        rows: The rows of the steps up to it.
+        result: What `result.json` holds. None: the run is not complete.
+    """
+
+    def __init__(self, path: Path, config: ConfigDict):
+        self._path = path
+        self._config = config.to_dict()
+        self._checkpoints = Checkpoints(path / CHECKPOINTS, keep=config.checkpoint.keep)
+        self._writers = contextlib.ExitStack()
+        self.step = 0
+        self.rows: list[Row] = []
+        self.result: dict[str, Any] | None = None
+
+    def restore(self, init: Callable[[], TrainState]) -> TrainState | None:
+        """Goes back to the newest checkpoint, and the rows with it; None when there is none.
+
+        Raises:
+            ConfigError: The checkpoints do not fit what `init` would make, or all are broken.
+        """
+        state = None
+        if self._checkpoints.latest_step() is not None:
+            try:
+                state = self._checkpoints.restore(jax.eval_shape(init))
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(f"the run directory {self._path}: {error}") from error
+            self.step = int(state.step)
+        self._lines = JsonLines(self._path / "metrics.jsonl", self.step)
+        self._events = TensorBoard(self._path / "tensorboard", self.step)
+        self._writers.callback(self._lines.close)
+        self._writers.callback(self._events.close)
+        self.rows = list(self._lines.rows)
+        self.result = read_json(self._path / "result.json")
+        if self.result is not None and self.result["step"] != self.step:
+            # The last checkpoint has turned out broken: the end is to be run again.
+            self.result = None
+        return state
+
+    def write(self, row: Row) -> None:
+        self._lines.write(row)
+        self._events.write(row)
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state; the rows up to its step must have been written."""
+        self._lines.sync()
+        self._checkpoints.save(state, self._config)
+
+    def complete(self, result: dict[str, Any]) -> str:
+        """Writes `result.json`, last and in one stroke: a result means that all else is there.
+
+        Returns:
+            What was saved, in a line for the user.
+        """
+        self._checkpoints.wait()
+        write_json(self._path / "result.json", result)
+        self.result = result
+        names = sorted(x.name + "/" * x.is_dir() for x in self._path.iterdir())
+        return f"saved in {self._path}: {', '.join(names)}"
+
+    def close(self) -> None:
+        """Returns when what was saved is on the disk."""
+        with self._writers:
+            self._checkpoints.close()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+
+class NoDirectory:
+    """Stands where a run writes nothing."""
+
+    rows: tuple[Row, ...] = ()
+    result = None
+    step = 0
+
+    def restore(self, init: Callable[[], TrainState]) -> None:
+        return None
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def save(self, state: TrainState) -> None:
+        pass
+
+    def complete(self, result: dict[str, Any]) -> str:
+        return "nothing saved: no --workdir"
+
+    def close(self) -> None:
+        pass
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file. None: there is no such file.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not of a run: {error}") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replaces a file in one stroke: a reader, or a killed process, finds all of it or nothing."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with open(unfinished, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,377 @@
+"""A run is one run, however often it is interrupted, and leaves what it says it leaves."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from attention_jax.training import experiment
+from attention_jax.training.checkpoint import fingerprint
+from attention_jax.training.config import ConfigError, default_config
+from attention_jax.training.metrics import Console, JsonLines, TensorBoard
+from attention_jax.training.run_directory import owned
+
+LAUNCHERS = ["single", "pmap", "sharded"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's compile cache stays as it is."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """Equal configs share their programs: what is tested here is the loop around them."""
+    build, programs = experiment.build, {}
+
+    def cached(config):
+        key = config.to_dict() | {"init_from": ""}
+        key = json.dumps(key, sort_keys=True)
+        if key not in programs:
+            programs[key] = build(config)
+        return programs[key]
+
+    experiment.build = cached
+    yield
+    experiment.build = build
+
+
+def tiny(**changes):
+    """Six epochs of three steps, a checkpoint every second one."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "task.seq_length": 5,
+            "model.features": 6,
+            "model.num_heads": 2,
+            "model.dropout_rate": 0.1,
+            "optimizer.learning_rate": 0.03,
+            "train.batch_size": 8,
+            "train.steps_per_epoch": 3,
+            "train.epochs": 6,
+            "eval.num_batches": 2,
+            "eval.every_epochs": 3,
+            "checkpoint.every_epochs": 2,
+        }
+    )
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def rows_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Does something right after the row of a step is written."""
+
+    def arrange(step, action):
+        write = experiment.RunDirectory.write
+
+        def writing(self, row):
+            write(self, row)
+            if row["step"] == step:
+                action()
+
+        monkeypatch.setattr(experiment.RunDirectory, "write", writing)
+        return monkeypatch.undo
+
+    return arrange
+
+
+# What a run leaves -------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_returns(tmp_path, capsys):
+    directory = tmp_path / "deep" / "run"
+    result = experiment.run(tiny(), directory)
+    assert {path.name for path in directory.iterdir()} == {
+        *("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "result.json")
+    }
+    assert json.loads((directory / "result.json").read_text()) == result.metrics
+    assert result.metrics["step"] == 18
+    assert result.metrics["fingerprint"] == fingerprint(result.params)
+    assert result.metrics["num_params"] == 4 * (6 * 6 + 6)
+    assert rows_of(directory) == result.history
+    # A row for the first step, which is where the run came from, and one for each epoch.
+    assert [row["step"] for row in result.history] == [1, 3, 6, 9, 12, 15, 18]
+    assert [row["step"] for row in result.history if "eval_loss" in row] == [9, 18]
+    assert result.metrics["first_loss"] == result.history[0]["loss"]
+    assert result.metrics["eval_loss"] < result.metrics["first_loss"]
+
+    found = json.loads((directory / "config.json").read_text())
+    assert found["config"] == tiny().to_dict()
+    assert found["versions"]["jax"] == jax.__version__
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["12", "18"]
+    assert any((directory / "tensorboard").iterdir())
+    said = capsys.readouterr().out
+    for words in ("first loss", "train loss", "held-out loss", "predicting the mean", "168 param"):
+        assert words in said
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_directory = experiment.run(tiny(), "run")
+    before = sorted(tmp_path.rglob("*"))
+    result = experiment.run(tiny())
+    assert sorted(tmp_path.rglob("*")) == before
+    assert result.metrics["fingerprint"] == with_directory.metrics["fingerprint"]
+
+
+def test_a_row_is_the_mean_since_the_row_before():
+    metrics = {"loss": np.array([8.0, 4, 2]), "weight": np.ones(3)}
+    assert list(experiment._rows(1, 1, metrics, {})) == [
+        {"step": 1, "epoch": 1, "loss": 8.0},
+        {"step": 3, "epoch": 1, "loss": 3.0},
+    ]
+    held_out = {"weight": np.float32(9), "accuracy": np.float32(0.5), "loss": np.float32(2)}
+    assert list(experiment._rows(2, 4, metrics, held_out)) == [
+        {"step": 6, "epoch": 2, "loss": 14 / 3, "eval_loss": 2.0, "eval_accuracy": 0.5}
+    ]
+    one_step = {"loss": np.array([8.0])}
+    assert list(experiment._rows(1, 1, one_step, {})) == [{"step": 1, "epoch": 1, "loss": 8.0}]
+
+
+def test_the_baseline_does_not_depend_on_the_launcher():
+    results = [experiment.run(tiny(launcher=launcher)) for launcher in LAUNCHERS]
+    baselines = {result.metrics["baseline_loss"] for result in results}
+    assert len(baselines) == 1
+    # Nor on a model: it is the spread of the held-out targets.
+    assert 0.05 < baselines.pop() < 5
+
+
+# Interruptions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_crashed_run_ends_like_an_uninterrupted_one(launcher, tmp_path, at_step):
+    config = tiny(launcher=launcher)
+    whole = experiment.run(config, tmp_path / "whole")
+
+    def crash():
+        raise MemoryError
+
+    calm = at_step(15, crash)
+    with pytest.raises(MemoryError):
+        experiment.run(config, tmp_path / "cut")
+    calm()
+    assert [row["step"] for row in rows_of(tmp_path / "cut")] == [1, 3, 6, 9, 12, 15]
+    assert not (tmp_path / "cut" / "result.json").exists()
+    # What a process leaves that is killed in the middle of a line.
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 18, "epo')
+
+    result = experiment.run(config, tmp_path / "cut")
+    assert result.metrics["fingerprint"] == whole.metrics["fingerprint"]
+    assert without_time(rows_of(tmp_path / "cut")) == without_time(whole.history)
+    assert without_time(result.history) == without_time(whole.history)
+    timeless = ("seconds", "steps_per_second")
+    for name in whole.metrics.keys() - set(timeless):
+        assert result.metrics[name] == whole.metrics[name]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_rerun_continues(number, status, tmp_path, at_step):
+    before = signal.getsignal(number)
+    calm = at_step(9, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(experiment.Interrupted, match=signal.Signals(number).name) as stop:
+        experiment.run(tiny(), tmp_path)
+    calm()
+    assert stop.value.status == status
+    assert signal.getsignal(number) == before
+    stopped_at = rows_of(tmp_path)[-1]["step"]
+    assert 9 <= stopped_at < 18
+    assert str(stopped_at) in os.listdir(tmp_path / "checkpoints")
+    assert f"step {stopped_at}" in str(stop.value)
+
+    result = experiment.run(tiny(), tmp_path)
+    assert result.metrics["fingerprint"] == experiment.run(tiny()).metrics["fingerprint"]
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    program = experiment.build(tiny())
+
+    def poisoned(state, rows):
+        epoch = int(state.step) // 3 + 1
+        state, metrics = program.epoch(state, rows)
+        if epoch == 4:
+            metrics["loss"] = metrics["loss"].at[2].set(np.nan)
+        return state, metrics
+
+    config = tiny()
+    monkeypatch.setattr(experiment, "build", lambda config: program._replace(epoch=poisoned))
+    for _ in range(2):  # A rerun meets the same end, and does no harm.
+        with pytest.raises(experiment.Diverged, match=r"step 12: .*loss is nan") as stop:
+            experiment.run(config, tmp_path)
+        assert "\n" not in str(stop.value)
+        assert stop.value.status == 1
+        assert os.listdir(tmp_path / "checkpoints") == ["6"]
+        assert [row["step"] for row in rows_of(tmp_path)][-1] == 9
+        assert not (tmp_path / "result.json").exists()
+
+
+def test_a_complete_run_is_told_not_repeated(tmp_path, capsys, monkeypatch):
+    first = experiment.run(tiny(), tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    monkeypatch.setattr(experiment, "_train", None)
+    again = experiment.run(tiny(), tmp_path)
+    assert "complete" in capsys.readouterr().out
+    assert again.metrics == first.metrics
+    assert again.history == first.history
+    assert fingerprint(again.params) == first.metrics["fingerprint"]
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_a_run_killed_before_its_result_writes_it(tmp_path):
+    first = experiment.run(tiny(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    again = experiment.run(tiny(), tmp_path)
+    assert again.metrics["fingerprint"] == first.metrics["fingerprint"]
+    assert json.loads((tmp_path / "result.json").read_text()) == again.metrics
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def refusal(config, workdir=None):
+    with pytest.raises(ConfigError) as error:
+        experiment.run(config, workdir)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_config_is_refused_by_the_fields_that_differ(tmp_path):
+    experiment.run(tiny(), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    message = refusal(tiny(train__epochs=7, launcher="pmap"), tmp_path)
+    assert "train.epochs is 6 there and 7 here" in message
+    assert "launcher is 'single' there and 'pmap' here" in message
+    assert "seed" not in message
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_directory_has_one_owner(tmp_path):
+    with owned(tmp_path / "run"):
+        assert "in use by another process" in refusal(tiny(), tmp_path / "run")
+    with owned(tmp_path / "run"):
+        pass
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refusal(tiny(), tmp_path / "file")
+    assert "cannot be used" in refusal(tiny(), tmp_path / "file" / "below")
+    (tmp_path / "config.json").write_text("mine")
+    assert "config.json" in refusal(tiny(), tmp_path)
+    assert (tmp_path / "file").read_text() == (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_a_batch_that_the_devices_cannot_split_is_refused():
+    for launcher in ("pmap", "sharded"):
+        message = refusal(tiny(launcher=launcher, train__batch_size=12))
+        assert "12" in message
+        assert str(jax.device_count()) in message
+    message = refusal(tiny(launcher="pmap", optimizer__accumulate=4))
+    assert "accumulate" in message
+
+
+def test_settings_of_the_task_are_checked_before_anything_is_compiled():
+    config = default_config("recall")
+    config.task.num_pairs = 40
+    assert "num_pairs=40" in refusal(config)
+
+
+def test_a_bad_config_from_python_is_refused_as_from_the_command_line():
+    assert "--epochs" in refusal(tiny(train__epochs=0))
+
+
+# Starting from another run -----------------------------------------------------------------------
+
+
+def test_init_from_starts_where_the_other_run_ended(tmp_path):
+    first = experiment.run(tiny(), tmp_path / "first")
+    second = experiment.run(tiny(init_from=str(tmp_path / "first")), tmp_path / "second")
+    assert second.metrics["first_loss"] < 0.5 * first.metrics["first_loss"]
+    assert second.metrics["step"] == 18  # Its own steps, from 0.
+
+
+def test_init_from_names_what_is_missing_or_misfits(tmp_path):
+    assert "nowhere" in refusal(tiny(init_from=str(tmp_path / "nowhere")))
+    experiment.run(tiny(), tmp_path / "first")
+    message = refusal(tiny(init_from=str(tmp_path / "first"), model__features=8))
+    assert "[6, 2, 3]" in message
+    assert "[8, 2, 4]" in message
+
+
+# The writers -------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_about_ten_lines_and_a_terminal_a_bar():
+    rows = [{"step": 2 * i, "epoch": i, "seconds": 0.1 * i, "loss": 1 / i} for i in range(1, 101)]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    pipe, terminal = io.StringIO(), Terminal()
+    for stream in (pipe, terminal):
+        with contextlib.closing(Console(100, stream=stream)) as console:
+            for row in rows:
+                console.write(row)
+                if row["epoch"] == 99:
+                    time.sleep(0.12)  # A bar is drawn ten times a second at most.
+    lines = pipe.getvalue().splitlines()
+    assert len(lines) == 10
+    assert "epoch 100/100" in lines[-1]
+    assert "loss 0.01" in lines[-1]
+    assert "\r" in terminal.getvalue()
+    assert "loss" in terminal.getvalue()
+
+
+def test_json_lines_forget_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3}\n{"step": 6}\n{"step": 9}\n{"st')
+    with contextlib.closing(JsonLines(path, last_step=6)) as lines:
+        assert lines.rows == [{"step": 3}, {"step": 6}]
+        lines.write({"step": 9, "loss": 0.5})
+    assert path.read_text() == '{"step": 3}\n{"step": 6}\n{"step": 9, "loss": 0.5}\n'
+
+
+def test_tensorboard_has_the_curves(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with contextlib.closing(TensorBoard(tmp_path)) as events:
+        events.write({"step": 3, "epoch": 1, "seconds": 0.5, "loss": 0.25})
+    (file,) = tmp_path.iterdir()
+    data, found = file.read_bytes(), {}
+    while data:  # Records: length (8), its checksum (4), the event, its checksum (4).
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    assert found == {"loss": (3, 0.25)}
+
+
+def test_a_run_without_tensorboardx_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    events = TensorBoard(tmp_path)
+    for step in (1, 2):
+        events.write({"step": step, "loss": 0.25})
+    events.close()
+    assert capsys.readouterr().out.count("tensorboardX") == 1
+    assert not list(tmp_path.iterdir())
