@@ -76,6 +76,11 @@ def sinusoidal(num_positions: int, features: int) -> Array:
     num_positions = as_size("num_positions", num_positions, minimum=0)
     if as_size("features", features) % 2:
         raise ValueError(f"features must be even, got {features}.")
+    return sinusoidal_at(jnp.arange(num_positions), features)
+
+
+def sinusoidal_at(positions: Array, features: int) -> Array:
+    """The rows of `sinusoidal` at any positions, `[...] -> [..., features]`."""
     waves = jnp.arange(features // 2, dtype=jnp.float32)
-    angles = jnp.arange(num_positions)[:, None] * 10_000.0 ** (-waves / (features // 2))
+    angles = positions[..., None] * 10_000.0 ** (-waves / (features // 2))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,0 +1,343 @@
+"""Attention as linen layers: they own the parameters, the functions do the mathematics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attention_jax.checks import as_integers, check_rate
+from attention_jax.functional import biases, masks, positions
+from attention_jax.functional.biases import Bias
+from attention_jax.functional.dot_product import attention_weights, dot_product_attention
+from attention_jax.functional.masks import Mask
+from attention_jax.types import Array, AttentionFn
+
+Initializer = Callable[..., Array]
+
+
+class SingleHeadAttention(nn.Module):
+    """One head of attention: where to start reading.
+
+    Parameters: `query`, `key`, `value` with kernel `[D, H]`, and `out` with kernel `[H, D]`.
+
+    Attributes:
+        head_dim: Size H of queries, keys and values. Defaults to the width of `inputs_q`.
+        out_features: Width of the result. Defaults to the width of `inputs_q`.
+        use_bias: Adds a bias to each of the four projections.
+        dropout_rate: The probability with which an attention weight is dropped.
+        attention_fn: Any function with the arguments of `dot_product_attention`.
+        dtype: The type to compute in; None takes that of inputs and parameters together.
+        param_dtype: The type of the parameters.
+        kernel_init, bias_init: How the parameters start.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+        https://arxiv.org/abs/1706.03762
+    """
+
+    head_dim: int | None = None
+    out_features: int | None = None
+    use_bias: bool = True
+    dropout_rate: float = 0.0
+    attention_fn: AttentionFn = dot_product_attention
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_kv: Array | None = None,
+        *,
+        mask: Array | Mask | None = None,
+        bias: Array | Bias | None = None,
+        deterministic: bool | None = None,
+        sow_weights: bool = False,
+    ) -> Array:
+        """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
+
+        Args:
+            inputs_q: `[..., T, D]`.
+            inputs_kv: `[..., S, D']`. Defaults to `inputs_q`: self-attention.
+            mask: Boolean `[..., 1, T, S]`, or a `masks.*` value; True means "may attend".
+            bias: Added to the logits, `[..., 1, T, S]`, or a `biases.*` value.
+            deterministic: Turns dropout off. Must be given when `dropout_rate` is above 0.
+            sow_weights: Stores the weights `[..., 1, T, S]`, before dropout, as
+                `attention_weights` in the collection `intermediates`.
+
+        Returns:
+            `[..., T, out_features]`.
+        """
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        head_dim = self.head_dim or inputs_q.shape[-1]
+
+        def project(name, features, x):
+            return nn.Dense(
+                features,
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
+            )(x)
+
+        query = project("query", head_dim, inputs_q)  # [..., T, H]
+        key = project("key", head_dim, inputs_kv)  # [..., S, H]
+        value = project("value", head_dim, inputs_kv)  # [..., S, H]
+        # The functions take any number of heads; this layer has one.
+        query, key, value = (x[..., None, :] for x in (query, key, value))
+        mixed = _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
+        return project("out", self.out_features or inputs_q.shape[-1], mixed[..., 0, :])
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with several heads, which may share keys and values.
+
+    The parameter tree is that of `flax.linen.MultiHeadDotProductAttention`: `query` with kernel
+    `[D, N, H]`, `key` and `value` with kernel `[D, K, H]`, `out` with kernel `[N, H, D]`; with
+    `qk_norm` also `query_ln` and `key_ln`.
+
+    Attributes:
+        num_heads: Number N of query heads.
+        num_kv_heads: Number K of key/value heads, a divisor of N. None is N (multi-head), 1 is
+            multi-query, anything between is grouped-query attention.
+        head_dim: Size H of a head. Defaults to D / N.
+        out_features: Width of the result. Defaults to D, the width of `inputs_q`.
+        use_bias: Adds a bias to each of the four projections.
+        dropout_rate: The probability with which an attention weight is dropped.
+        qk_norm: Normalizes queries and keys over each head before they meet.
+        rotary: Rotates queries and keys by their positions; self-attention only.
+        rotary_base: As `base` in `positions.rotary`.
+        attention_fn: Any function with the arguments of `dot_product_attention`.
+        dtype: The type to compute in; None takes that of inputs and parameters together.
+        param_dtype: The type of the parameters.
+        decode: Attends to a cache of earlier tokens. `init` on an input of full length makes the
+            collection `cache` of that capacity; each `apply(..., mutable=["cache"])` then takes
+            any number of new tokens, which see the cache and one another causally.
+        deterministic: Turns dropout off; may be given to the call instead.
+        kernel_init, bias_init: How the parameters start.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
+        https://arxiv.org/abs/1706.03762
+        Ainslie et al. 2023, "GQA". https://arxiv.org/abs/2305.13245
+        qk_norm: Dehghani et al. 2023, section 2. https://arxiv.org/abs/2302.05442
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    out_features: int | None = None
+    use_bias: bool = True
+    dropout_rate: float = 0.0
+    qk_norm: bool = False
+    rotary: bool = False
+    rotary_base: float = 10_000.0
+    attention_fn: AttentionFn = dot_product_attention
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    decode: bool = False
+    deterministic: bool | None = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_kv: Array | None = None,
+        *,
+        mask: Array | Mask | None = None,
+        bias: Array | Bias | None = None,
+        deterministic: bool | None = None,
+        sow_weights: bool = False,
+        lengths: Array | None = None,
+    ) -> Array:
+        """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
+
+        Args:
+            inputs_q: `[..., T, D]`.
+            inputs_kv: `[..., S, D']`. Defaults to `inputs_q`: self-attention.
+            mask: Boolean, broadcastable to `[..., N, T, S]`, or a `masks.*` value; True means "may
+                attend". With `decode`, S is the cache's capacity, and the rules of a `masks.*`
+                value count from the start of the sequence: the same mask serves every call.
+            bias: Added to the logits; an array or a `biases.*` value, like `mask`.
+            deterministic: Turns dropout off. Must be given, here or to the layer, when
+                `dropout_rate` is above 0.
+            sow_weights: Stores the weights `[..., N, T, S]`, before dropout, as
+                `attention_weights` in the collection `intermediates`.
+            lengths: With `decode`: how many of the T new tokens count, `[...]` integers, one per
+                batch row. The others are padding on the right: the cache does not advance past
+                the tokens that count, so the next call takes the padding's place.
+
+        Returns:
+            `[..., T, out_features]`. With `decode` under `jit`, a row whose cache has no room for
+            its new tokens returns NaN, and its cache keeps what it holds.
+
+        Raises:
+            ValueError: Sizes do not fit together, or (outside `jit`) the cache has no room.
+            NotImplementedError: `rotary` or `decode` with `inputs_kv`.
+        """
+        if inputs_kv is not None and (self.rotary or self.decode):
+            word = "rotary" if self.rotary else "decode"
+            raise NotImplementedError(
+                f"{word}=True is for self-attention: inputs_kv must be None, got shape "
+                f"{inputs_kv.shape}."
+            )
+        if lengths is not None and not self.decode:
+            raise ValueError("lengths is for decode=True; use masks.key_lengths(lengths) here.")
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        head_dim, num_kv_heads = self._sizes(inputs_q.shape[-1])
+
+        def project(name, num_heads, x):
+            return self._dense_general((num_heads, head_dim), -1, name)(x)
+
+        query = project("query", self.num_heads, inputs_q)  # [..., T, N, H]
+        key = project("key", num_kv_heads, inputs_kv)  # [..., S, K, H]
+        value = project("value", num_kv_heads, inputs_kv)  # [..., S, K, H]
+        if self.qk_norm:
+            query, key = self._norm("query_ln")(query), self._norm("key_ln")(key)
+
+        cache = _Cache(self, key, value) if self.decode else None
+        if self.rotary:
+            # Keys are stored rotated, so a cached key is never turned again.
+            tokens = None if cache is None else cache.positions()
+            query = positions.rotary(query, tokens, base=self.rotary_base)
+            key = positions.rotary(key, tokens, base=self.rotary_base)
+        overflow = None
+        if cache is not None:
+            mask, bias = cache.rules(mask, bias)
+            key, value, overflow = cache.append(key, value, lengths)
+
+        mixed = _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
+        out_features = self.out_features or inputs_q.shape[-1]
+        out = self._dense_general(out_features, (-2, -1), "out")(mixed)  # [..., T, D]
+        if overflow is not None:
+            out = jnp.where(overflow[..., None, None], jnp.nan, out)
+        return out
+
+    def _sizes(self, features: int) -> tuple[int, int]:
+        """Head size and number of key/value heads, with their defaults filled in."""
+        if self.head_dim is None and features % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide the width of inputs_q, or head_dim be given: got "
+                f"num_heads={self.num_heads} and width {features}."
+            )
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads: got num_kv_heads={num_kv_heads} and "
+                f"num_heads={self.num_heads}."
+            )
+        return self.head_dim or features // self.num_heads, num_kv_heads
+
+    def _dense_general(self, features, axis, name):
+        return nn.DenseGeneral(
+            features,
+            axis=axis,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name=name,
+        )
+
+    def _norm(self, name):
+        return nn.LayerNorm(
+            use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+        )
+
+
+class _Cache:
+    """The keys and values of a sequence so far, as variables of the layer that owns them.
+
+    `cached_key` and `cached_value` are `[..., capacity, K, H]`, `cache_index` is `[...]` int32: how
+    many tokens each row holds.
+    """
+
+    def __init__(self, layer: nn.Module, key: Array, value: Array):
+        self.ready = layer.has_variable("cache", "cached_key")
+        self.key = layer.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
+        self.value = layer.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
+        self.index = layer.variable("cache", "cache_index", jnp.zeros, key.shape[:-3], jnp.int32)
+        if self.ready and self.key.value.shape[:-3] != key.shape[:-3]:
+            raise ValueError(
+                f"inputs_q must have the cache's batch axes {self.key.value.shape[:-3]}, got "
+                f"{key.shape[:-3]}."
+            )
+        self.num_new = key.shape[-3]
+
+    def positions(self) -> Array:
+        """Where the new tokens stand in the sequence, `[..., T]`."""
+        return self.index.value[..., None] + jnp.arange(self.num_new)
+
+    def rules(self, mask, bias):
+        """The masks and biases of the new tokens, which stand behind those in the cache."""
+        index = self.index.value
+        causal = masks.shifted(masks.causal(), index)
+        mask = causal if mask is None else causal & masks.shifted(masks.as_mask(mask), index)
+        return mask, None if bias is None else biases.shifted(biases.as_bias(bias), index)
+
+    def append(self, key: Array, value: Array, lengths: Array | None):
+        """Writes the new tokens; returns all keys and values, and which rows had no room."""
+        if not self.ready:  # In `init`, where the full-length input only sets the capacity.
+            return key, value, None
+        *batch, capacity, _, _ = self.key.value.shape
+        index = self.index.value
+        if lengths is None:
+            advance = jnp.full(batch, self.num_new, jnp.int32)
+        else:
+            advance = jnp.broadcast_to(as_integers("lengths", lengths), batch).astype(jnp.int32)
+        new = jnp.arange(self.num_new) < advance[..., None]  # [..., T]
+        overflow = index + advance > capacity
+        if not isinstance(overflow, jax.core.Tracer) and overflow.any():
+            raise ValueError(
+                f"the cache holds {capacity} tokens and is too full: rows hold up to "
+                f"{int(index.max())}, and {self.num_new} more came."
+            )
+        # Written beyond the end, a token is dropped: never a silent overwrite.
+        places = jnp.where(new & ~overflow[..., None], self.positions(), capacity)
+        self.key.value = _put(self.key.value, places, key)
+        self.value.value = _put(self.value.value, places, value)
+        self.index.value = index + advance
+        return self.key.value, self.value.value, overflow
+
+
+def _put(cached: Array, places: Array, new: Array) -> Array:
+    """`cached[..., places] = new`; `[..., capacity, K, H]`, `[..., T]`, `[..., T, K, H]`."""
+    write = lambda row, place, x: row.at[place].set(x.astype(row.dtype), mode="drop")
+    for _ in range(places.ndim - 1):
+        write = jax.vmap(write)
+    return write(cached, places, new)
+
+
+def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights) -> Array:
+    """Calls the layer's attention function with what was asked for, and nothing else.
+
+    A mechanism that knows no bias or dropout is not handed one, unless somebody wants it: then its
+    own error says so.
+    """
+    check_rate("dropout_rate", layer.dropout_rate)
+    if sow_weights:
+        if layer.attention_fn is not dot_product_attention:
+            raise NotImplementedError(
+                "sow_weights=True needs attention_fn=dot_product_attention, whose weights can be "
+                f"shown; got {layer.attention_fn}."
+            )
+        layer.sow("intermediates", "attention_weights", attention_weights(query, key, bias, mask))
+    options = {}
+    if bias is not None:
+        options["bias"] = bias
+    if layer.dropout_rate:
+        if nn.merge_param("deterministic", getattr(layer, "deterministic", None), deterministic):
+            options["deterministic"] = True
+        else:
+            options["dropout_rate"] = layer.dropout_rate
+            options["dropout_rng"] = layer.make_rng("dropout")
+    return layer.attention_fn(query, key, value, mask=mask, **options)
