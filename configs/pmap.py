@@ -1,0 +1,17 @@
+"""Does data parallelism change the result? The default run, its batch split over all devices.
+
+On a machine with one CPU, four devices can be simulated:
+
+    JAX_NUM_CPU_DEVICES=4 python train.py --config=configs/pmap.py --workdir=runs/pmap
+
+Measured: MEASURED
+"""
+
+from attention_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.launcher = "pmap"
+    config.train.epochs = 20  # Simulated devices share the cores of one: this shows that it works.
+    return config

@@ -1,0 +1,16 @@
+"""Can two layers of attention look up what followed a word earlier? One layer cannot.
+
+    python train.py --config=configs/recall.py --workdir=runs/recall
+
+The example of https://arxiv.org/abs/2312.04927: 64 tokens of 256, four pairs of key and value,
+logits at the four questions only.
+
+Measured: MEASURED
+With `--config.model.num_layers=1`: MEASURED
+"""
+
+from attention_jax.training.config import default_config
+
+
+def get_config():
+    return default_config("recall")

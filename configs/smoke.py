@@ -1,0 +1,21 @@
+"""Does everything work here? Every part of a run, in as little time as possible.
+
+    python train.py --config=configs/smoke.py --workdir=runs/smoke
+
+Measured: MEASURED
+"""
+
+from attention_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.features = 8
+    config.model.num_heads = 2
+    config.optimizer.learning_rate = 1e-2  # Few steps are to show a falling loss.
+    config.train.batch_size = 8
+    config.train.steps_per_epoch = 8
+    config.train.epochs = 10
+    config.eval.num_batches = 1
+    config.checkpoint.every_epochs = 5
+    return config

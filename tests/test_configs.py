@@ -1,0 +1,47 @@
+"""Every config file is a run that starts, and a report that is complete."""
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from attention_jax.training import experiment
+from attention_jax.training.config import check, load
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def test_the_promised_configs_are_there():
+    promised = {
+        *("single_head", "multi_head", "grouped_query", "causal_window", "recall"),
+        *("pmap", "smoke"),
+    }
+    assert promised <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_first_step_runs(file):
+    config = load(str(file))
+    check(config)
+    with config.unlocked():
+        config.train.steps_per_epoch = 1
+        config.eval.num_batches = 1
+    # The schedule may count on more steps than one; nothing else is changed.
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.epochs - 1)
+    program = experiment.build(config)
+    state, metrics = program.epoch(program.put_state(program.init()), program.rows)
+    assert int(state.step) == 1
+    assert all(math.isfinite(value) for value in jax.tree.leaves(jax.device_get(metrics)))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_report_is_complete(file):
+    report = ast.get_docstring(ast.parse(file.read_text()))
+    assert "?" in report.splitlines()[0] or "As " in report.splitlines()[0]
+    assert re.search(rf"    .*train\.py --config=configs/{file.stem}\.py", report)
+    measured = report.partition("Measured: ")[2]
+    assert re.search(r"\d+ steps", measured), "how many steps"
+    assert re.search(r"\d (s|seconds)\b", measured), "in which time"

@@ -1,0 +1,176 @@
+"""`python train.py` as a user meets it: its streams, its statuses, and the signals sent to it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "train.py")
+
+# The commands of the original, word for word after its `main.py`.
+ORIGINAL = [
+    "",
+    "--model multihead --embed_dim 128 --num_heads 8 --epochs 200",
+    "--model selfhead --embed_dim 32 --epochs 50",
+    "--model multihead --embed_dim 256 --num_heads 16 --learning_rate 0.0001 --epochs 300",
+    "--model multihead --embed_dim 128 --num_heads 8 --save_path models/my_trained_model.pth",
+]
+TINY = [
+    *("--embed_dim=8", "--num_heads=2", "--batch_size=8", "--seq_length=5"),
+    *("--config.train.steps_per_epoch=4", "--config.eval.num_batches=1"),
+    *("--config.eval.every_epochs=50", "--config.checkpoint.every_epochs=50"),
+]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """One device, and a compile cache that is not the user's."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def train(environment, tmp_path):
+    def run(*arguments, **options):
+        return subprocess.run(
+            [sys.executable, TRAIN, *arguments],
+            **{"cwd": tmp_path, "env": environment, "timeout": 120, "check": False} | options,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """`main` of train.py in this process, which has paid for jax already."""
+    spec = importlib.util.spec_from_file_location("train", TRAIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield lambda *arguments: module.main(["train.py", *arguments])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--num_head=3", "--config=nowhere.py"])
+def test_help_and_refusals_answer_at_once(train, arguments):
+    def seconds():
+        started = time.perf_counter()
+        train(arguments)
+        return time.perf_counter() - started
+
+    # The best of a few: the machine may be busy, the program may not.
+    assert min(seconds() for _ in range(4)) < 0.5
+
+
+def test_a_refusal_is_one_line_and_status_2(train, tmp_path):
+    result = train("--epochs=0", "--workdir=run")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "train.py: --epochs (config.train.epochs) must be at least 1: got 0."
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_goes_to_stdout_with_status_0(train):
+    result = train("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--learning_rate" in result.stdout
+
+
+@pytest.mark.parametrize("command", ORIGINAL)
+def test_the_commands_of_the_original_work(main, command, tmp_path):
+    short = ["--epochs=1", "--config.train.steps_per_epoch=1", "--config.eval.num_batches=1"]
+    assert main(*command.split(), *short) == 0
+    saved = tmp_path / "models" / "my_trained_model.pth" / "result.json"
+    assert saved.exists() == ("--save_path" in command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ORIGINAL)
+def test_the_commands_of_the_original_work_in_full(train, command):
+    result = train(*command.split(), timeout=1200)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_interview_trains_and_ctrl_d_leaves(main, monkeypatch, capsys, tmp_path):
+    answers = iter(["selfhead", "rnn", "8", "", "4", "5", "1", "run"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    # "rnn" is no width, and is asked again.
+    assert main("--interactive", "--config.train.steps_per_epoch=2") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["model"]["name"], config["model"]["features"]) == ("selfhead", 8)
+    assert "'rnn'" in capsys.readouterr().out
+
+    def end(question):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert main("--interactive") == 0
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_is_one_line_on_stderr(main, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert main("--workdir=file") == 2
+    assert main("--launcher=pmap", "--batch_size=7") == 2
+    assert main("--task=recall", "--config.task.num_pairs=40") == 2
+    assert main("--init_from=nowhere") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    for line, word in zip(lines, ("file", "7", "num_pairs", "nowhere"), strict=True):
+        assert line.startswith("train.py: ")
+        assert word in line
+
+
+def test_kill_9_and_sigterm_lose_nothing(train, environment, tmp_path):
+    def until(directory, epoch, number):
+        """Starts the run, and sends it a signal when the epoch is on the disk."""
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, *TINY, "--epochs=400", f"--workdir={directory}"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        metrics, deadline = tmp_path / directory / "metrics.jsonl", time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > epoch:
+                process.send_signal(number)
+                break
+            time.sleep(0.002)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    whole = train(*TINY, "--epochs=400", "--workdir=whole")
+    assert (whole.returncode, whole.stderr) == (0, "")
+    wanted = json.loads((tmp_path / "whole" / "result.json").read_text())
+
+    assert until("cut", 60, signal.SIGKILL) == (-signal.SIGKILL, "")
+    status, errors = until("cut", 120, signal.SIGTERM)
+    assert status == 143
+    assert len(errors.splitlines()) == 1
+    assert "SIGTERM" in errors
+    last = json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert str(last["step"]) in os.listdir(tmp_path / "cut" / "checkpoints")
+
+    end = train(*TINY, "--epochs=400", "--workdir=cut")
+    assert (end.returncode, end.stderr) == (0, "")
+    assert f"continuing after step {last['step']}" in end.stdout
+    found = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert found["fingerprint"] == wanted["fingerprint"]
+    lines = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("cut", "whole")]
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
+    assert steps[0] == steps[1] == [1, *range(4, 1601, 4)]
