@@ -9,6 +9,7 @@ Importing this module is cheap; orbax (about a second) is imported when a direct
 
 import hashlib
 import logging
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -211,9 +212,13 @@ def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers
 
+    if not read_only:
+        # By hand: orbax's own cleanup_tmp_directories works in the background, and neither reading
+        # nor closing waits for it.
+        for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
-        cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
     )
