@@ -1,0 +1,1 @@
+"""Bridges to other libraries: their call signatures and their weights."""

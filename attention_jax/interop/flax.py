@@ -1,0 +1,101 @@
+"""Attention for flax's own layers, linen and nnx."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.functional import masks
+from attention_jax.functional.biases import Bias
+from attention_jax.functional.dot_product import attention_weights, dot_product_attention
+from attention_jax.functional.masks import Mask
+from attention_jax.types import Array
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | Bias | None = None,
+    mask: Array | Mask | None = None,
+    *,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: jnp.dtype | None = None,
+    precision: jax.lax.Precision | str | None = None,
+    module=None,
+    is_causal: bool = False,
+    **options,
+) -> Array:
+    """`dot_product_attention` behind the signature that flax calls: `attention_fn=` of
+    `flax.linen.MultiHeadDotProductAttention` and of `flax.nnx.MultiHeadAttention`.
+
+    Args:
+        query, key, value, bias, dropout_rng, dropout_rate, deterministic: As in
+            `dot_product_attention`.
+        mask: Boolean, or numbers of which 0 masks, as flax's mask builders make them by default.
+        broadcast_dropout: Flax's one dropout mask for all batch rows and heads. Refused where
+            anything is dropped.
+        dtype: All three arrays are cast to it, and so is the result.
+        precision: Of the matrix products, "default", "high" or "highest" or a
+            `jax.lax.Precision`.
+        module: Where the weights `[..., N, T, S]` are sown as `attention_weights`, before dropout.
+        is_causal: Query t sees the keys s <= t, beside what `mask` says.
+        **options: Further arguments of `dot_product_attention`.
+
+    Returns:
+        `[..., T, N, V]`.
+
+    Raises:
+        NotImplementedError: `broadcast_dropout=True` with dropout, or a precision by operand.
+    """
+    if broadcast_dropout and dropout_rate > 0 and not deterministic:
+        raise NotImplementedError(
+            "broadcast_dropout=True would drop the same weights in all batch rows and heads; here "
+            "they are independent: give the layer broadcast_dropout=False."
+        )
+    if dtype is not None:
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    if mask is not None and not isinstance(mask, Mask):
+        mask = masks.dense(jnp.asarray(mask) != 0)
+    if is_causal:
+        mask = masks.causal() if mask is None else masks.causal() & mask
+    with _precision(precision):
+        if module is not None:
+            asked = {
+                name: options[name] for name in ("scale", "softcap", "sinks") if name in options
+            }
+            _sow(module, attention_weights(query, key, bias, mask, **asked))
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            **options,
+        )
+
+
+def _precision(precision):
+    if precision is None:
+        return contextlib.nullcontext()
+    if isinstance(precision, jax.lax.Precision):
+        precision = precision.name.lower()
+    if not isinstance(precision, str):
+        raise NotImplementedError(
+            f"precision must be one word or jax.lax.Precision for both operands, got {precision}."
+        )
+    return jax.default_matmul_precision(precision)
+
+
+def _sow(module, weights: Array) -> None:
+    """Sows in either of flax's two ways."""
+    from flax import linen, nnx
+
+    collection = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
+    module.sow(collection, "attention_weights", weights)
