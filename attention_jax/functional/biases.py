@@ -96,19 +96,20 @@ class Shifted(Bias):
         return self.bias.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
 
 
-def alibi(slopes: int | Array, *, offset: int | str | Array = 0) -> Bias:
+def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:
     """-slope * |t + offset - s|: the further away, the less welcome.
 
     Args:
-        slopes: `[N]`, learnable; or the number of heads N, for the paper's geometric slopes.
+        slopes_or_num_heads: Slopes `[N]`, learnable; or the number of heads N, for the paper's geometric slopes.
         offset: As in `masks.causal`.
 
     Reference:
         Press et al. 2021, "Train Short, Test Long", section 3. https://arxiv.org/abs/2108.12409
     """
-    if jnp.ndim(slopes) == 0:
-        slopes = alibi_slopes(as_size("slopes", slopes))
-    slopes = jnp.asarray(slopes)
+    if jnp.ndim(slopes_or_num_heads) == 0:
+        slopes = jnp.asarray(alibi_slopes(as_size("slopes_or_num_heads", slopes_or_num_heads)))
+    else:
+        slopes = jnp.asarray(slopes_or_num_heads)
     check_floating("slopes", slopes)
     if slopes.ndim != 1:
         raise ValueError(f"slopes must be [N], got shape {slopes.shape}.")
