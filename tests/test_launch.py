@@ -137,6 +137,13 @@ def test_state_is_donated_and_the_second_call_compiles_nothing(name):
     assert int(third.step) == 4
 
 
+def test_sharded_constrains_what_is_made_inside():
+    launcher = LAUNCHERS["sharded"]()
+    # No argument of this function is split, so nothing but the constraint can split its result.
+    made = jax.jit(lambda: launcher.constrain({"x": jnp.zeros((B, 3))}))()["x"]
+    assert {shard.data.shape for shard in made.addressable_shards} == {(B // 8, 3)}
+
+
 def test_sharded_batch_is_made_in_parts():
     launcher = LAUNCHERS["sharded"]()
     compiled = launcher.compile(make_program(launcher, accumulate=2))

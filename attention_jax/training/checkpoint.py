@@ -232,8 +232,8 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """A copy in host memory as `{path: array}`, and `{path: kind}` of the PRNG keys among them.
 
-    A copy, because on CPU `np.asarray` is a view of a buffer that the next step, when the state is
-    donated, overwrites under the writer's hands.
+    A copy, because on CPU `np.asarray` is a view: while the writer holds it, the next step cannot
+    take over the buffer that was donated to it.
     """
     arrays, key_types = {}, {}
     for path, leaf in _leaves(tree).items():
