@@ -170,11 +170,12 @@ def test_query_head_n_reads_key_head_n_div_g(case):
     repeated = attend(query, jnp.repeat(key, 2, axis=-2), jnp.repeat(value, 2, axis=-2))
     assert_close(attend(query, key, value), repeated, 1e-6)
 
-    def outputs(value):
+    def outputs(key, value):
         return case.attend(query, key, value).sum(axis=(0, 1, 3))  # [N]
 
-    influence = np.abs(jax.jit(jax.jacobian(outputs))(value)).sum(axis=(1, 2, 4))  # [N, K]
-    np.testing.assert_array_equal(influence > 0, np.repeat(np.eye(3, dtype=bool), 2, axis=0))
+    for jacobian in jax.jit(jax.jacobian(outputs, argnums=(0, 1)))(key, value):
+        influence = np.abs(jacobian).sum(axis=(1, 2, 4))  # [N, K]
+        np.testing.assert_array_equal(influence > 0, np.repeat(np.eye(3, dtype=bool), 2, axis=0))
 
 
 # Rows that see nothing.
@@ -310,7 +311,7 @@ def test_what_only_some_queries_see_reaches_no_other(case):
     query, key, value = random_qkv(Sizes(T=7, S=7))
     run = value_and_pull(lambda *qkv: case.attend(*qkv, mask=masks.causal())[:, :6])
     out, grads = run(query, key, value)
-    spoiled = [(key.at[:, 6].set(1e30), value), (key, value.at[:, 6].set(HUGE))]
+    spoiled = [(key.at[:, 6].set(1e4), value), (key, value.at[:, 6].set(HUGE))]
     for key, value in spoiled:
         got_out, got_grads = run(query, key, value)
         np.testing.assert_array_equal(got_out, out)

@@ -1,0 +1,114 @@
+"""`attention_fn` in flax's nnx layer, whose every argument is honoured or refused."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import assert_close, random_qkv
+from flax import nnx
+
+from attention_jax import dot_product_attention
+from attention_jax.interop.flax import attention_fn
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12)), jnp.float32)
+
+
+def layers(**options):
+    """Flax's layer with flax's function and with ours, on the same parameters."""
+    make = lambda **more: nnx.MultiHeadAttention(
+        3, 12, decode=False, rngs=nnx.Rngs(0), **options, **more
+    )
+    return make(), make(attention_fn=attention_fn)
+
+
+def call(layer, *args, **settings):
+    return nnx.jit(lambda layer, *args: layer(*args, **settings))(layer, *args)
+
+
+def test_the_output_is_that_of_flax():
+    theirs, ours = layers()
+    mask = np.tri(5, dtype=bool)
+    for settings in ({}, {"mask": mask}, {"mask": np.broadcast_to(mask, (2, 1, 5, 5))}):
+        assert_close(call(ours, X, **settings), call(theirs, X, **settings), 1e-6)
+    memory = jnp.flip(X)
+    assert_close(call(ours, X, memory), call(theirs, X, memory), 1e-6)
+
+
+@pytest.mark.skipif(
+    "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention).parameters,
+    reason="this flax has no grouped heads",
+)
+def test_grouped_heads_are_those_of_flax():
+    theirs, ours = layers(num_kv_heads=1)
+    assert_close(call(ours, X), call(theirs, X), 1e-6)
+
+
+def test_is_causal_is_honoured():
+    _, ours = layers()
+    causal = call(ours, X, is_causal=True)
+    assert_close(causal, call(ours, X, mask=np.tri(5, dtype=bool)), 1e-6)
+    assert abs(causal - call(ours, X)).max() > 1e-3
+
+
+def test_is_causal_and_a_mask_hold_together():
+    query, key, value = random_qkv()
+    mask = np.arange(7) > 0
+    out = attention_fn(query, key, value, mask=mask, is_causal=True)
+    want, _ = oracles.dot_product(query, key, value, mask=oracles.causal(5, 7) & mask)
+    assert_close(out, want, 2e-6)
+
+
+def test_dropout_that_is_shared_over_the_batch_is_refused():
+    query, key, value = random_qkv()
+    settings = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "deterministic": False}
+    with pytest.raises(NotImplementedError, match="broadcast_dropout"):
+        attention_fn(query, key, value, broadcast_dropout=True, **settings)
+    own = attention_fn(query, key, value, broadcast_dropout=False, **settings)
+    want = dot_product_attention(query, key, value, dropout_rate=0.5, dropout_rng=jax.random.key(0))
+    np.testing.assert_array_equal(own, want)
+    # Where nothing is dropped, nothing is shared either: flax passes True by default.
+    quiet = attention_fn(query, key, value, broadcast_dropout=True, deterministic=True)
+    assert_close(quiet, dot_product_attention(query, key, value), 1e-6)
+
+
+def test_dropout_inside_of_nnx():
+    _, ours = layers(dropout_rate=0.5, broadcast_dropout=False)
+    a, b = (ours(X, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 1))
+    assert (a != b).any()
+    assert_close(ours(X, deterministic=True), layers()[1](X), 1e-6)
+
+
+def test_dtype_is_the_type_of_the_computation_and_the_output():
+    query, key, value = random_qkv()
+    out = attention_fn(query, key, value, dtype=jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    half = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    np.testing.assert_array_equal(out, dot_product_attention(*half))
+    theirs, ours = layers(dtype=jnp.bfloat16)
+    assert ours(X).dtype == theirs(X).dtype == jnp.bfloat16
+
+
+def test_precision_reaches_the_products():
+    qkv = random_qkv()
+    for precision in ("highest", jax.lax.Precision.HIGHEST):
+        attend = lambda *qkv, precision=precision: attention_fn(*qkv, precision=precision)
+        assert "HIGHEST" in str(jax.make_jaxpr(attend)(*qkv))
+    with pytest.raises(NotImplementedError, match="precision"):
+        attention_fn(*qkv, precision=("highest", "default"))
+
+
+def test_sown_weights_are_those_of_flax():
+    sown = [
+        nnx.capture(layer, nnx.Intermediate)(X, sow_weights=True)[1]["attention_weights"]
+        for layer in layers()
+    ]
+    want, got = (jax.tree.leaves(weights)[0] for weights in sown)
+    assert_close(got, want, 1e-6)
+
+
+def test_an_argument_that_nobody_knows_is_refused():
+    with pytest.raises(TypeError):
+        attention_fn(*random_qkv(), is_casual=True)
