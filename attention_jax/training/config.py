@@ -102,7 +102,7 @@ TASKS = {
         "task": {"seq_length": 32, "vocab_size": 16},
         "model": _TRANSFORMER,
         "optimizer": {"name": "adamw", "learning_rate": 2e-3},
-        "train": {"batch_size": 64, "steps_per_epoch": 100, "epochs": 20},
+        "train": {"batch_size": 64, "steps_per_epoch": 100, "epochs": 6},
     },
 }
 
