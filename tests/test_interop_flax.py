@@ -38,7 +38,7 @@ def test_the_output_is_that_of_flax():
 
 
 @pytest.mark.skipif(
-    "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention).parameters,
+    "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention.__init__).parameters,
     reason="this flax has no grouped heads",
 )
 def test_grouped_heads_are_those_of_flax():
