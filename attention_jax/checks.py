@@ -28,8 +28,11 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     return array
 
 
-def check_qkv(query: Array, key: Array, value: Array) -> None:
-    """Raises unless the shapes are `[..., T, N, H]`, `[..., S, K, H]`, `[..., S, K, V]`, K | N."""
+def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """The three as arrays, or the error that says why they do not fit together.
+
+    They must be floating-point `[..., T, N, H]`, `[..., S, K, H]` and `[..., S, K, V]`, K | N.
+    """
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_floating(name, array)
         if array.ndim < 3:
@@ -57,6 +60,7 @@ def check_qkv(query: Array, key: Array, value: Array) -> None:
         )
     if query.shape[-1] == 0:
         raise ValueError(f"head size H must be at least 1, got query shape {query.shape}.")
+    return tuple(jnp.asarray(x) for x in (query, key, value))
 
 
 def check_broadcastable(name: str, shape: Sequence[int], target: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attention_jax.checks import as_integers
 from attention_jax.functional import masks, positions
 from attention_jax.functional.masks import Mask
 from attention_jax.layers import MultiHeadAttention, SingleHeadAttention
@@ -200,9 +201,12 @@ class SequenceModel(nn.Module):
             )
         if self.positions == "learned" and self.max_length is None:
             raise ValueError('positions="learned" needs max_length, got None.')
-        width = None if self.vocab_size is not None else inputs.shape[-1]
-        if width not in (None, self.features):
-            raise ValueError(f"inputs must have width features={self.features}, got {width}.")
+        if self.vocab_size is not None:
+            as_integers("inputs", inputs, axes=1)
+        elif inputs.shape[-1] != self.features:
+            raise ValueError(
+                f"inputs must have width features={self.features}, got {inputs.shape[-1]}."
+            )
 
     @property
     def _rotary(self) -> bool:

@@ -100,7 +100,8 @@ def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) ->
     """-slope * |t + offset - s|: the further away, the less welcome.
 
     Args:
-        slopes_or_num_heads: Slopes `[N]`, learnable; or the number of heads N, for the paper's geometric slopes.
+        slopes_or_num_heads: Slopes `[N]`, learnable; or the number of heads N, which have the
+            paper's geometric slopes.
         offset: As in `masks.causal`.
 
     Reference:

@@ -84,10 +84,7 @@ def dot_product_attention(
         sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks",
         section 3.3, with logits for keys as in gpt-oss. https://arxiv.org/abs/2309.17453
     """
-    query, key, value = (
-        x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value)
-    )
-    check_qkv(query, key, value)
+    query, key, value = check_qkv(query, key, value)
     mask = None if mask is None else as_mask(mask)
     bias = None if bias is None else as_bias(bias)
     sinks = _check_options(query, softcap, sinks)
@@ -126,8 +123,7 @@ def attention_weights(
     Arguments are those of `dot_product_attention`. Rows sum to 1, to less where `sinks` take their
     share, and to 0 for a query that may attend to nothing.
     """
-    query, key = jnp.asarray(query), jnp.asarray(key)
-    check_qkv(query, key, key)
+    query, key, _ = check_qkv(query, key, key)
     mask = None if mask is None else as_mask(mask)
     bias = None if bias is None else as_bias(bias)
     sinks = _check_options(query, softcap, sinks)

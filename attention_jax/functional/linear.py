@@ -50,8 +50,7 @@ def linear_attention(
         Katharopoulos et al. 2020, "Transformers are RNNs", equations 5 and 9.
         https://arxiv.org/abs/2006.16236
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_qkv(query, key, value)
+    query, key, value = check_qkv(query, key, value)
     chunk_size = as_size("chunk_size", chunk_size)
     causal = isinstance(mask, Band) and (mask.left, mask.right, mask.offset) == (None, 0, 0)
     if mask is not None and not causal:
@@ -66,7 +65,8 @@ def linear_attention(
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     heads_first = (jnp.swapaxes(x, -2, -3).astype(dtype) for x in (query, key, value))
     query, key, value = heads_first  # [..., N, T, H], [..., K, S, H], [..., K, S, V]
-    query = feature_map(query).reshape(*batch, K, N // K, T, -1)  # [..., K, G, T, F]
+    query = feature_map(query)  # [..., N, T, F]
+    query = query.reshape(*batch, K, N // K, T, query.shape[-1])  # [..., K, G, T, F]
     key = feature_map(key)  # [..., K, S, F]
     # A column of ones: the same sums that average the values count the weights.
     value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)

@@ -114,10 +114,10 @@ class Band(Mask):
 
     def __repr__(self):
         name = "causal(" if (self.left, self.right) == (None, 0) else f"window({self.left}, "
-        words = [] if name == "causal(" else [f"right={self.right}"]
+        options = [] if name == "causal(" else [f"right={self.right}"]
         if not isinstance(self.offset, int) or self.offset:
-            words.append(f"offset={words(self.offset)}")
-        return name + ", ".join(words) + ")"
+            options.append(f"offset={words(self.offset)}")
+        return name + ", ".join(options) + ")"
 
 
 @value_class

@@ -47,8 +47,14 @@ def rotary(
             f"rotary needs an even number of rotated coordinates, got {rotated} of head size {H}."
         )
     positions = jnp.arange(T) if positions is None else jnp.asarray(positions)
-    if positions.ndim == 0 or positions.shape[-1] not in (1, T):
-        raise ValueError(f"positions must be [..., T] with {T=}, got shape {positions.shape}.")
+    batch = x.shape[:-3]
+    fits = positions.ndim > 0 and positions.shape[-1] in (1, T) and positions.ndim <= len(batch) + 1
+    if not fits or any(
+        n not in (1, m) for n, m in zip(positions.shape[-2::-1], batch[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"positions must broadcast to [..., T] = {(*batch, T)}, got shape {positions.shape}."
+        )
 
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     pairs = jnp.arange(rotated // 2, dtype=dtype)

@@ -98,7 +98,7 @@ def slice_axis(x: Array, start: int | Array, size: int, axis: int) -> Array:
     """`size` entries from `start` on; an axis of one entry serves every position."""
     if x.shape[axis] == 1 or x.shape[axis] == size:
         return x
-    return lax.dynamicslice_axis_in_dim(x, start, size, axis)
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def words(x) -> str:
