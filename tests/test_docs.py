@@ -1,0 +1,153 @@
+"""The documentation holds: its programs run, its commands parse, its links lead somewhere.
+
+On every page, the blocks of Python run in order in one namespace; a block marked `text` right after
+one is exactly what it prints. Commands are read, not run.
+"""
+
+import contextlib
+import doctest
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from attention_jax.training import config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page
+    for name in ("README.md", "CONTRIBUTING.md", "docs/*.md")
+    for page in sorted(ROOT.glob(name))
+]
+MODULES = [
+    source.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for source in sorted((ROOT / "attention_jax").rglob("*.py"))
+    if ">>> " in source.read_text()
+]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the number of its first line, and its text."""
+
+    language: str
+    line: int
+    text: str
+    follows: bool  # Nothing but blank lines since the block before.
+
+
+def blocks(page):
+    """The fenced blocks of a page, in order."""
+    found, opened, follows = [], None, False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if opened is None and line.lstrip().startswith("```"):
+            opened, lines = number, []
+            language = line.strip().removeprefix("```")
+        elif opened is not None and line.strip() == "```":
+            found.append(Block(language, opened + 1, "\n".join(lines) + "\n", follows))
+            opened, follows = None, True
+        elif opened is not None:
+            lines.append(line)
+        elif line.strip():
+            follows = False
+    assert opened is None, f"{page.name}:{opened}: this block is never closed."
+    return found
+
+
+def prose(page):
+    """The text outside of all fenced blocks and code spans."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def commands(page):
+    """The commands of the blocks of shell, as (line of the block, words)."""
+    for block in blocks(page):
+        if block.language not in ("bash", "sh", "shell", "console"):
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = []
+            for word in [*lexer, ";"]:
+                if set(word) <= set("();<>|&"):
+                    if words:
+                        yield block.line, words
+                    words = []
+                else:
+                    words.append(word)
+
+
+@every_page
+def test_the_programs_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
+    # Elsewhere, because a program may write; the configs are where the reader has them.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    namespace, printed = {"__name__": "__main__"}, None
+    for block in blocks(page):
+        if block.language == "python":
+            # The page's own line numbers, should it fail.
+            program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            stream = io.StringIO()
+            with contextlib.redirect_stdout(stream):
+                exec(program, namespace)
+            printed = stream.getvalue()
+        elif block.language == "text" and block.follows and printed is not None:
+            assert printed == block.text, f"{page.name}:{block.line} is not what the block prints."
+            printed = None
+        else:
+            printed = None
+
+
+@every_page
+def test_the_commands_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    for line, words in commands(page):
+        where = f"{page.name}:{line}: {' '.join(words)}"
+        for word in words:
+            path = word.split("::")[0]
+            if path.startswith(("benchmarks/", "configs/", "tests/", "docs/", "requirements/")):
+                assert (ROOT / path).exists(), f"{where}: there is no {path}."
+        if "train.py" not in words:
+            continue
+        argv = words[words.index("train.py") :]
+        if "--help" in argv:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                config.parse(argv)
+            continue
+        try:
+            config.parse(argv)
+        except config.ConfigError as error:
+            pytest.fail(f"{where}: {error}")
+
+
+@every_page
+def test_the_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):  # https:, mailto:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: there is no {target}."
+        if anchor:
+            assert anchor in anchors(found), f"{page.name}: {path or page.name} has no #{anchor}."
+
+
+def anchors(page):
+    """The names that a page's headings have in links, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_hold(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried
+    assert not failed
