@@ -3,6 +3,7 @@
 `python train.py` runs the defaults, `python train.py --help` lists the flags.
 """
 
+import os
 import signal
 import sys
 
@@ -21,6 +22,10 @@ def main(argv: list[str]) -> int:
         experiment.run(command.config, command.workdir)
     except EOFError:
         print("\nNo more answers: nothing was trained.")
+    except BrokenPipeError:
+        # The reader of our lines has left, `train.py | head` say; nor can the rest be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except config.RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status

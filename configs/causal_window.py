@@ -1,8 +1,9 @@
-"""How far back must a model look to copy? Every position sees itself and 15 before it.
+"""Can two layers copy from farther back than one of them sees? Each sees 15 positions back, of 16.
 
     python train.py --config=configs/causal_window.py --workdir=runs/causal_window
 
-Measured: MEASURED
+Measured: yes, 100% of the held-out tokens after 600 steps, as without a window (configs/copy.py), in
+59 s on two busy CPU cores, compilation included.
 """
 
 from attention_jax.training.config import default_config
@@ -10,7 +11,6 @@ from attention_jax.training.config import default_config
 
 def get_config():
     config = default_config("copy")
-    config.task.seq_length = 32
     # The answer stands seq_length / 2 = 16 positions back: out of reach of one layer, not of two.
     config.model.window = 15
     return config

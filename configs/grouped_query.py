@@ -1,14 +1,15 @@
-"""Does sharing keys and values cost recall? Two query heads share one key/value head.
+"""What does sharing keys and values cost? Eight query heads on two key/value heads.
 
     python train.py --config=configs/grouped_query.py --workdir=runs/grouped_query
 
-Measured: MEASURED
+Measured: held-out loss 0.147 after 3200 steps, where eight key/value heads reach 1.1e-5 and
+predicting the mean gives 0.35. 10,400 parameters instead of 16,640; 19 s on two busy CPU cores.
 """
 
 from attention_jax.training.config import default_config
 
 
 def get_config():
-    config = default_config("recall")
-    config.model.num_kv_heads = 1  # Of configs/recall.py's two: half the keys and values.
+    config = default_config()
+    config.model.num_kv_heads = 2  # The teacher shares none: compare with configs/multi_head.py.
     return config

@@ -5,8 +5,8 @@
 The example of https://arxiv.org/abs/2312.04927: 64 tokens of 256, four pairs of key and value,
 logits at the four questions only.
 
-Measured: MEASURED
-With `--config.model.num_layers=1`: MEASURED
+Measured: 99.1% of the held-out questions after 2000 steps, in 126 s on two busy CPU cores.
+With `--config.model.num_layers=1`: 26%, which is guessing among the four values of the row.
 """
 
 from attention_jax.training.config import default_config

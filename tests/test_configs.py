@@ -40,7 +40,7 @@ def test_the_first_step_runs(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_report_is_complete(file):
     report = ast.get_docstring(ast.parse(file.read_text()))
-    assert "?" in report.splitlines()[0] or "As " in report.splitlines()[0]
+    assert "?" in report.splitlines()[0], "the question"
     assert re.search(rf"    .*train\.py --config=configs/{file.stem}\.py", report)
     measured = report.partition("Measured: ")[2]
     assert re.search(r"\d+ steps", measured), "how many steps"
