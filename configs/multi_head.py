@@ -2,9 +2,9 @@
 
     python train.py --config=configs/multi_head.py --workdir=runs/multi_head
 
-Measured: held-out loss 1.1e-5 after 3200 steps, 48,000 times below the first loss; predicting the mean
-gives 0.35. 8 s on two busy CPU cores. The loss stays above 0.2 for 900 steps, until the heads have
-parted, and then falls fast.
+Measured: held-out loss 1.1e-5 after 3200 steps, 48,000 times below the first loss; predicting the
+mean gives 0.35. 8 s on two busy CPU cores. The loss stays above 0.2 for 900 steps, until the
+heads have parted, and then falls fast.
 """
 
 from attention_jax.training.config import default_config

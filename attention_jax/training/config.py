@@ -73,7 +73,7 @@ DEFAULTS = {
 }
 
 # Recall and copying need a model that knows order and can compose two steps: one bare layer stays
-# at chance (https://arxiv.org/abs/2402.08164 says why).
+# at chance (https://arxiv.org/abs/2408.14332 says why).
 _TRANSFORMER = {
     "num_layers": 2,
     "num_heads": 2,
