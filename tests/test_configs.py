@@ -42,6 +42,6 @@ def test_the_report_is_complete(file):
     report = ast.get_docstring(ast.parse(file.read_text()))
     assert "?" in report.splitlines()[0], "the question"
     assert re.search(rf"    .*train\.py --config=configs/{file.stem}\.py", report)
-    measured = report.partition("Measured: ")[2]
+    measured = " ".join(report.partition("Measured: ")[2].split())
     assert re.search(r"\d+ steps", measured), "how many steps"
     assert re.search(r"\d (s|seconds)\b", measured), "in which time"
