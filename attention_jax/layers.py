@@ -177,7 +177,8 @@ class MultiHeadAttention(nn.Module):
 
         Returns:
             `[..., T, out_features]`. With `decode` under `jit`, a row whose cache has no room for
-            its new tokens returns NaN, and its cache keeps what it holds.
+            its new tokens, or whose length is not in [0, T], returns NaN, and its cache keeps what
+            it holds.
 
         Raises:
             ValueError: Sizes do not fit together, or (outside `jit`) the cache has no room.
@@ -294,8 +295,15 @@ class _Cache:
             advance = jnp.full(batch, self.num_new, jnp.int32)
         else:
             advance = jnp.broadcast_to(as_integers("lengths", lengths), batch).astype(jnp.int32)
+            wrong = (advance < 0) | (advance > self.num_new)
+            if not isinstance(wrong, jax.core.Tracer) and wrong.any():
+                raise ValueError(
+                    f"lengths must lie in [0, T] with T={self.num_new}, got {advance.tolist()}."
+                )
         new = jnp.arange(self.num_new) < advance[..., None]  # [..., T]
         overflow = index + advance > capacity
+        if lengths is not None:
+            overflow |= wrong
         if not isinstance(overflow, jax.core.Tracer) and overflow.any():
             raise ValueError(
                 f"the cache holds {capacity} tokens and is too full: rows hold up to "
@@ -305,7 +313,7 @@ class _Cache:
         places = jnp.where(new & ~overflow[..., None], self.positions(), capacity)
         self.key.value = _put(self.key.value, places, key)
         self.value.value = _put(self.value.value, places, value)
-        self.index.value = index + advance
+        self.index.value = jnp.where(overflow, index, index + advance)
         return self.key.value, self.value.value, overflow
 
 

@@ -490,7 +490,8 @@ def _help():
     ]
     for name, flag in _FLAT_FLAGS.items():
         default = defaults[flag.path] if flag.path else ""
-        lines.append(f"  --{name:14} {flag.help} (default {default or 'none'})".rstrip())
+        default = "none" if default in ("", None) else default
+        lines.append(f"  --{name:14} {flag.help} (default {default})")
     lines += [
         "  --interactive    ask for each parameter",
         "  --config         Python file with get_config(): see configs/ (default none)",

@@ -164,8 +164,7 @@ def split_rows(batch: PyTree, parts: int) -> PyTree:
     """Cuts `[B, ...]` into `[parts, B / parts, ...]`; part i holds rows i, i + parts, ...
 
     Strided, because neighbouring rows live on one device: every device then holds its share of
-        every
-    part, and nothing is sent around.
+    every part, and nothing is sent around.
     """
 
     def split(x: Array) -> Array:
