@@ -233,7 +233,7 @@ def test_teacher_is_attention_on_normal_inputs():
 def test_teacher_can_be_matched_exactly_and_only_by_attending():
     batch = jax.tree.map(lambda x: x[:2000], draw("teacher"))
     layer = draw_weights(0, 12, 4)
-    matched = jax.jit(jax.vmap(lambda x: attention_layer(x, **layer)))(batch.inputs)
+    matched = jax.jit(lambda x: attention_layer(x, **layer))(batch.inputs)
     np.testing.assert_allclose(matched, batch.targets, atol=1e-5)
     # The best linear map of the input and of the mean of its row leaves much of the variance.
     means = np.broadcast_to(batch.inputs.mean(1, keepdims=True), batch.inputs.shape)

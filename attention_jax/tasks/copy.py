@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.checks import as_size
-from attention_jax.tasks.task import Task, make_sample
+from attention_jax.tasks.task import Task, per_row
 from attention_jax.types import Array, Batch
 
 BLANK = 0
@@ -55,7 +55,7 @@ def copy(*, seq_length: int = 32, vocab_size: int = 16) -> Task:
     guess = jnp.float32(math.log(vocab_size - 1))
     return Task(
         name="copy",
-        sample=make_sample(make_row),
+        sample=per_row(make_row),
         loss="cross_entropy",
         inputs=None,
         vocab_size=vocab_size,

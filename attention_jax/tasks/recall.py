@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.checks import as_size
-from attention_jax.tasks.task import Task, make_sample
+from attention_jax.tasks.task import Task, per_row
 from attention_jax.types import Array, Batch
 
 FILLER = 0
@@ -97,7 +97,7 @@ def recall(
     guess = jnp.float32(math.log(num_pairs))
     return Task(
         name="recall",
-        sample=make_sample(make_row),
+        sample=per_row(make_row),
         loss="cross_entropy",
         inputs=None,
         vocab_size=vocab_size,

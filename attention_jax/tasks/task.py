@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from attention_jax.types import Array, Batch
+from attention_jax.types import Array, Batch, PyTree
 
 
 class Task(NamedTuple):
@@ -30,17 +30,17 @@ class Task(NamedTuple):
     baseline: tuple[str, Callable[[Batch], Array]]
 
 
-def make_sample(make_row: Callable[[Array], Batch]) -> Callable[[Array, Array], Batch]:
+def per_row(make_row: Callable[[Array], PyTree]) -> Callable[[Array, Array], PyTree]:
     """Turns a generator of one row into a generator of any rows.
 
     Args:
-        make_row: `rng -> Batch` without the axis B.
+        make_row: `rng -> ` arrays without the axis B.
 
     Returns:
-        `(rng, rows [B]) -> Batch`, whose row r comes from `fold_in(rng, r)`.
+        `(rng, rows [B]) -> ` the arrays with it, whose row r comes from `fold_in(rng, r)`.
     """
 
-    def sample(rng: Array, rows: Array) -> Batch:
+    def sample(rng: Array, rows: Array) -> PyTree:
         return jax.vmap(lambda row: make_row(jax.random.fold_in(rng, row)))(rows)
 
     return sample

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.checks import as_size
-from attention_jax.tasks.task import Task, make_sample
+from attention_jax.tasks.task import Task, per_row
 from attention_jax.types import Array, Batch
 
 # Standard deviation of the teacher's logits over keys: its heads choose, but seldom one key alone.
@@ -43,14 +43,19 @@ def teacher(*, seq_length: int = 10, features: int = 64, num_heads: int = 8, see
         raise ValueError(f"num_heads must divide features: got {num_heads=}, {features=}.")
     layer = draw_weights(seed, features, num_heads)
 
-    def make_row(rng: Array) -> Batch:
-        inputs = jax.random.normal(rng, (seq_length, features), jnp.float32)
-        targets = attention_layer(inputs, **layer)
-        return Batch(inputs, targets, weights=jnp.ones(seq_length, jnp.float32))
+    def draw(rng: Array) -> Array:
+        return jax.random.normal(rng, (seq_length, features), jnp.float32)
+
+    draw_rows = per_row(draw)
+
+    def sample(rng: Array, rows: Array) -> Batch:
+        inputs = draw_rows(rng, rows)
+        # All rows in one product: row by row they are too small to be worth starting.
+        return Batch(inputs, attention_layer(inputs, **layer), jnp.ones(inputs.shape[:2]))
 
     return Task(
         name="teacher",
-        sample=make_sample(make_row),
+        sample=sample,
         loss="squared_error",
         inputs=features,
         vocab_size=None,
@@ -76,11 +81,13 @@ def draw_weights(seed: int, features: int, num_heads: int) -> dict[str, np.ndarr
 
 
 def attention_layer(inputs: Array, query: Array, key: Array, value: Array, out: Array) -> Array:
-    """Multi-head self-attention on `[T, D]`, of its own: a task knows no model."""
-    query, key, value = (jnp.einsum("TD,DNH->NTH", inputs, w) for w in (query, key, value))
-    logits = jnp.einsum("NTH,NSH->NTS", query, key) * query.shape[-1] ** -0.5
-    mixed = jnp.einsum("NTS,NSH->TNH", jax.nn.softmax(logits), value)
-    return jnp.einsum("TNH,NHD->TD", mixed, out)
+    """Multi-head self-attention on `[B, T, D]`, of its own: a task knows no model."""
+    D, N, H = query.shape
+    split = lambda w: (inputs @ w.reshape(D, N * H)).reshape(*inputs.shape[:2], N, H)
+    query, key, value = (split(w).swapaxes(1, 2) for w in (query, key, value))  # [B, N, T, H]
+    weights = jax.nn.softmax(query * H**-0.5 @ key.swapaxes(2, 3))
+    mixed = (weights @ value).swapaxes(1, 2)  # [B, T, N, H]
+    return mixed.reshape(*inputs.shape[:2], N * H) @ out.reshape(N * H, D)
 
 
 def loss_of_mean(batch: Batch) -> Array:
