@@ -1,11 +1,16 @@
 """Eight simulated devices on the CPU, and the modes that a single test may ask for."""
 
+import os
+
 import jax
 import pytest
 
 # Before anything touches a device: the number of devices is read once.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile far longer than they run. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

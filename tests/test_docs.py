@@ -13,7 +13,6 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 
 from attention_jax.training import config
@@ -84,17 +83,7 @@ def commands(page):
                     words.append(word)
 
 
-@pytest.fixture
-def quick_to_compile():
-    """The programs run once each: XLA need not make them fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @every_page
-@pytest.mark.usefixtures("quick_to_compile")
 def test_the_programs_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
     # Elsewhere, because a program may write; the configs are where the reader has them.
     (tmp_path / "configs").symlink_to(ROOT / "configs")

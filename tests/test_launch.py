@@ -35,7 +35,7 @@ def sample(rng, rows):
 
 
 def apply(params, batch, rng):
-    return jax.vmap(lambda x: attention_layer(x, **params))(batch.inputs)
+    return attention_layer(batch.inputs, **params)
 
 
 def new_state():
