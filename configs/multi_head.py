@@ -1,4 +1,4 @@
-"""Does a student with eight heads find the eight heads of its teacher? The default run, named.
+"""Does a student with eight heads find the four of its teacher? The default run, named.
 
     python train.py --config=configs/multi_head.py --workdir=runs/multi_head
 
