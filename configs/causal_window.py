@@ -1,6 +1,6 @@
 """Can two layers copy from farther back than one of them sees? Each sees 15 positions back, of 16.
 
-    python train.py --config=configs/causal_window.py --workdir=runs/causal_window
+    uv run train.py --config=configs/causal_window.py --workdir=runs/causal_window
 
 Measured: yes, 100% of the held-out tokens after 600 steps, as without a window (configs/copy.py),
 in 59 s on two busy CPU cores, compilation included.

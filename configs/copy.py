@@ -1,6 +1,6 @@
 """Can attention find a position? The second half of the sequence repeats the first.
 
-    python train.py --config=configs/copy.py --workdir=runs/copy
+    uv run train.py --config=configs/copy.py --workdir=runs/copy
 
 Measured: 100% of the held-out tokens after 600 steps, in 23 s on two busy CPU cores; guessing
 gives 7%.

@@ -1,6 +1,6 @@
 """What does sharing keys and values cost? Eight query heads on two key/value heads.
 
-    python train.py --config=configs/grouped_query.py --workdir=runs/grouped_query
+    uv run train.py --config=configs/grouped_query.py --workdir=runs/grouped_query
 
 Measured: held-out loss 0.147 after 3200 steps, where eight key/value heads reach 1.1e-5 and
 predicting the mean gives 0.35. 10,400 parameters instead of 16,640; 19 s on two busy CPU cores.

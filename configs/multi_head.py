@@ -1,6 +1,6 @@
 """Does a student with eight heads find the four of its teacher? The default run, named.
 
-    python train.py --config=configs/multi_head.py --workdir=runs/multi_head
+    uv run train.py --config=configs/multi_head.py --workdir=runs/multi_head
 
 Measured: held-out loss 1.1e-5 after 3200 steps, 48,000 times below the first loss; predicting the
 mean gives 0.35. 8 s on two busy CPU cores. The loss stays above 0.2 for 900 steps, until the

@@ -2,7 +2,7 @@
 
 On a machine with one CPU, four devices can be simulated:
 
-    JAX_NUM_CPU_DEVICES=4 python train.py --config=configs/pmap.py --workdir=runs/pmap
+    JAX_NUM_CPU_DEVICES=4 uv run train.py --config=configs/pmap.py --workdir=runs/pmap
 
 Measured: no. The same losses as under configs/sharded.py, held-out 0.2327 after 640 steps, in 27
 s with four simulated devices on two busy CPU cores.

@@ -1,6 +1,6 @@
 """Can two layers of attention look up what followed a word earlier? One layer cannot.
 
-    python train.py --config=configs/recall.py --workdir=runs/recall
+    uv run train.py --config=configs/recall.py --workdir=runs/recall
 
 The example of https://arxiv.org/abs/2312.04927: 64 tokens of 256, four pairs of key and value,
 logits at the four questions only.

@@ -1,6 +1,6 @@
 """Does the compiler's parallelism give what pmap gives? One program over a mesh of all devices.
 
-    JAX_NUM_CPU_DEVICES=4 python train.py --config=configs/sharded.py --workdir=runs/sharded
+    JAX_NUM_CPU_DEVICES=4 uv run train.py --config=configs/sharded.py --workdir=runs/sharded
 
 Measured: the same losses, held-out 0.2327 after 640 steps, in 16 s with four simulated devices on
 two busy CPU cores.

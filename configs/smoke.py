@@ -1,6 +1,6 @@
 """Does everything work here? Every part of a run, in as little time as possible.
 
-    python train.py --config=configs/smoke.py --workdir=runs/smoke
+    uv run train.py --config=configs/smoke.py --workdir=runs/smoke
 
 Measured: held-out loss 0.21 after 80 steps, from 0.84, in 3 s on two busy CPU cores.
 """

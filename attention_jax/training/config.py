@@ -403,12 +403,13 @@ def load(path: str) -> ConfigDict:
         config = runpy.run_path(file)["get_config"](*argument)
     except OSError as error:
         raise ConfigError(f"--config={path}: {error.strerror}.") from error
-    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError) as error:
-        raise ConfigError(_where(file, error)) from error
-    except (SyntaxError, TypeError, ValueError) as error:
+    except Exception as error:  # Whatever the user's own program does wrong.
         raise ConfigError(_where(file, error)) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{file}: get_config() must return a ConfigDict: got {type(config)}.")
+    missing = [name for name in DEFAULTS if name not in config]
+    if missing:
+        raise ConfigError(f"{file}: config.{missing[0]} is missing: start from default_config().")
     # A copy, or two runs of one process would share the fields they override.
     return copy.deepcopy(config)
 

@@ -297,7 +297,10 @@ def _train(config, program, state, store, started, stop):
                 store.save(state)
             if stop.number and not last:
                 name = signal.Signals(stop.number).name
-                raise Interrupted(f"stopped by {name} at step {epoch * num_steps}.", stop.number)
+                saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
+                raise Interrupted(
+                    f"stopped by {name} at step {epoch * num_steps}{saved}.", stop.number
+                )
     done = (epochs - first_epoch) * num_steps
     if not done:
         return state, history, None
@@ -363,7 +366,7 @@ def _summary(program, state, history, pace):
     _say(
         f"first loss         {first:.4g}",
         f"train loss         {metrics['train_loss']:.4g}",
-        f"held-out loss      {final:.4g}; the first loss is {first / final:.4g} times that",
+        f"held-out loss      {final:.4g}, {first / final:,.1f} times below the first",
         f"baseline           {metrics['baseline_loss']:.4g}, {program.task.baseline[0]}",
     )
     if "eval_accuracy" in metrics:

@@ -60,11 +60,17 @@ def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
     """Notes the config in a fresh directory; in a used one, makes sure that it is the same.
 
     Raises:
-        ConfigError: The directory holds another run; the line names the fields that differ.
+        ConfigError: The directory holds another run (the line names the fields that differ), or
+            something that is no run.
     """
     ours = flatten(config)
     found = read_json(path / "config.json")
     if found is None:
+        strangers = sorted(x.name for x in path.iterdir())
+        if strangers:
+            raise ConfigError(
+                f"the run directory {path} is not empty and holds no run: got {strangers[0]}."
+            )
         write_json(path / "config.json", {"config": config.to_dict(), "versions": dict(versions)})
         return
     theirs = flatten(ConfigDict(found["config"]))
