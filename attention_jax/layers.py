@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, check_rate
+from attention_jax.checks import as_integers, as_size, check_rate
 from attention_jax.functional import biases, masks, positions
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -73,7 +73,7 @@ class SingleHeadAttention(nn.Module):
             `[..., T, out_features]`.
         """
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
-        head_dim = self.head_dim or inputs_q.shape[-1]
+        head_dim = inputs_q.shape[-1] if self.head_dim is None else self.head_dim
 
         def project(name, features, x):
             return nn.Dense(
@@ -92,7 +92,8 @@ class SingleHeadAttention(nn.Module):
         # The functions take any number of heads; this layer has one.
         query, key, value = (x[..., None, :] for x in (query, key, value))
         mixed = _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
-        return project("out", self.out_features or inputs_q.shape[-1], mixed[..., 0, :])
+        out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
+        return project("out", out_features, mixed[..., 0, :])
 
 
 class MultiHeadAttention(nn.Module):
@@ -216,7 +217,7 @@ class MultiHeadAttention(nn.Module):
             key, value, overflow = cache.append(key, value, lengths)
 
         mixed = _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
-        out_features = self.out_features or inputs_q.shape[-1]
+        out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
         out = self._dense_general(out_features, (-2, -1), "out")(mixed)  # [..., T, D]
         if overflow is not None:
             out = jnp.where(overflow[..., None, None], jnp.nan, out)
@@ -224,18 +225,22 @@ class MultiHeadAttention(nn.Module):
 
     def _sizes(self, features: int) -> tuple[int, int]:
         """Head size and number of key/value heads, with their defaults filled in."""
+        for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
+            if getattr(self, name) is not None:
+                as_size(name, getattr(self, name))
         if self.head_dim is None and features % self.num_heads:
             raise ValueError(
                 f"num_heads must divide the width of inputs_q, or head_dim be given: got "
                 f"num_heads={self.num_heads} and width {features}."
             )
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+        if self.num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads: got num_kv_heads={num_kv_heads} and "
                 f"num_heads={self.num_heads}."
             )
-        return self.head_dim or features // self.num_heads, num_kv_heads
+        head_dim = features // self.num_heads if self.head_dim is None else self.head_dim
+        return head_dim, num_kv_heads
 
     def _dense_general(self, features, axis, name):
         return nn.DenseGeneral(
@@ -264,6 +269,8 @@ class _Cache:
 
     def __init__(self, layer: nn.Module, key: Array, value: Array):
         self.ready = layer.has_variable("cache", "cached_key")
+        if not (self.ready or layer.is_initializing()):
+            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
         self.key = layer.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
         self.value = layer.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
         self.index = layer.variable("cache", "cache_index", jnp.zeros, key.shape[:-3], jnp.int32)

@@ -159,7 +159,7 @@ class SequenceModel(nn.Module):
                 name="embed",
             )
             x = embed(inputs)
-        x = self._add_positions(x, lengths)
+        x = self._add_positions(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
         mask = self._mask(mask)
@@ -240,17 +240,14 @@ class SequenceModel(nn.Module):
         pattern = masks.window(self.window, 0 if self.causal else self.window)
         return pattern if mask is None else pattern & mask
 
-    def _add_positions(self, x: Array, lengths: Array | None) -> Array:
+    def _add_positions(self, x: Array) -> Array:
         if self.positions not in ("sinusoidal", "learned"):
             return x
         T = x.shape[-2]
         tokens = jnp.arange(T)
-        if self.decode:
-            ready = self.has_variable("cache", "position")
-            start = self.variable("cache", "position", jnp.zeros, x.shape[:-2], jnp.int32)
-            tokens = tokens + start.value[..., None]  # [..., T]
-            if ready:
-                start.value = start.value + (T if lengths is None else lengths)
+        if self.decode and "cache" in self.variables:
+            cache = self.variables["cache"]["block_0"]["attention"]
+            tokens = tokens + cache["cache_index"][..., None]  # [..., T]
         if self.positions == "sinusoidal":
             return x + positions.sinusoidal_at(tokens, x.shape[-1]).astype(x.dtype)
         if T > self.max_length:

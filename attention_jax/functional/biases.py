@@ -5,6 +5,7 @@ arrays are leaves of a pytree, so the gradient of a loss with respect to a bias 
 arrays are gradients. Biases add up with `+`, with one another and with arrays.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -33,6 +34,9 @@ class Bias:
         """Floating-point, broadcastable to `[..., N, t_size, s_size]`."""
         raise NotImplementedError
 
+    def check(self, T: int, S: int) -> None:
+        """Raises ValueError when the bias was made for another number of queries or keys."""
+
     def __add__(self, other: "Bias | Array") -> "Bias":
         return Sum(self, as_bias(other))
 
@@ -47,7 +51,9 @@ class Alibi(Bias):
 
     def tile(self, at):
         distance = jnp.abs((at.t + offset_of(self.offset, at)) - at.s)
-        return -self.slopes[:, None, None] * distance.astype(self.slopes.dtype)
+        # float32 at least: bfloat16 cannot count beyond 256.
+        dtype = jnp.promote_types(self.slopes.dtype, jnp.float32)
+        return -self.slopes[:, None, None].astype(dtype) * distance.astype(dtype)
 
 
 @value_class
@@ -75,11 +81,23 @@ class Dense(Bias):
         rows = slice_axis(self.array, at.t_start, at.t_size, -2)
         return slice_axis(rows, at.s_start, at.s_size, -1)
 
+    def check(self, T, S):
+        rows, columns = self.array.shape[-2:]
+        if rows not in (1, T) or columns not in (1, S):
+            raise ValueError(
+                f"bias must broadcast to [..., N, T, S] with {T=}, {S=}, got shape "
+                f"{self.array.shape}."
+            )
+
 
 @value_class
 class Sum(Bias):
     left: Bias
     right: Bias
+
+    def check(self, T, S):
+        self.left.check(T, S)
+        self.right.check(T, S)
 
     def tile(self, at):
         return self.left.tile(at) + self.right.tile(at)
@@ -91,6 +109,9 @@ class Shifted(Bias):
 
     bias: Bias
     offset: Any
+
+    def check(self, T, S):
+        self.bias.check(T, S)
 
     def tile(self, at):
         return self.bias.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
@@ -189,6 +210,7 @@ def relative_buckets(
     return first + jnp.asarray(lookup)[jnp.minimum(distance, max_distance)]
 
 
+@functools.lru_cache
 def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of every distance 0 ... max_distance.
 
@@ -221,4 +243,6 @@ def as_bias(bias: "Bias | Array") -> Bias:
     if isinstance(bias, Bias):
         return bias
     check_floating("bias", bias)
-    return Dense(jnp.atleast_2d(bias))
+    bias = jnp.asarray(bias)
+    # Not `atleast_2d`: an operation on an array with -inf in it would trip `jax.debug_infs`.
+    return Dense(bias if bias.ndim > 1 else bias.reshape(1, -1))

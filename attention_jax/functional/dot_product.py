@@ -66,7 +66,8 @@ def dot_product_attention(
         implementation: None chooses; "dense" is the definition.
         block_size: An integer or (query_block, key_block), for "blockwise" only.
         return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
-            `[..., T, N]`, differentiable, -inf for a query that may attend to nothing.
+            (float64 for float64) `[..., T, N]`, differentiable, -inf for a query that may attend to
+            nothing.
 
     Returns:
         `[..., T, N, V]` in the dtype of `query`; with `return_residual`, that and the residual.
@@ -87,7 +88,7 @@ def dot_product_attention(
     query, key, value = check_qkv(query, key, value)
     mask = None if mask is None else as_mask(mask)
     bias = None if bias is None else as_bias(bias)
-    sinks = _check_options(query, softcap, sinks)
+    sinks = _check_options(query, scale, softcap, sinks)
     rate = _active_rate(dropout_rate, dropout_rng, deterministic)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
@@ -126,7 +127,7 @@ def attention_weights(
     query, key, _ = check_qkv(query, key, key)
     mask = None if mask is None else as_mask(mask)
     bias = None if bias is None else as_bias(bias)
-    sinks = _check_options(query, softcap, sinks)
+    sinks = _check_options(query, scale, softcap, sinks)
     logits, visible = _logits(query, key, bias, mask, scale, softcap)
     return _softmax(logits, visible, sinks)[0]
 
@@ -142,13 +143,13 @@ def _dense(query, key, value, *, bias, mask, scale, softcap, sinks, rate, rng, r
         weights = jnp.where(keep, weights / (1 - rate), 0)
 
     # The query heads that share a value head are rows of one product.
-    weights = weights.reshape(*batch, K, N // K * T, S).astype(_common_dtype(query, key, value))
+    weights = weights.reshape(*batch, K, N // K * T, S).astype(jnp.result_type(query, key, value))
     value = jnp.swapaxes(value, -2, -3)  # [..., K, S, V]
     mixed = _product(weights, value)
     mixed = jnp.swapaxes(mixed.reshape(*batch, N, T, V), -2, -3).astype(query.dtype)
     if not return_residual:
         return mixed
-    seen = total > 0 if visible is None else visible.any(-1, keepdims=True)
+    seen = jnp.full(total.shape, S > 0) if visible is None else visible.any(-1, keepdims=True)
     residual = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
     return mixed, jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
 
@@ -158,17 +159,21 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     *batch, T, N, H = query.shape
     S, K = key.shape[-3:-1]
     shape, whole = (*batch, N, T, S), Tile.whole(T, S)
+    dtype = jnp.result_type(query, key)
     visible = None
     if mask is not None:
         mask.check(T, S)
         visible = mask.tile(whole)
         check_broadcastable("mask", visible.shape, shape)
     if bias is not None:
+        bias.check(T, S)
         bias = bias.tile(whole)
         check_broadcastable("bias", bias.shape, shape)
-        visible = ~jnp.isneginf(bias) if visible is None else visible & ~jnp.isneginf(bias)
+        bias = bias.astype(jnp.promote_types(dtype, jnp.float32))
+        # Not `isneginf`, which makes an infinity of its own: `jax.debug_infs` would see it.
+        allowed = ~(bias < jnp.finfo(bias.dtype).min)
+        visible = allowed if visible is None else visible & allowed
 
-    dtype = _common_dtype(query, key)
     # Heads before positions, and the query heads that share a key head as rows of one product.
     query = jnp.swapaxes(query, -2, -3).reshape(*batch, K, N // K * T, H).astype(dtype)
     key = jnp.swapaxes(key, -2, -3).astype(dtype)  # [..., K, S, H]
@@ -176,16 +181,25 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     if visible is not None:
         visible = jnp.broadcast_to(visible, shape)
         logits = _where(visible, logits)  # Before tanh: its slope at a masked NaN is NaN.
-    logits = logits * (H**-0.5 if scale is None else scale)
+    logits = logits * jnp.asarray(H**-0.5 if scale is None else scale, logits.dtype)
     if softcap is not None:
+        softcap = jnp.asarray(softcap, logits.dtype)
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits += _where(visible, bias).astype(logits.dtype)
     return logits, visible
 
 
-@jax.custom_jvp
 def _product(a: Array, b: Array) -> Array:
+    """`_product_at` the precision that is the default here and now.
+
+    The derivative is traced later, maybe outside of the context that set the precision.
+    """
+    return _product_at(a, b, jax.config.jax_default_matmul_precision)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product_at(a: Array, b: Array, precision: str | None) -> Array:
     """The matrix product a b, in float32 at least, with derivatives fit for attention.
 
     They take NaN and Inf in `a` and `b` for 0. In the forward pass a mask removes what these spoil;
@@ -193,17 +207,18 @@ def _product(a: Array, b: Array) -> Array:
     visible NaN still shows: the output and so its cotangent are NaN.
     """
     dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    return jnp.matmul(a, b, preferred_element_type=dtype)
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
 
 
-@_product.defjvp
-def _(primals, tangents):
+@_product_at.defjvp
+def _(precision, primals, tangents):
+    product = functools.partial(_product_at, precision=precision)
     d_a, d_b = tangents
     a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
     # a d_b as (d_b^T a^T)^T: its transpose is then a product of two matrices as they lie in memory.
     # What autodiff makes of a d_b itself, a^T times a cotangent, is 3 to 5 times slower on a CPU.
-    a_d_b = _product(_transposed(d_b), _laid_out(_transposed(a)))
-    return _product(*primals), _product(d_a, b) + _transposed(_laid_out(a_d_b))
+    a_d_b = product(_transposed(d_b), _laid_out(_transposed(a)))
+    return product(*primals), product(d_a, b) + _transposed(_laid_out(a_d_b))
 
 
 def _transposed(x: Array) -> Array:
@@ -241,18 +256,16 @@ def _where(visible: Array | None, x: Array) -> Array:
     return x if visible is None else jnp.where(visible, x, 0)
 
 
-def _common_dtype(*arrays: Array) -> jnp.dtype:
-    """The one type in which products read their operands."""
-    return jnp.result_type(*arrays)
-
-
-def _check_options(query: Array, softcap: float | None, sinks: Array | None) -> Array | None:
-    if (
-        softcap is not None
-        and not isinstance(softcap, jax.core.Tracer)
-        and not (softcap > 0 and math.isfinite(softcap))
-    ):
-        raise ValueError(f"softcap must be positive and finite, got {softcap}.")
+def _check_options(query: Array, scale, softcap, sinks: Array | None) -> Array | None:
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if x is None:
+            continue
+        if isinstance(x, str | bool) or jnp.ndim(x) != 0:
+            raise TypeError(f"{name} must be one number, got {x!r}.")
+        if not isinstance(x, jax.core.Tracer) and not math.isfinite(x):
+            raise ValueError(f"{name} must be finite, got {x}.")
+    if softcap is not None and not isinstance(softcap, jax.core.Tracer) and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)

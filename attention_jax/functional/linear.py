@@ -5,7 +5,6 @@ A mechanism of its own, not a faster softmax. This file is the pattern for addin
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from attention_jax.checks import as_size, check_qkv
@@ -15,7 +14,8 @@ from attention_jax.types import Array
 
 def elu_plus_one(x: Array) -> Array:
     """elu(x) + 1: positive, and close to exp(x) below zero. Katharopoulos et al., equation 7."""
-    return jax.nn.elu(x) + 1
+    # exp(x), not expm1(x) + 1, which cancels for very negative x.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 def linear_attention(
@@ -52,7 +52,11 @@ def linear_attention(
     """
     query, key, value = check_qkv(query, key, value)
     chunk_size = as_size("chunk_size", chunk_size)
-    causal = isinstance(mask, Band) and (mask.left, mask.right, mask.offset) == (None, 0, 0)
+    causal = (
+        isinstance(mask, Band)
+        and isinstance(mask.offset, int)
+        and (mask.left, mask.right, mask.offset) == (None, 0, 0)
+    )
     if mask is not None and not causal:
         raise NotImplementedError(
             f"linear_attention takes mask=None or masks.causal(), got {mask!r}: "
@@ -94,7 +98,9 @@ def _causal(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
     query, key, value = (_chunks(x, length, c) for x in (query, key, value))
 
     state = jnp.einsum("...KmjF,...KmjV->...KmFV", key, value)
-    before = jnp.cumsum(state, axis=-3) - state
+    # Shifted, not subtracted: what is large in a query's own chunk would cancel its past.
+    shift = [(0, 0)] * (state.ndim - 3) + [(1, 0), (0, 0), (0, 0)]
+    before = jnp.cumsum(jnp.pad(state[..., :-1, :, :], shift), axis=-3)
     past = jnp.einsum("...KGmiF,...KmFV->...KGmiV", query, before)
 
     weights = jnp.einsum("...KGmiF,...KmjF->...KGmij", query, key)

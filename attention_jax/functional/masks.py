@@ -65,6 +65,10 @@ class Mask:
         if own_T not in (None, 1, T) or own_S not in (None, 1, S):
             raise ValueError(f"mask {self!r} was made for T={own_T}, S={own_S}: got {T=}, {S=}.")
 
+    def check_shifted(self, T: int, S: int) -> None:
+        """The same for T queries that stand anywhere in a sequence of S positions."""
+        self.check(S, S)
+
     def __and__(self, other: "Mask | Array") -> "Mask":
         return And(self, as_mask(other))
 
@@ -181,6 +185,9 @@ class Dense(Mask):
     def size(self):
         return self.array.shape[-2:]
 
+    def check_shifted(self, T, S):
+        self.check(T, S)
+
     def __repr__(self):
         return f"dense({words(self.array)})"
 
@@ -200,6 +207,10 @@ class Pair(Mask):
     def check(self, T, S):
         self.left.check(T, S)
         self.right.check(T, S)
+
+    def check_shifted(self, T, S):
+        self.left.check_shifted(T, S)
+        self.right.check_shifted(T, S)
 
 
 @value_class
@@ -236,6 +247,9 @@ class Not(Mask):
     def check(self, T, S):
         self.mask.check(T, S)
 
+    def check_shifted(self, T, S):
+        self.mask.check_shifted(T, S)
+
     def __repr__(self):
         return f"~({self.mask!r})" if isinstance(self.mask, Pair) else f"~{self.mask!r}"
 
@@ -249,6 +263,9 @@ class Shifted(Mask):
 
     def tile(self, at):
         return self.mask.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+
+    def check(self, T, S):
+        self.mask.check_shifted(T, S)
 
     def __repr__(self):
         return f"shifted({self.mask!r}, {words(self.offset)})"

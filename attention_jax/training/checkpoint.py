@@ -139,11 +139,17 @@ class Checkpoints:
     def _newest_whole(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         self.wait()
         steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        broken = []
         for step in steps:
             try:
-                return self._read(step)
+                found = self._read(step)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self._set_aside(step, error)
+                broken.append((step, error))
+                continue
+            # Only now: with nothing whole to fall back on, all is left as it is.
+            for step_and_error in broken:
+                self._set_aside(*step_and_error)
+            return found
         if steps:
             raise RuntimeError(f"every checkpoint in {self.directory} is broken: {steps}.")
         return None

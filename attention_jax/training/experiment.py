@@ -249,7 +249,7 @@ def _first_state(config, program):
     if config.init_from:
         try:
             params = restore_params(Path(config.init_from), like=state.params)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--init_from={config.init_from}: {error}") from error
         state = state._replace(params=params)
     return state
