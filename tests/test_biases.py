@@ -9,7 +9,7 @@ import oracles
 import pytest
 from cases import DOT_PRODUCT, assert_close, random_qkv
 
-from attention_jax import biases
+from attention_jax import biases, dot_product_attention
 
 
 def as_added(bias, N, T, S):
@@ -126,3 +126,10 @@ def test_a_bias_for_another_number_of_heads_is_refused(bias):
     for case, jit in itertools.product(DOT_PRODUCT, (jax.jit, lambda f: f)):
         with pytest.raises(ValueError, match="bias"):
             jit(case.attend)(*random_qkv(), bias)
+
+
+def test_a_bias_of_the_wrong_size_is_refused_not_sliced():
+    query, key, value = random_qkv()
+    for bias in (jnp.ones((9, 11)), biases.alibi(6) + jnp.ones((9, 11)), jnp.ones((2, 2))):
+        with pytest.raises(ValueError, match="bias must broadcast"):
+            dot_product_attention(query, key, value, bias)

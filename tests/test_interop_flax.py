@@ -112,3 +112,12 @@ def test_sown_weights_are_those_of_flax():
 def test_an_argument_that_nobody_knows_is_refused():
     with pytest.raises(TypeError):
         attention_fn(*random_qkv(), is_casual=True)
+
+
+def test_precision_holds_where_derivatives_are_traced_later():
+    query, key, value = random_qkv()
+    attend = jax.jit(lambda query: attention_fn(query, key, value, precision="highest").sum())
+    text = jax.jit(jax.grad(attend)).lower(query).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)

@@ -9,7 +9,7 @@ import oracles
 import pytest
 from cases import Sizes, assert_close, every_linear, random_qkv, value_and_pull
 
-from attention_jax import masks
+from attention_jax import linear_attention, masks
 
 
 @every_linear
@@ -123,3 +123,11 @@ def test_other_masks_are_an_honest_limit(case, mask):
 def test_a_bad_chunk_is_refused(case):
     with pytest.raises(ValueError, match="chunk_size"):
         case.attend(*random_qkv(), mask=masks.causal(), chunk_size=0)
+
+
+def test_what_is_large_in_the_future_does_not_drown_the_past():
+    query, key, value = (
+        jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).random((3, 2, 9, 3, 5))
+    )
+    attend = lambda value: linear_attention(query, key, value, mask=masks.causal(), chunk_size=4)
+    np.testing.assert_array_equal(attend(value)[:, :8], attend(value.at[:, 8].set(1e30))[:, :8])

@@ -210,3 +210,17 @@ def test_a_model_that_cannot_be_is_refused(options, inputs, error, word):
     model = SequenceModel(**{**SMALL, **options})
     with pytest.raises(error, match=word):
         jax.eval_shape(model.init, jax.random.key(0), inputs)
+
+
+def test_a_refused_call_moves_no_position():
+    model = SequenceModel(8, num_heads=2, vocab_size=5, causal=True, positions="sinusoidal")
+    tokens = jnp.array([[1, 2, 3, 4]])
+    params = model.init(jax.random.key(0), tokens)
+    decoder = model.clone(decode=True)
+    cache = decoder.init(jax.random.key(0), tokens)["cache"]
+    step = jax.jit(lambda c, x: decoder.apply({**params, "cache": c}, x, mutable=["cache"]))
+    _, state = step(cache, tokens[:, :3])
+    refused, state = step(state["cache"], tokens[:, 2:])
+    last, _ = step(state["cache"], tokens[:, 3:])
+    assert jnp.isnan(refused).all()
+    np.testing.assert_allclose(last[:, 0], model.apply(params, tokens)[:, 3], atol=1e-5)
