@@ -13,17 +13,17 @@ import numpy as np
 
 from attention_jax.checks import as_size, check_floating
 from attention_jax.functional.tiles import (
+    Rule,
     Tile,
     as_offset,
     offset_of,
     per_row,
-    slice_axis,
     value_class,
 )
 from attention_jax.types import Array
 
 
-class Bias:
+class Bias(Rule):
     """What `alibi` and `relative` return. Subclasses say what one tile looks like."""
 
     # numpy must leave `array + bias` to us instead of trying it element by element.
@@ -33,6 +33,10 @@ class Bias:
         """Floating-point, broadcastable to `[..., N, t_size, s_size]`."""
         raise NotImplementedError
 
+    def hidden(self, at: Tile) -> Array | None:
+        """Where the tile is -inf, which is the same as masked; None if it cannot be."""
+        return None
+
     def __add__(self, other: "Bias | Array") -> "Bias":
         return Sum(self, as_bias(other))
 
@@ -40,7 +44,7 @@ class Bias:
         return Sum(as_bias(other), self)
 
 
-@value_class
+@value_class(slopes="N", offset="")
 class Alibi(Bias):
     slopes: Array
     offset: Any
@@ -50,7 +54,7 @@ class Alibi(Bias):
         return -self.slopes[:, None, None] * distance.astype(self.slopes.dtype)
 
 
-@value_class
+@value_class(table="bN", offset="")  # b: buckets.
 class Relative(Bias):
     table: Array
     bidirectional: bool
@@ -67,16 +71,18 @@ class Relative(Bias):
         return bias if distance.ndim == 2 else jnp.squeeze(bias, -4)
 
 
-@value_class
+@value_class(array="NTS")
 class Dense(Bias):
     array: Array
 
     def tile(self, at):
-        rows = slice_axis(self.array, at.t_start, at.t_size, -2)
-        return slice_axis(rows, at.s_start, at.s_size, -1)
+        return self.array
+
+    def hidden(self, at):
+        return jnp.isneginf(self.array)
 
 
-@value_class
+@value_class()
 class Sum(Bias):
     left: Bias
     right: Bias
@@ -84,8 +90,12 @@ class Sum(Bias):
     def tile(self, at):
         return self.left.tile(at) + self.right.tile(at)
 
+    def hidden(self, at):
+        left, right = self.left.hidden(at), self.right.hidden(at)
+        return left if right is None else right if left is None else left | right
 
-@value_class
+
+@value_class(offset="")
 class Shifted(Bias):
     """The rules of `bias`, for queries that stand `offset` positions later in the sequence."""
 
@@ -93,7 +103,13 @@ class Shifted(Bias):
     offset: Any
 
     def tile(self, at):
-        return self.bias.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+        return self.bias.tile(self._place(at))
+
+    def hidden(self, at):
+        return self.bias.hidden(self._place(at))
+
+    def _place(self, at):
+        return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
 
 
 def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:

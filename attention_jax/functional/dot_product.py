@@ -13,7 +13,8 @@ from jax import lax
 
 from attention_jax.checks import check_broadcastable, check_floating, check_qkv, check_rate
 from attention_jax.functional.biases import Bias, as_bias
-from attention_jax.functional.dropout import keep_mask
+from attention_jax.functional.blockwise import blockwise_attention
+from attention_jax.functional.dropout import keep_mask, row_words
 from attention_jax.functional.masks import Mask, as_mask
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
@@ -98,13 +99,32 @@ def dot_product_attention(
             f'block_size is for implementation="blockwise", got {block_size} with '
             f"{implementation!r}."
         )
-    if implementation in ("blockwise", "cudnn"):
+    if implementation == "cudnn":
         raise NotImplementedError(
             f'implementation="{implementation}" does not exist yet: use "dense" or None.'
         )
     attend = functools.partial(
         _dense, bias=bias, mask=mask, scale=scale, softcap=softcap, sinks=sinks
     )
+    if implementation == "blockwise" and query.size and value.size:
+        jax.eval_shape(_rules, bias, mask, query, key)  # For its errors.
+        words = None
+        if rate is not None:
+            words = row_words(dropout_rng, query.shape[:-3], query.shape[-2], query.shape[-3])
+        out, residual = blockwise_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            rate=rate,
+            words=words,
+            block_size=block_size,
+        )
+        return (out, residual) if return_residual else out
     return attend(query, key, value, rate=rate, rng=dropout_rng, return_residual=return_residual)
 
 
@@ -157,15 +177,9 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     """softcap(scale * query key^T) + bias, `[..., N, T, S]`, and which of them are visible."""
     *batch, T, N, H = query.shape
     S, K = key.shape[-3:-1]
-    shape, whole = (*batch, N, T, S), Tile.whole(T, S)
-    visible = None
-    if mask is not None:
-        mask.check(T, S)
-        visible = mask.tile(whole)
-        check_broadcastable("mask", visible.shape, shape)
+    shape = (*batch, N, T, S)
+    bias, visible = _rules(bias, mask, query, key)
     if bias is not None:
-        bias = bias.tile(whole)
-        check_broadcastable("bias", bias.shape, shape)
         visible = ~jnp.isneginf(bias) if visible is None else visible & ~jnp.isneginf(bias)
 
     dtype = _common_dtype(query, key)
@@ -182,6 +196,21 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     if bias is not None:
         logits += _where(visible, bias).astype(logits.dtype)
     return logits, visible
+
+
+def _rules(bias, mask, query, key) -> tuple[Array | None, Array | None]:
+    """Bias and mask as arrays that broadcast to `[..., N, T, S]`."""
+    *batch, T, N, _ = query.shape
+    S = key.shape[-3]
+    shape, whole = (*batch, N, T, S), Tile.whole(T, S)
+    if mask is not None:
+        mask.check(T, S)
+        mask = mask.tile(whole)
+        check_broadcastable("mask", mask.shape, shape)
+    if bias is not None:
+        bias = bias.tile(whole)
+        check_broadcastable("bias", bias.shape, shape)
+    return bias, mask
 
 
 @jax.custom_jvp
