@@ -100,9 +100,21 @@ def block_sizes(lead, G, T, S, block_size=None) -> Plan:
 
 
 def blockwise_attention(
-    query, key, value, *, bias, mask, scale, softcap, sinks, rate, words, block_size
-) -> tuple[Array, Array]:
-    """The output `[..., T, N, V]` and the logsumexp `[..., T, N]`; no size is 0.
+    query,
+    key,
+    value,
+    *,
+    bias,
+    mask,
+    scale,
+    softcap,
+    sinks,
+    rate,
+    words,
+    block_size,
+    return_residual,
+) -> Array | tuple[Array, Array]:
+    """The output `[..., T, N, V]`, or that and the logsumexp `[..., T, N]`; no size is 0.
 
     Arguments are those of `dot_product_attention`, checked; `words` are the `row_words` of dropout,
     or None.
@@ -127,24 +139,28 @@ def blockwise_attention(
     out, residual = _attend(plan, *operands)
 
     out, residual = out.reshape(*batch, N, T, V), residual.reshape(*batch, N, T)
+    empty = residual == jnp.finfo(dtype).max
     if sinks is not None:
         # A sink is one more key, and its value is zero.
-        sinks = sinks.astype(dtype)[:, None]
-        seen = residual != -jnp.inf
-        before = jnp.where(seen, residual, 0)
-        after = jnp.logaddexp(before, sinks)
-        out *= jnp.where(seen, jnp.exp(before - after), 0)[..., None]
-        residual = jnp.where(seen, after, -jnp.inf)
+        with_sinks = jnp.logaddexp(residual, sinks.astype(dtype)[:, None])
+        out *= jnp.exp(jnp.where(empty, 0, residual - with_sinks))[..., None]
+        residual = with_sinks
     if drop is not None:
         out /= 1 - rate
     out = jnp.swapaxes(out, -2, -3).astype(query_dtype)
-    return out, jnp.swapaxes(residual, -1, -2)
+    if not return_residual:
+        return out
+    return out, jnp.swapaxes(jnp.where(empty, -jnp.inf, residual), -1, -2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, query, key, value, softcap, bias, mask, drop):
-    """Output `[groups, heads, G, T, V]` and logsumexp `[groups, heads, G, T]` of scaled queries."""
+    """Output `[groups, heads, G, T, V]` and logsumexp `[groups, heads, G, T]` of scaled queries.
+
+    The logsumexp of a row that sees nothing is the largest number there is, so that the row has no
+    weights: exp(anything - largest) is 0.
+    """
     return _forward(plan, query, key, value, softcap, bias, mask, drop)[0]
 
 
@@ -183,7 +199,6 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
             mixed, peak, total = rules.over_keys(tile, start)
             empty = total == 0
             mixed /= jnp.where(empty, 1, total)[..., None]
-            # A row that sees nothing has no weights: exp(anything - largest) is 0.
             largest = jnp.finfo(peak.dtype).max
             residual = jnp.where(empty, largest, peak + jnp.log(jnp.where(empty, 1, total)))
             if plan.t == plan.T:
@@ -199,9 +214,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
         return carry, _loop(0, -(-plan.T // plan.t), block, results)
 
     _, (out, residual) = _over_groups(plan, group, (), (query, key, value))
-    largest = jnp.finfo(residual.dtype).max
-    shown = jnp.where(residual == largest, -jnp.inf, residual)
-    return (out, shown), (query, key, value, softcap, bias, mask, drop, out, residual)
+    return (out, residual), (query, key, value, softcap, bias, mask, drop, out, residual)
 
 
 def _backward(plan, saved, cotangents):

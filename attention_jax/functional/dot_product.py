@@ -111,7 +111,7 @@ def dot_product_attention(
         words = None
         if rate is not None:
             words = row_words(dropout_rng, query.shape[:-3], query.shape[-2], query.shape[-3])
-        out, residual = blockwise_attention(
+        return blockwise_attention(
             query,
             key,
             value,
@@ -123,8 +123,8 @@ def dot_product_attention(
             rate=rate,
             words=words,
             block_size=block_size,
+            return_residual=return_residual,
         )
-        return (out, residual) if return_residual else out
     return attend(query, key, value, rate=rate, rng=dropout_rng, return_residual=return_residual)
 
 
