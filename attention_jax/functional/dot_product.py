@@ -11,10 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import check_broadcastable, check_floating, check_qkv, check_rate
+from attention_jax.checks import (
+    as_size,
+    check_broadcastable,
+    check_floating,
+    check_qkv,
+    check_rate,
+)
 from attention_jax.functional.biases import Bias, as_bias
 from attention_jax.functional.blockwise import blockwise_attention
-from attention_jax.functional.dropout import keep_mask, row_words
+from attention_jax.functional.dropout import keep_mask
 from attention_jax.functional.masks import Mask, as_mask
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
@@ -103,29 +109,23 @@ def dot_product_attention(
         raise NotImplementedError(
             f'implementation="{implementation}" does not exist yet: use "dense" or None.'
         )
-    attend = functools.partial(
-        _dense, bias=bias, mask=mask, scale=scale, softcap=softcap, sinks=sinks
-    )
+    attend = _dense
     if implementation == "blockwise" and query.size and value.size:
-        jax.eval_shape(_rules, bias, mask, query, key)  # For its errors.
-        words = None
-        if rate is not None:
-            words = row_words(dropout_rng, query.shape[:-3], query.shape[-2], query.shape[-3])
-        return blockwise_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            rate=rate,
-            words=words,
-            block_size=block_size,
-            return_residual=return_residual,
-        )
-    return attend(query, key, value, rate=rate, rng=dropout_rng, return_residual=return_residual)
+        jax.eval_shape(_rules, bias, mask, query, key)  # For its errors: the path looks at tiles.
+        attend = functools.partial(blockwise_attention, block_size=_check_blocks(block_size))
+    return attend(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        rate=rate,
+        rng=dropout_rng,
+        return_residual=return_residual,
+    )
 
 
 def attention_weights(
@@ -279,6 +279,17 @@ def _check_options(query: Array, softcap: float | None, sinks: Array | None) -> 
             f"sinks must be [N] with N={query.shape[-2]} query heads, got shape {sinks.shape}."
         )
     return sinks
+
+
+def _check_blocks(block_size) -> tuple[int, int] | None:
+    if block_size is None:
+        return None
+    sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"block_size must be an integer or (query_block, key_block), got {block_size!r}."
+        )
+    return tuple(as_size("block_size", size) for size in sizes)
 
 
 def _active_rate(rate, rng, deterministic: bool) -> float | Array | None:

@@ -60,13 +60,13 @@ class Tile(NamedTuple):
             return x
         return lax.dynamic_slice(x, *self._part(x.shape, axes))
 
+    def put(self, x: Array, part: Array, axes: str) -> Array:
+        """`x` with `part` in the place that `cut` takes it from."""
+        return lax.dynamic_update_slice(x, part, self._part(x.shape, axes)[0])
+
     def add(self, x: Array, part: Array, axes: str) -> Array:
-        """`x` with `part` added where `cut` takes it from."""
-        if jnp.ndim(x) == 0:
-            return x + part
-        starts, sizes = self._part(x.shape, axes)
-        part += lax.dynamic_slice(x, starts, sizes)
-        return lax.dynamic_update_slice(x, part, starts)
+        """`x` with `part` added to what `cut` takes from it."""
+        return self.put(x, self.cut(x, axes) + part, axes)
 
     def _part(self, shape, axes):
         """The start and the size of the part on every axis."""
