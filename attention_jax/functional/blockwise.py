@@ -223,7 +223,7 @@ def _backward(plan, saved, cotangents):
     def group(g, carry):
         keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
         keys = _finite(keys)
-        keys_turned = jnp.swapaxes(keys, -1, -2)  # [heads, H, S]
+        keys_turned = _settled(jnp.swapaxes(keys, -1, -2))  # [heads, H, S]
 
         def block(i, carry):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop, turned=True)
@@ -254,7 +254,7 @@ def _backward(plan, saved, cotangents):
                 d_weights = jnp.einsum("nsv,ntv->nst", here.keys(values), d_outs)
                 d_logits = weights * (here.kept(d_weights) - deltas[:, None, :])
                 d_raw, d_cap, d_tile = pull_back(here.where_visible(d_logits))
-                d_query = jnp.matmul(here.keys(keys_turned, axis=2), d_raw)
+                d_query = _settled(jnp.matmul(here.keys(keys_turned, axis=2), d_raw))
                 d_queries = d_query if d_queries is None else d_queries + d_query
                 d_keys = here.add_keys(d_keys, jnp.matmul(d_raw, queries))
                 d_values = here.add_keys(d_values, d_value)
@@ -446,6 +446,14 @@ def _finite(x):
     is NaN.
     """
     return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _settled(x):
+    """`x`, computed as it is written.
+
+    XLA would fold a transpose into a product, and make it the slow one that the code avoids.
+    """
+    return lax.optimization_barrier(x)
 
 
 def _loop(start, stop, body, carry):
