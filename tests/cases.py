@@ -42,6 +42,12 @@ CASES = [
         functools.partial(dot_product_attention, implementation="dense"),
         lambda *args, **settings: oracles.dot_product(*args, **settings)[0],
     ),
+    Case(
+        "dot_product",
+        "blockwise",
+        functools.partial(dot_product_attention, implementation="blockwise", block_size=(2, 3)),
+        lambda *args, **settings: oracles.dot_product(*args, **settings)[0],
+    ),
     Case("linear", "linear", linear_attention, oracles.linear, dot_product=False),
 ]
 DOT_PRODUCT = [case for case in CASES if case.dot_product]

@@ -14,17 +14,17 @@ import numpy as np
 
 from attention_jax.checks import as_size, check_floating
 from attention_jax.functional.tiles import (
+    Rule,
     Tile,
     as_offset,
     offset_of,
     per_row,
-    slice_axis,
     value_class,
 )
 from attention_jax.types import Array
 
 
-class Bias:
+class Bias(Rule):
     """What `alibi` and `relative` return. Subclasses say what one tile looks like."""
 
     # numpy must leave `array + bias` to us instead of trying it element by element.
@@ -37,6 +37,10 @@ class Bias:
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the bias was made for another number of queries or keys."""
 
+    def hidden(self, at: Tile) -> Array | None:
+        """Where the tile is -inf, which is the same as masked; None if it cannot be."""
+        return None
+
     def __add__(self, other: "Bias | Array") -> "Bias":
         return Sum(self, as_bias(other))
 
@@ -44,7 +48,7 @@ class Bias:
         return Sum(as_bias(other), self)
 
 
-@value_class
+@value_class(slopes="N", offset="")
 class Alibi(Bias):
     slopes: Array
     offset: Any
@@ -56,7 +60,7 @@ class Alibi(Bias):
         return -self.slopes[:, None, None].astype(dtype) * distance.astype(dtype)
 
 
-@value_class
+@value_class(table="bN", offset="")  # b: buckets.
 class Relative(Bias):
     table: Array
     bidirectional: bool
@@ -73,13 +77,15 @@ class Relative(Bias):
         return bias if distance.ndim == 2 else jnp.squeeze(bias, -4)
 
 
-@value_class
+@value_class(array="NTS")
 class Dense(Bias):
     array: Array
 
     def tile(self, at):
-        rows = slice_axis(self.array, at.t_start, at.t_size, -2)
-        return slice_axis(rows, at.s_start, at.s_size, -1)
+        return self.array
+
+    def hidden(self, at):
+        return jnp.isneginf(self.array)
 
     def check(self, T, S):
         rows, columns = self.array.shape[-2:]
@@ -90,7 +96,7 @@ class Dense(Bias):
             )
 
 
-@value_class
+@value_class()
 class Sum(Bias):
     left: Bias
     right: Bias
@@ -102,8 +108,12 @@ class Sum(Bias):
     def tile(self, at):
         return self.left.tile(at) + self.right.tile(at)
 
+    def hidden(self, at):
+        left, right = self.left.hidden(at), self.right.hidden(at)
+        return left if right is None else right if left is None else left | right
 
-@value_class
+
+@value_class(offset="")
 class Shifted(Bias):
     """The rules of `bias`, for queries that stand `offset` positions later in the sequence."""
 
@@ -114,7 +124,13 @@ class Shifted(Bias):
         self.bias.check(T, S)
 
     def tile(self, at):
-        return self.bias.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+        return self.bias.tile(self._place(at))
+
+    def hidden(self, at):
+        return self.bias.hidden(self._place(at))
+
+    def _place(self, at):
+        return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
 
 
 def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:

@@ -11,8 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import check_broadcastable, check_floating, check_qkv, check_rate
+from attention_jax.checks import (
+    as_size,
+    check_broadcastable,
+    check_floating,
+    check_qkv,
+    check_rate,
+)
 from attention_jax.functional.biases import Bias, as_bias
+from attention_jax.functional.blockwise import blockwise_attention
 from attention_jax.functional.dropout import keep_mask
 from attention_jax.functional.masks import Mask, as_mask
 from attention_jax.functional.tiles import Tile
@@ -99,14 +106,27 @@ def dot_product_attention(
             f'block_size is for implementation="blockwise", got {block_size} with '
             f"{implementation!r}."
         )
-    if implementation in ("blockwise", "cudnn"):
+    if implementation == "cudnn":
         raise NotImplementedError(
             f'implementation="{implementation}" does not exist yet: use "dense" or None.'
         )
-    attend = functools.partial(
-        _dense, bias=bias, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+    attend = _dense
+    if implementation == "blockwise" and query.size and value.size:
+        jax.eval_shape(_rules, bias, mask, query, key)  # For its errors: the path looks at tiles.
+        attend = functools.partial(blockwise_attention, block_size=_check_blocks(block_size))
+    return attend(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        rate=rate,
+        rng=dropout_rng,
+        return_residual=return_residual,
     )
-    return attend(query, key, value, rate=rate, rng=dropout_rng, return_residual=return_residual)
 
 
 def attention_weights(
@@ -158,17 +178,10 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     """softcap(scale * query key^T) + bias, `[..., N, T, S]`, and which of them are visible."""
     *batch, T, N, H = query.shape
     S, K = key.shape[-3:-1]
-    shape, whole = (*batch, N, T, S), Tile.whole(T, S)
+    shape = (*batch, N, T, S)
     dtype = jnp.result_type(query, key)
-    visible = None
-    if mask is not None:
-        mask.check(T, S)
-        visible = mask.tile(whole)
-        check_broadcastable("mask", visible.shape, shape)
+    bias, visible = _rules(bias, mask, query, key)
     if bias is not None:
-        bias.check(T, S)
-        bias = bias.tile(whole)
-        check_broadcastable("bias", bias.shape, shape)
         bias = bias.astype(jnp.promote_types(dtype, jnp.float32))
         # Not `isneginf`, which makes an infinity of its own: `jax.debug_infs` would see it.
         allowed = ~(bias < jnp.finfo(bias.dtype).min)
@@ -188,6 +201,22 @@ def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None
     if bias is not None:
         logits += _where(visible, bias).astype(logits.dtype)
     return logits, visible
+
+
+def _rules(bias, mask, query, key) -> tuple[Array | None, Array | None]:
+    """Bias and mask as arrays that broadcast to `[..., N, T, S]`."""
+    *batch, T, N, _ = query.shape
+    S = key.shape[-3]
+    shape, whole = (*batch, N, T, S), Tile.whole(T, S)
+    if mask is not None:
+        mask.check(T, S)
+        mask = mask.tile(whole)
+        check_broadcastable("mask", mask.shape, shape)
+    if bias is not None:
+        bias.check(T, S)
+        bias = bias.tile(whole)
+        check_broadcastable("bias", bias.shape, shape)
+    return bias, mask
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -275,6 +304,17 @@ def _check_options(query: Array, scale, softcap, sinks: Array | None) -> Array |
             f"sinks must be [N] with N={query.shape[-2]} query heads, got shape {sinks.shape}."
         )
     return sinks
+
+
+def _check_blocks(block_size) -> tuple[int, int] | None:
+    if block_size is None:
+        return None
+    sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"block_size must be an integer or (query_block, key_block), got {block_size!r}."
+        )
+    return tuple(as_size("block_size", size) for size in sizes)
 
 
 def _active_rate(rate, rng, deterministic: bool) -> float | Array | None:

@@ -13,19 +13,21 @@ which keys. Masks combine with `&`, `|` and `~`, with one another and with boole
 Every mask is a pytree: what it holds in arrays may be traced, and changing it recompiles nothing.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from attention_jax.checks import as_integers, as_size
 from attention_jax.functional.tiles import (
+    Rule,
     Tile,
     as_offset,
     offset_of,
     per_row,
-    slice_axis,
     value_class,
     words,
 )
@@ -35,7 +37,19 @@ _PICTURE_LIMIT = 32  # A larger picture does not fit a terminal.
 _PICTURE_SIZE = 8  # The size at which a rule without one of its own is drawn.
 
 
-class Mask:
+class Keys(NamedTuple):
+    """What a mask knows about the keys of a tile's queries without looking at each.
+
+    Attributes:
+        seen: (start, stop): no key outside is seen by any of the queries.
+        open: (start, stop): every key inside is seen by all of them.
+    """
+
+    seen: tuple[int | Array, int | Array]
+    open: tuple[int | Array, int | Array]
+
+
+class Mask(Rule):
     """What `causal`, `window`, `segments`, ... return. Subclasses say what one tile looks like."""
 
     # numpy must leave `array & mask` to us instead of trying it element by element.
@@ -44,6 +58,10 @@ class Mask:
     def tile(self, at: Tile) -> Array:
         """Boolean, broadcastable to `[..., N, t_size, s_size]`; True where t may attend to s."""
         raise NotImplementedError
+
+    def keys(self, at: Tile) -> Keys | None:
+        """Which keys of all S the tile's queries see; None where only the tile itself can tell."""
+        return None
 
     def size(self) -> tuple[int | None, int | None]:
         """The T and S that the mask was made for; None where it fits any."""
@@ -99,7 +117,7 @@ class Mask:
         return "\n".join([repr(self) + note, *rows])
 
 
-@value_class
+@value_class(offset="")
 class Band(Mask):
     """t + offset - left <= s <= t + offset + right."""
 
@@ -116,6 +134,20 @@ class Band(Mask):
             visible &= at.s >= centre - self.left
         return visible
 
+    def keys(self, at):
+        ahead = at.offset + offset_of(self.offset, at)
+        first, last = _least(ahead) + at.t_start, _most(ahead) + at.t_start + at.t_size - 1
+        return Keys(
+            (
+                0 if self.left is None else _most(0, first - self.left),
+                at.S if self.right is None else _least(at.S, last + 1 + self.right),
+            ),
+            (
+                0 if self.left is None else _most(0, last - self.left),
+                at.S if self.right is None else _least(at.S, first + 1 + self.right),
+            ),
+        )
+
     def __repr__(self):
         name = "causal(" if (self.left, self.right) == (None, 0) else f"window({self.left}, "
         options = [] if name == "causal(" else [f"right={self.right}"]
@@ -124,7 +156,8 @@ class Band(Mask):
         return name + ", ".join(options) + ")"
 
 
-@value_class
+# L: the whole length, because a shifted query looks its id up at its position.
+@value_class(query_ids="L", key_ids="S")
 class Segments(Mask):
     """query_ids[t] == key_ids[s]."""
 
@@ -133,8 +166,7 @@ class Segments(Mask):
 
     def tile(self, at):
         query_ids = _queries(self.query_ids, at)  # [..., t, 1]
-        key_ids = slice_axis(self.key_ids, at.s_start, at.s_size, -1)[..., None, :]
-        return _with_head_axis(query_ids) == _with_head_axis(key_ids)
+        return _with_head_axis(query_ids) == _with_head_axis(self.key_ids[..., None, :])
 
     def size(self):
         return self.query_ids.shape[-1], self.key_ids.shape[-1]
@@ -146,11 +178,14 @@ class Segments(Mask):
         )
 
 
-@value_class
+@value_class(lengths="")
 class KeyLengths(Mask):
     """s < length."""
 
     lengths: Array
+
+    def keys(self, at):
+        return Keys((0, _most(self.lengths)), (0, _least(self.lengths)))
 
     def tile(self, at):
         return at.s < per_row(self.lengths)
@@ -159,11 +194,17 @@ class KeyLengths(Mask):
         return f"key_lengths({words(self.lengths)})"
 
 
-@value_class
+@value_class(lengths="")
 class QueryLengths(Mask):
     """t < length."""
 
     lengths: Array
+
+    def keys(self, at):
+        first = _least(at.offset) + at.t_start
+        last = _most(at.offset) + at.t_start + at.t_size - 1
+        some, all_ = first < _most(self.lengths), last < _least(self.lengths)
+        return Keys((0, jnp.where(some, at.S, 0)), (0, jnp.where(all_, at.S, 0)))
 
     def tile(self, at):
         return at.t < per_row(self.lengths)
@@ -172,15 +213,14 @@ class QueryLengths(Mask):
         return f"query_lengths({words(self.lengths)})"
 
 
-@value_class
+@value_class(array="NTS")
 class Dense(Mask):
     """A boolean array that says it all."""
 
     array: Array
 
     def tile(self, at):
-        rows = slice_axis(self.array, at.t_start, at.t_size, -2)
-        return slice_axis(rows, at.s_start, at.s_size, -1)
+        return self.array
 
     def size(self):
         return self.array.shape[-2:]
@@ -192,7 +232,7 @@ class Dense(Mask):
         return f"dense({words(self.array)})"
 
 
-@value_class
+@value_class()
 class Pair(Mask):
     """Two masks; what is made of them is said below."""
 
@@ -213,10 +253,18 @@ class Pair(Mask):
         self.right.check_shifted(T, S)
 
 
-@value_class
+@value_class()
 class And(Pair):
     def tile(self, at):
         return self.left.tile(at) & self.right.tile(at)
+
+    def keys(self, at):
+        left, right = self.left.keys(at), self.right.keys(at)
+        if left is None or right is None:
+            # What one of them hides is hidden; what both show, nobody knows.
+            seen = (left or right or Keys((0, at.S), (0, 0))).seen
+            return Keys(seen, (0, 0))
+        return Keys(_overlap(left.seen, right.seen), _overlap(left.open, right.open))
 
     def __repr__(self):
         return " & ".join(
@@ -225,16 +273,23 @@ class And(Pair):
         )
 
 
-@value_class
+@value_class()
 class Or(Pair):
     def tile(self, at):
         return self.left.tile(at) | self.right.tile(at)
+
+    def keys(self, at):
+        left, right = self.left.keys(at), self.right.keys(at)
+        if left is None or right is None:
+            return None
+        starts, stops = zip(left.seen, right.seen, strict=True)
+        return Keys((_least(*starts), _most(*stops)), _longer(left.open, right.open))
 
     def __repr__(self):
         return f"{self.left!r} | {self.right!r}"
 
 
-@value_class
+@value_class()
 class Not(Mask):
     mask: Mask
 
@@ -254,7 +309,7 @@ class Not(Mask):
         return f"~({self.mask!r})" if isinstance(self.mask, Pair) else f"~{self.mask!r}"
 
 
-@value_class
+@value_class(offset="")
 class Shifted(Mask):
     """The rules of `mask`, for queries that stand `offset` positions later in the sequence."""
 
@@ -262,7 +317,13 @@ class Shifted(Mask):
     offset: Any
 
     def tile(self, at):
-        return self.mask.tile(at._replace(T=at.S, offset=at.offset + per_row(self.offset)))
+        return self.mask.tile(self._place(at))
+
+    def keys(self, at):
+        return self.mask.keys(self._place(at))
+
+    def _place(self, at):
+        return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
 
     def check(self, T, S):
         self.mask.check_shifted(T, S)
@@ -376,10 +437,39 @@ def _with_head_axis(x: Array) -> Array:
 def _queries(ids: Array, at: Tile) -> Array:
     """The ids of the tile's queries, `[..., t_size, 1]`."""
     if isinstance(at.offset, int) and at.offset == 0:
-        return slice_axis(ids, at.t_start, at.t_size, -1)[..., None]
+        if ids.shape[-1] not in (1, at.t_size):
+            ids = lax.dynamic_slice_in_dim(ids, at.t_start, at.t_size, axis=-1)
+        return ids[..., None]
     positions = at.t[..., 0]  # [..., 1, t] or [t]
     positions = positions[..., 0, :] if positions.ndim > 1 else positions
     batch = jnp.broadcast_shapes(ids.shape[:-1], positions.shape[:-1])
     ids = jnp.broadcast_to(ids, (*batch, ids.shape[-1]))
     positions = jnp.broadcast_to(positions, (*batch, at.t_size))
     return jnp.take_along_axis(ids, positions, axis=-1, mode="clip")[..., None]
+
+
+def _overlap(*spans: tuple[int | Array, int | Array]) -> tuple[int | Array, int | Array]:
+    """What spans have in common; it is empty when its start is not below its stop."""
+    starts, stops = zip(*spans, strict=True)
+    return _most(*starts), _least(*stops)
+
+
+def _longer(left, right):
+    choose = left[1] - left[0] >= right[1] - right[0]
+    if isinstance(choose, bool):
+        return left if choose else right
+    return tuple(jnp.where(choose, a, b) for a, b in zip(left, right, strict=True))
+
+
+def _least(*numbers: int | Array) -> int | Array:
+    """The smallest of all entries: a Python integer where all are."""
+    if all(isinstance(x, int) for x in numbers):
+        return min(numbers)
+    return functools.reduce(jnp.minimum, [jnp.min(x) for x in numbers])
+
+
+def _most(*numbers: int | Array) -> int | Array:
+    """The largest of all entries: a Python integer where all are."""
+    if all(isinstance(x, int) for x in numbers):
+        return max(numbers)
+    return functools.reduce(jnp.maximum, [jnp.max(x) for x in numbers])

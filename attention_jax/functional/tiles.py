@@ -5,7 +5,7 @@ a rule is written once and costs no `[T, S]` memory unless somebody wants it who
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
         T, S: The size of the whole.
         offset: Where query 0 stands in the sequence, when the queries are the newest tokens of a
             longer one: an integer, or an array that broadcasts against `[..., N, T, S]`.
+        lead: (start, size) on each batch axis and on the axis of heads; None is all of them.
     """
 
     t_start: int | Array
@@ -34,6 +35,7 @@ class Tile(NamedTuple):
     T: int
     S: int
     offset: int | Array = 0
+    lead: tuple[tuple[int | Array, int], ...] | None = None
 
     @classmethod
     def whole(cls, T: int, S: int) -> "Tile":
@@ -49,28 +51,95 @@ class Tile(NamedTuple):
         """Positions of the keys, `[s_size]`."""
         return self.s_start + jnp.arange(self.s_size, dtype=jnp.int32)
 
+    def cut(self, x: int | Array, axes: str) -> int | Array:
+        """What this tile needs of `x`, whose axes are `...` and those named: N, T, S or another.
 
-def value_class(cls):
-    """A frozen dataclass that is a pytree: numbers, words and None are static, the rest leaves."""
-    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+        Axes of another name stay whole, and so does an axis of one entry, which serves all.
+        """
+        if jnp.ndim(x) == 0:
+            return x
+        return lax.dynamic_slice(x, *self._part(x.shape, axes))
 
-    def flatten(self):
-        fields = [getattr(self, name) for name in names]
-        static = [x is None or isinstance(x, int | str) for x in fields]
-        leaves = [x for x, fixed in zip(fields, static, strict=True) if not fixed]
-        return leaves, tuple(
-            (fixed, x if fixed else None) for x, fixed in zip(fields, static, strict=True)
-        )
+    def put(self, x: Array, part: Array, axes: str) -> Array:
+        """`x` with `part` in the place that `cut` takes it from."""
+        return lax.dynamic_update_slice(x, part, self._part(x.shape, axes)[0])
 
-    def unflatten(fixed_fields, leaves):
-        self, leaves = object.__new__(cls), iter(leaves)
-        for name, (fixed, x) in zip(names, fixed_fields, strict=True):
-            object.__setattr__(self, name, x if fixed else next(leaves))
-        return self
+    def add(self, x: Array, part: Array, axes: str) -> Array:
+        """`x` with `part` added to what `cut` takes from it."""
+        return self.put(x, self.cut(x, axes) + part, axes)
 
-    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
-    return cls
+    def _part(self, shape, axes):
+        """The start and the size of the part on every axis."""
+        *batch, heads = self.lead or [None]
+        spans = {"N": heads, "T": (self.t_start, self.t_size), "S": (self.s_start, self.s_size)}
+        spans = [*batch, *(spans.get(name) for name in axes)][-len(shape) :]
+        spans = [None] * (len(shape) - len(spans)) + spans
+        parts = [
+            (0, size) if span is None or size == 1 else span
+            for size, span in zip(shape, spans, strict=True)
+        ]
+        return [start for start, _ in parts], [size for _, size in parts]
+
+
+class Rule:
+    """A value that is evaluated on a tile: a mask or a bias."""
+
+    axes: ClassVar[dict[str, str]] = {}
+
+    def cut(self, at: Tile) -> Self:
+        """The same rule, holding no more of its arrays than the tile needs."""
+        return self._over_arrays(at.cut)
+
+    def add(self, part: Self, at: Tile) -> Self:
+        """This rule with the numbers of `part` added where `cut` takes them from."""
+
+        def add(x, axes, part):
+            return at.add(x, part, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return self._over_arrays(add, part)
+
+    def _over_arrays(self, f, *others):
+        """`f(array, axes, arrays of the others)` for every array in the rule."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            x, *rest = (getattr(rule, field.name) for rule in (self, *others))
+            if isinstance(x, Rule):
+                changed[field.name] = x._over_arrays(f, *rest)
+            elif not _is_static(x):
+                changed[field.name] = f(x, self.axes[field.name], *rest)
+        return dataclasses.replace(self, **changed)
+
+
+def value_class(**axes: str):
+    """A frozen dataclass that is a pytree: numbers, words and None are static, the rest leaves.
+
+    `axes` names the axes of each field that may be an array, after `...`: see `Tile.cut`.
+    """
+
+    def make(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls.axes = {**cls.axes, **axes}
+        names = [field.name for field in dataclasses.fields(cls)]
+
+        def flatten(self):
+            fields = [getattr(self, name) for name in names]
+            leaves = [x for x in fields if not _is_static(x)]
+            return leaves, tuple((_is_static(x), x if _is_static(x) else None) for x in fields)
+
+        def unflatten(fixed_fields, leaves):
+            self, leaves = object.__new__(cls), iter(leaves)
+            for name, (fixed, x) in zip(names, fixed_fields, strict=True):
+                object.__setattr__(self, name, x if fixed else next(leaves))
+            return self
+
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+        return cls
+
+    return make
+
+
+def _is_static(x) -> bool:
+    return x is None or isinstance(x, int | str)
 
 
 def as_offset(offset: int | str | Array) -> int | str | Array:
@@ -92,13 +161,6 @@ def offset_of(offset: int | str | Array, at: Tile) -> int | Array:
 def per_row(x: int | Array) -> int | Array:
     """`[...]` -> `[..., 1, 1, 1]`, to stand against `[..., N, T, S]`; a scalar stays one."""
     return x if jnp.ndim(x) == 0 else x[..., None, None, None]
-
-
-def slice_axis(x: Array, start: int | Array, size: int, axis: int) -> Array:
-    """`size` entries from `start` on; an axis of one entry serves every position."""
-    if x.shape[axis] == 1 or x.shape[axis] == size:
-        return x
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def words(x) -> str:
