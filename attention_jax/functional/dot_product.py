@@ -70,7 +70,8 @@ def dot_product_attention(
             key) alone.
         dropout_rng: A PRNG key; needed when `dropout_rate` is above 0.
         deterministic: Turns dropout off.
-        implementation: None chooses; "dense" is the definition.
+        implementation: None takes "dense", the definition; "blockwise" gives the same
+            numbers in memory linear in S, gradients too, but has no forward-mode derivatives.
         block_size: An integer or (query_block, key_block), for "blockwise" only.
         return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
             (float64 for float64) `[..., T, N]`, differentiable, -inf for a query that may attend to
