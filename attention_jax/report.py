@@ -213,15 +213,19 @@ def _legend(axes):
         axes.legend(fontsize="small", frameon=False)
 
 
-def draw_curves(runs: Sequence[Run], path: str | Path, metric: str | None = None) -> None:
-    """Draws the metric over the steps, a line for each run, a colour for each line of the table."""
-    metric = main_metric(runs) if metric is None else metric
+def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> None:
+    """Draws a metric over the steps, a line for each run, a colour for each line of the table.
+
+    By default the training loss: every epoch has one, while evaluations may be few.
+    """
     figure, axes = _figure()
     for number, line in enumerate(lines(runs, metric)):
         for i, run in enumerate(line.runs):
             points = [(row["step"], row[metric]) for row in run.rows if metric in row]
             label = line.label if i == 0 else None
-            axes.plot(*_columns(points), color=f"C{number}", lw=1.2, alpha=0.8, label=label)
+            dot = "." if len(points) == 1 else None
+            style = dict(color=f"C{number}", lw=1.2, alpha=0.8, marker=dot)
+            axes.plot(*_columns(points), label=label, **style)
     _label_y(axes, metric)
     axes.set_xlabel("step")
     _legend(axes)
@@ -336,7 +340,7 @@ def write(
     numbers = None if published is None else _published(published, x)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {"curves.png": lambda path: draw_curves(found, path, metric)}
+    pictures = {"curves.png": lambda path: draw_curves(found, path)}
     if x is not None:
         name = f"by_{x.split('.')[-1]}.png"
         pictures[name] = lambda path: draw_against(found, x, path, metric, numbers)

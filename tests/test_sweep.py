@@ -326,6 +326,15 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
     assert second == ["16", "2", "5", "5", "-", "1", "-"]
 
 
+def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
+    rows = [{"step": 3, "loss": 0.5}, {"step": 6, "loss": 0.2}, {"step": 9, "loss": 0.1}]
+    rows[-1]["eval_loss"] = 0.1
+    for name, shown in (("three", rows), ("one", rows[:1]), ("none", [])):
+        report.draw_curves([run_of(1.0)._replace(rows=shown)], tmp_path / f"{name}.png")
+    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(pictures) == 3
+
+
 def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     (tmp_path / "paper.json").write_text('{"0.03": 0.5, "0.01": 0.6}')
     command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=optimizer.learning_rate"]
