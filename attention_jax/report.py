@@ -3,9 +3,9 @@
     python -m attention_jax.report runs/a runs/sweep --out=report
     python -m attention_jax.report runs/* --out=report --x=model.window --published=window.json
 
-A sweep counts as its trials. Writes `report.md`, `curves.png` and, with `--x`, `by_FIELD.png`. What
-differs between the runs is told from their configs; runs that differ in the seed alone are one line
-with a mean and a spread. `--published` names a JSON file that maps values of the field to the
+A sweep counts as its trials. Writes `report.md`, `curves.png`, with `--x` `by_FIELD.png` and, of
+runs with `eval.slices`, `slices.png`. What differs between the runs is told from their configs;
+runs that differ in the seed alone are one line with a mean and a spread. `--published` names a JSON file that maps values of the field to the
 numbers of a paper, `{"64": 0.515, "128": 0.655}`; they stand beside ours in both.
 """
 
@@ -57,6 +57,10 @@ class Line(NamedTuple):
     fields: dict[str, Any]
     runs: list[Run]
     values: list[float]
+
+    def finals(self, metric: str) -> list[float]:
+        """Another metric of each that has come to its end."""
+        return [value for run in self.runs if math.isfinite(value := run.final(metric))]
 
     @property
     def label(self) -> str:
@@ -120,6 +124,13 @@ def lines(runs: Sequence[Run], metric: str) -> list[Line]:
     return list(found.values())
 
 
+def slices(runs: Sequence[Run], metric: str) -> list[str]:
+    """The names of the slices of the task on which the runs were evaluated too."""
+    start = f"{metric}@"
+    names = (name for run in runs for name in run.result if name.startswith(start))
+    return list(dict.fromkeys(name.removeprefix(start) for name in names))
+
+
 def table(
     runs: Sequence[Run],
     metric: str | None = None,
@@ -128,7 +139,7 @@ def table(
 ) -> list[list[str]]:
     """A heading and a row for each line of runs: best, mean and spread over the seeds.
 
-    The spread is the standard deviation (of a sample, that is over n - 1).
+    The spread is the standard deviation (of a sample, that is over n - 1). Of slices the mean.
 
     Args:
         runs: At least one.
@@ -140,6 +151,7 @@ def table(
     found = lines(runs, metric)
     has_target = any("target_step" in run.result for run in runs)
     heading = [*found[0].fields, "runs", f"best {metric}", "mean", "spread", "diverged"]
+    heading += [f"mean@{name}" for name in slices(runs, metric)]
     heading += ["reached", "seconds to target"] if has_target else []
     heading += ["published"] if published else []
     rows = [heading]
@@ -148,17 +160,23 @@ def table(
         best = (min if is_loss(metric) else max)(values) if values else math.nan
         row = [str(value) for value in line.fields.values()]
         row += [str(len(line.runs)), _number(best)]
-        row += [_number(statistics.mean(values) if values else math.nan)]
+        row += [_number(_mean(values))]
         row += [_number(statistics.stdev(values) if len(values) > 1 else math.nan)]
         row += [str(sum("diverged_step" in run.result for run in line.runs))]
+        for name in slices(runs, metric):
+            row += [_number(_mean(line.finals(f"{metric}@{name}")))]
         if has_target:
             times = [t for run in line.runs if (t := run.result.get("target_seconds")) is not None]
-            row += [str(len(times)), _number(statistics.mean(times) if times else math.nan)]
+            row += [str(len(times)), _number(_mean(times))]
         if published:
             key = str(line.runs[0].config.get(x))
             row += [_number(published.get(key, math.nan))]
         rows.append(row)
     return rows
+
+
+def _mean(values):
+    return statistics.mean(values) if values else math.nan
 
 
 def _number(value):
@@ -261,7 +279,7 @@ def draw_against(
     for number, (label, found) in enumerate(series.items()):
         found = sorted(found, key=lambda line: values.index(line.runs[0].config.get(x)))
         place = [at[line.runs[0].config.get(x)] for line in found]
-        means = [statistics.mean(line.values) if line.values else math.nan for line in found]
+        means = [_mean(line.values) for line in found]
         axes.plot(place, means, color=f"C{number}", label=label or "ours")
         points = [(p, v) for p, line in zip(place, found, strict=True) for v in line.values]
         axes.plot(*_columns(points), "o", color=f"C{number}", ms=4, alpha=0.6)
@@ -276,6 +294,30 @@ def draw_against(
         axes.minorticks_off()
     _label_y(axes, metric)
     axes.set_xlabel(x)
+    _legend(axes)
+    figure.savefig(path, dpi=120)
+
+
+def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None) -> None:
+    """Draws the final metric on the task as trained, then on its slices: means over the seeds.
+
+    Bars tell the lowest and the highest seed.
+    """
+    metric = main_metric(runs) if metric is None else metric
+    names = slices(runs, metric)
+    figure, axes = _figure()
+    for number, line in enumerate(lines(runs, metric)):
+        found = [line.values, *(line.finals(f"{metric}@{name}") for name in names)]
+        points = [(i, _mean(v), min(v), max(v)) for i, v in enumerate(found) if v]
+        if points:
+            place, mean, low, high = zip(*points, strict=True)
+            bars = [[m - v for m, v in zip(mean, low, strict=True)]]
+            bars += [[v - m for m, v in zip(mean, high, strict=True)]]
+            style = dict(color=f"C{number}", marker="o", ms=4, lw=1.4, capsize=3)
+            axes.errorbar(place, mean, bars, label=line.label, **style)
+    axes.set_xticks(range(len(names) + 1), ["as trained", *names])
+    _label_y(axes, metric)
+    axes.set_xlabel("evaluated on")
     _legend(axes)
     figure.savefig(path, dpi=120)
 
@@ -344,6 +386,8 @@ def write(
     if x is not None:
         name = f"by_{x.split('.')[-1]}.png"
         pictures[name] = lambda path: draw_against(found, x, path, metric, numbers)
+    if slices(found, main_metric(found) if metric is None else metric):
+        pictures["slices.png"] = lambda path: draw_slices(found, path, metric)
     for name, draw in pictures.items():
         draw(out / name)
     text = markdown(table(found, metric, x, numbers))

@@ -326,6 +326,24 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
     assert second == ["16", "2", "5", "5", "-", "1", "-"]
 
 
+def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):
+    def sliced(loss, seed, features):
+        run = run_of(loss, seed, model__features=features)
+        return run._replace(result=run.result | {"eval_loss@8": 2 * loss, "eval_loss@16,n=3": 4.0})
+
+    runs = [sliced(1.0, 0, 8), sliced(3.0, 1, 8), sliced(5.0, 0, 16), run_of(9.0, 1)]
+    heading, first, second, third = report.table(runs)
+    places = [heading.index(name) for name in ("mean@8", "mean@16,n=3")]
+    assert [[row[i] for i in places] for row in (first, second, third)] == [
+        ["4", "4"],
+        ["10", "4"],
+        ["-", "-"],
+    ]
+    report.draw_slices(runs, tmp_path / "slices.png")
+    report.draw_slices([*runs[:2], sliced(7.0, 0, 16)], tmp_path / "other.png")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 2
+
+
 def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
     rows = [{"step": 3, "loss": 0.5}, {"step": 6, "loss": 0.2}, {"step": 9, "loss": 0.1}]
     rows[-1]["eval_loss"] = 0.1

@@ -339,13 +339,14 @@ class _Log:
         return report.aligned(report.table(self.runs(metrics)))
 
     def draw(self, metrics, path):
-        """The final metric against the first field swept that is no seed; else the curves."""
+        """The final metric on each slice, or against the first field that is no seed, or curves."""
         runs = self.runs(metrics)
+        if report.slices(runs, report.main_metric(runs)):
+            return report.draw_slices(runs, path)
         fields = [path for path, values in self.axes.items() if path != "seed" and len(values) > 1]
         if fields:
-            report.draw_against(runs, fields[0], path)
-        else:
-            report.draw_curves(runs, path)
+            return report.draw_against(runs, fields[0], path)
+        report.draw_curves(runs, path)
 
 
 def trial_directory(directory: Path, number: int) -> Path:
