@@ -39,6 +39,7 @@ LIMITS = {
 }
 # Of positions="relative", as in T5.
 RELATIVE_BUCKETS, RELATIVE_DISTANCE = 32, 128
+EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positions, as in GPT-2.
 
 
 class Dropout(nn.Module):
@@ -134,8 +135,9 @@ class SequenceModel(nn.Module):
         vocab_size: Number of tokens. None: inputs are vectors.
         out_features: Width of the output for vectors. Defaults to `features`.
         mlp_ratio, norm, residual: As in `Block`; with a norm, a last one follows the last block.
-        positions: "none", "sinusoidal" or "learned", added to the inputs; "rotary"; "alibi" or
-            "relative", added to the logits: a table of T5's 32 buckets for all layers, from 0.
+        positions: "none", "sinusoidal" or "learned", added to the inputs, to tokens as large as
+            their initial embeddings; "rotary"; "alibi" or "relative", added to the logits: a table
+            of T5's 32 buckets for all layers, from 0.
         max_length: The longest sequence; needed by "learned", and of no use to others.
         causal: Position t sees the positions up to t alone.
         window: How many positions back, its own not counted, a position sees. Not causal: as many
@@ -227,7 +229,7 @@ class SequenceModel(nn.Module):
                 self.features,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                embedding_init=nn.initializers.normal(0.02),
+                embedding_init=nn.initializers.normal(EMBEDDING_SCALE),
                 name="embed",
             )
             x = embed(inputs)
@@ -426,7 +428,9 @@ class SequenceModel(nn.Module):
             cache = self.variables["cache"]["block_0"]["attention"]
             tokens = tokens + cache["cache_index"][..., None]  # [..., T]
         if self.positions == "sinusoidal":
-            return x + sinusoidal_at(tokens, x.shape[-1]).astype(x.dtype)
+            # A sinusoid's mean square is 1/2: as large as the tokens, it cannot drown them.
+            scale = 1.0 if self.vocab_size is None else 2**0.5 * EMBEDDING_SCALE
+            return x + (scale * sinusoidal_at(tokens, x.shape[-1])).astype(x.dtype)
         if T > self.max_length:
             raise ValueError(f"inputs have {T} positions, more than max_length={self.max_length}.")
         table = nn.Embed(
@@ -434,7 +438,7 @@ class SequenceModel(nn.Module):
             self.features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=nn.initializers.normal(EMBEDDING_SCALE),
             name="positions_embed",
         )
         return x + table(tokens)

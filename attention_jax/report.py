@@ -5,8 +5,9 @@
 
 A sweep counts as its trials. Writes `report.md`, `curves.png`, with `--x` `by_FIELD.png` and, of
 runs with `eval.slices`, `slices.png`. What differs between the runs is told from their configs;
-runs that differ in the seed alone are one line with a mean and a spread. `--published` names a JSON file that maps values of the field to the
-numbers of a paper, `{"64": 0.515, "128": 0.655}`; they stand beside ours in both.
+runs that differ in the seed alone are one line with a mean and a spread. `--published` names a JSON
+file that maps values of the field to the numbers of a paper, `{"64": 0.515, "128": 0.655}`; they
+stand beside ours in both.
 """
 
 import argparse
@@ -40,8 +41,16 @@ class Run(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
 
     def final(self, metric: str) -> float:
-        """The metric at the end; NaN where there is none, in a diverged or unfinished run say."""
-        value = math.nan if "diverged_step" in self.result else self.result.get(metric)
+        """The metric at the end; NaN where there is none, in a diverged or unfinished run say.
+
+        `eval_accuracy@*` is the mean over the slices.
+        """
+        if "diverged_step" in self.result:
+            return math.nan
+        start, star, _ = metric.partition("*")
+        if star:
+            return _mean([value for name, value in self.result.items() if name.startswith(start)])
+        value = self.result.get(metric)
         return math.nan if value is None else value
 
 
@@ -125,10 +134,10 @@ def lines(runs: Sequence[Run], metric: str) -> list[Line]:
 
 
 def slices(runs: Sequence[Run], metric: str) -> list[str]:
-    """The names of the slices of the task on which the runs were evaluated too."""
-    start = f"{metric}@"
-    names = (name for run in runs for name in run.result if name.startswith(start))
-    return list(dict.fromkeys(name.removeprefix(start) for name in names))
+    """The slices of the task on which the runs were evaluated too, in the order of the configs."""
+    names = (name for run in runs for name in run.config.get("eval.slices", "").split())
+    found = {name for run in runs for name in run.result}
+    return [name for name in dict.fromkeys(names) if f"{metric}@{name}" in found]
 
 
 def table(
@@ -327,7 +336,8 @@ def _columns(points):
 
 
 def _label_y(axes, metric):
-    axes.set_ylabel(metric.replace("eval_", "held-out "))
+    name = metric.replace("eval_", "held-out ").replace("@*", ", mean over the slices")
+    axes.set_ylabel(name)
     if is_loss(metric):
         axes.set_yscale("log")
     elif "accuracy" in metric:
@@ -349,7 +359,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one of a sweep")
     parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--x", help="field to draw the metric against, as model.features")
-    parser.add_argument("--metric", help="as eval_loss; default: eval_accuracy where there is one")
+    parser.add_argument(
+        "--metric",
+        help="as eval_loss, eval_loss@128 on a slice, or eval_loss@* for the mean over the slices; "
+        "default: eval_accuracy where there is one",
+    )
     parser.add_argument("--published", help="JSON file: numbers by the value of --x")
     try:
         written = write(**vars(parser.parse_args(argv)))
@@ -376,7 +390,7 @@ def write(
     found = [run for directory in runs for run in load(directory)]
     if x is not None and not any(x in run.config for run in found):
         raise ValueError(f"--x must be a field of the config: got {x!r}.")
-    if metric is not None and not any(metric in run.result for run in found):
+    if metric is not None and all(math.isnan(run.final(metric)) for run in found):
         names = sorted({name for run in found for name in run.result if name.startswith("eval_")})
         raise ValueError(f"--metric must be one of {', '.join(names)}: got {metric!r}.")
     numbers = None if published is None else _published(published, x)

@@ -328,10 +328,15 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
 
 def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):
     def sliced(loss, seed, features):
-        run = run_of(loss, seed, model__features=features)
+        run = run_of(loss, seed, model__features=features, eval__slices="8 16,n=3")
         return run._replace(result=run.result | {"eval_loss@8": 2 * loss, "eval_loss@16,n=3": 4.0})
 
-    runs = [sliced(1.0, 0, 8), sliced(3.0, 1, 8), sliced(5.0, 0, 16), run_of(9.0, 1)]
+    runs = [
+        sliced(1.0, 0, 8),
+        sliced(3.0, 1, 8),
+        sliced(5.0, 0, 16),
+        run_of(9.0, 1, eval__slices="8 16,n=3"),
+    ]
     heading, first, second, third = report.table(runs)
     places = [heading.index(name) for name in ("mean@8", "mean@16,n=3")]
     assert [[row[i] for i in places] for row in (first, second, third)] == [
@@ -339,6 +344,8 @@ def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):
         ["10", "4"],
         ["-", "-"],
     ]
+    assert runs[1].final("eval_loss@*") == 5.0  # Of 6 and 4.
+    assert np.isnan(run_of(9.0).final("eval_loss@*"))
     report.draw_slices(runs, tmp_path / "slices.png")
     report.draw_slices([*runs[:2], sliced(7.0, 0, 16)], tmp_path / "other.png")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 2
