@@ -59,16 +59,56 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
+class ShortConvolution(nn.Module):
+    """Each channel's weighted sum of the position itself and those before it.
+
+    What attention without positions cannot tell, which token stood just before, is there for the
+    taking: a single layer then solves associative recall.
+
+    Attributes:
+        width: K, the number of positions in a sum.
+        kernel_init: Makes the kernel `[K, D]`.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+
+    Reference:
+        Arora et al. 2024, "Simple linear attention language models balance the recall-throughput
+        tradeoff", section 3 (the mixers alternate with convolutions of width 3).
+        https://arxiv.org/abs/2402.18668
+    """
+
+    width: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., T, D] -> [..., T, D]`: output t is the sum of `kernel[k] * x[t - k]` over k < K.
+
+        What lies before the first position counts as 0.
+        """
+        shape = (as_size("width", self.width), x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        before = [(0, 0)] * (x.ndim - 2) + [(self.width - 1, 0), (0, 0)]
+        padded, last = jnp.pad(x, before), self.width - 1
+        T = x.shape[-2]
+        return sum(kernel[k] * padded[..., last - k : last - k + T, :] for k in range(self.width))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block.
 
     Attributes:
         attention: The attention layer.
+        short_conv: The width of a `ShortConvolution` that comes first, x + conv(norm(x)); 0 leaves
+            it out.
         mlp_ratio: Width of the MLP's hidden layer over that of the block; 0 leaves the MLP out.
         norm: "layer", "rms" or "none".
         residual: Adds the input of attention and MLP to their output.
         dropout_rate: Dropout on what is added to the residual stream.
-        init_scale: Multiplies the initial kernel of the MLP's last projection.
+        init_scale: Multiplies the initial kernels of the convolution and of the MLP's last
+            projection.
         dtype, param_dtype: The types to compute in and to keep parameters in.
 
     Reference:
@@ -77,6 +117,7 @@ class Block(nn.Module):
     """
 
     attention: nn.Module
+    short_conv: int = 0
     mlp_ratio: float = 0.0
     norm: str = "layer"
     residual: bool = True
@@ -106,6 +147,15 @@ class Block(nn.Module):
             branch = Dropout(self.dropout_rate)(branch, deterministic=deterministic)
             return x + branch if self.residual else branch
 
+        if self.short_conv:
+            conv = ShortConvolution(
+                self.short_conv,
+                scaled_init(self.init_scale),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name="conv",
+            )
+            x = add(conv(make_norm(self, "conv_norm")(x)))
         options = {"mask": mask, "lengths": lengths, "bias": bias}
         mixed = self.attention(
             make_norm(self, "attention_norm")(x),
@@ -156,8 +206,9 @@ class SequenceModel(nn.Module):
             on both sides. Child et al. 2019, section 4.3. https://arxiv.org/abs/1904.10509
         stride: Needed by the patterns "strided" and "blocks".
         softcap, sinks: As in `MultiHeadAttention`.
-        init_scale: Multiplies the initial kernels of the projections that write to the residual
-            stream. GPT-2 has (2 num_layers) ** -0.5.
+        short_conv: As in `Block`; needs `causal`. It knows neither masks nor segments.
+        init_scale: Multiplies the initial kernels of what writes to the residual stream. GPT-2 has
+            (2 num_layers) ** -0.5.
     """
 
     features: int
@@ -188,6 +239,7 @@ class SequenceModel(nn.Module):
     stride: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    short_conv: int = 0
     init_scale: float | Array = 1.0
 
     @nn.compact
@@ -242,6 +294,7 @@ class SequenceModel(nn.Module):
         for i in range(self.num_layers):
             block = make_block(
                 self._attention(i),
+                short_conv=self.short_conv,
                 mlp_ratio=self.mlp_ratio,
                 norm=self.norm,
                 residual=self.residual,
@@ -281,6 +334,11 @@ class SequenceModel(nn.Module):
                 as_size(name, getattr(self, name))
         if self.window is not None:
             as_size("window", self.window, minimum=0)
+        if as_size("short_conv", self.short_conv, minimum=0):
+            if not self.causal:
+                raise ValueError("short_conv needs causal=True: it looks back.")
+            if self.decode:
+                raise NotImplementedError("decode=True has no short_conv: no cache of its inputs.")
         _hidden_features(self.mlp_ratio, self.features)
         self._check_limits()
         if self.decode and not self.causal:

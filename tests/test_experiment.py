@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -172,11 +173,42 @@ def test_slices_are_evaluated_beside_the_task(tmp_path, capsys):
     assert result.metrics["fingerprint"] == experiment.run(tiny()).metrics["fingerprint"]
 
 
+def test_a_step_trains_on_all_slices_together():
+    """One step of plain gradient descent on the mean over every label of every part."""
+    settings = {"optimizer__name": "sgd", "train__epochs": 1, "train__steps_per_epoch": 1}
+    settings |= {"model__dropout_rate": 0.0}
+    config = tiny(train__slices="11", **settings)
+    program = experiment.build(config)
+    before = program.init()
+    after, metrics = program.epoch(program.put_state(program.init()), program.rows)
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), experiment._TRAIN), 0)
+    model = experiment.make_model(config, program.task)
+    (other,) = experiment.make_slices(config, program.task, "train").values()
+    batches = [program.task.sample(key, program.rows)]
+    batches += [other.sample(jax.random.fold_in(key, 2**31 + 1), program.rows)]
+    assert not np.allclose(batches[0].inputs, batches[1].inputs[:, : batches[0].inputs.shape[1]])
+
+    def loss(params):
+        errors = [(model.apply({"params": params}, b.inputs) - b.targets) ** 2 for b in batches]
+        return jnp.concatenate([error.mean(axis=-1).ravel() for error in errors]).mean()
+
+    value, grads = jax.value_and_grad(loss)(before.params)
+    np.testing.assert_allclose(metrics["loss"][0], value, rtol=1e-5)
+    rate = config.optimizer.learning_rate
+    want = jax.tree.map(lambda x, grad: x - rate * grad, before.params, grads)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), after.params, want
+    )
+
+
 def test_learned_positions_reach_to_the_longest_slice():
     config = default_config("copy")
     config.model.positions, config.eval.slices = "learned", "64 8 vocab_size=16"
     model = experiment.make_model(config, experiment.make_task(config))
     assert model.max_length == 64
+    config.train.slices = "128"
+    assert experiment.make_model(config, experiment.make_task(config)).max_length == 128
 
 
 def test_what_a_task_hides_is_hidden_from_the_model():

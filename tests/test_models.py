@@ -104,6 +104,7 @@ CHOICES = {
         "residual": False,
     },
     "window": {"window": 1},
+    "short convolution, window": {"short_conv": 3, "window": 1},
     "strided": {"pattern": "strided", "stride": 2},
     "blocks": {"pattern": "blocks", "stride": 2},
     "relative, window, both directions": {
@@ -116,6 +117,7 @@ CHOICES = {
 # Which positions one layer lets see which, where that is less than all that causality allows.
 SEEN = {
     "window": oracles.window(5, 5, 1),
+    "short convolution, window": oracles.window(5, 5, 3),  # 2 back, then 1.
     "strided": oracles.causal(5, 5) & (oracles.window(5, 5, 2) | oracles.strided(5, 5, 2)),
     "blocks": oracles.causal(5, 5) & oracles.blocks(5, 5, 2, 1),
     "relative, window, both directions": oracles.window(5, 5, 1, 1),
@@ -187,14 +189,29 @@ def test_a_later_layer_of_differential_attention_takes_more_away():
 def test_init_scale_is_of_what_writes_to_the_residual_stream():
     for attention in ("multihead", "selfhead"):
         heads = {"num_heads": 2} if attention == "multihead" else {}
-        make = functools.partial(SequenceModel, 8, attention=attention, mlp_ratio=1.0, **heads)
+        options = {"mlp_ratio": 1.0, "causal": True, "short_conv": 2} | heads
+        make = functools.partial(SequenceModel, 8, attention=attention, **options)
         draw = lambda scale, make=make: make(init_scale=scale).init(jax.random.key(0), VECTORS)
         # The scale may be traced, so a sweep over it is one program.
         params = jax.jit(jax.vmap(draw))(jnp.array([1.0, 0.5]))["params"]
         for path, leaf in jax.tree.leaves_with_path(params):
             words = [entry.key for entry in path]
-            scaled = words[-1] == "kernel" and words[-2] in ("out", "mlp_out")
+            scaled = words[-1] == "kernel" and words[-2] in ("conv", "out", "mlp_out")
             assert_close(leaf[1], leaf[0] * (0.5 if scaled else 1), 1e-6, str(words))
+
+
+def test_a_short_convolution_sums_what_came_just_before():
+    x = np.random.default_rng(0).normal(size=(2, 5, 4))
+    layer = models.ShortConvolution(3)
+    variables = layer.init(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["kernel"], np.float64)
+    want = np.zeros_like(x)
+    for t in range(5):
+        for k in range(min(3, t + 1)):
+            want[:, t] += kernel[k] * x[:, t - k]
+    assert_close(layer.apply(variables, x), want, 1e-6)
+    half = models.ShortConvolution(3, dtype=jnp.bfloat16).apply(variables, x)
+    assert half.dtype == jnp.bfloat16
 
 
 def test_a_model_that_is_not_causal_sees_everything():
@@ -337,6 +354,14 @@ def test_dropout_is_off_unless_asked_for():
         ({"pattern": "holes"}, VECTORS, ValueError, "pattern.*holes"),
         ({"mechanism": "hyena"}, VECTORS, ValueError, "mechanism.*hyena"),
         ({"positions": "sinusoidal", "features": 7}, VECTORS, ValueError, "features.*even.*7"),
+        ({"short_conv": -1, "causal": True}, VECTORS, ValueError, "short_conv.*-1"),
+        ({"short_conv": 3}, VECTORS, ValueError, "short_conv.*causal"),
+        (
+            {"short_conv": 3, "causal": True, "decode": True},
+            VECTORS,
+            NotImplementedError,
+            "decode.*short_conv",
+        ),
         # What a mechanism cannot honour.
         ({"mechanism": "linear", "softcap": 2.0}, VECTORS, NotImplementedError, "linear.*softcap"),
         ({"mechanism": "linear", "window": 2}, VECTORS, NotImplementedError, "linear.*window=2"),

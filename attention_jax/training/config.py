@@ -59,6 +59,7 @@ DEFAULTS = {
         "qk_norm": False,
         "softcap": 0.0,  # 0: off.
         "sinks": False,
+        "short_conv": 0,  # Width of the convolution before each attention; 0: none.
         "use_bias": True,
         "init_scale": 1.0,  # Of what writes to the residual stream.
         "tie_embedding": True,
@@ -76,8 +77,8 @@ DEFAULTS = {
         "accumulate": 1,
     },
     # target: stop when it is reached, "accuracy=0.99" say; "": never. See Target.
-    "train": {"batch_size": 32, "steps_per_epoch": 32, "epochs": 100, "target": ""},
-    # slices: the task with other settings, evaluated beside it: slice_settings.
+    # slices: the task with other settings, trained on or evaluated beside it: slice_settings.
+    "train": {"batch_size": 32, "steps_per_epoch": 32, "epochs": 100, "slices": "", "target": ""},
     "eval": {"num_batches": 8, "every_epochs": 10, "slices": ""},
     "checkpoint": {"every_epochs": 10, "keep": 2},
 }
@@ -201,6 +202,7 @@ _RULES = {
     "model.pattern": _one_of("full", "strided", "blocks"),
     "model.stride": _at_least(1),
     "model.softcap": _at_least(0),
+    "model.short_conv": _at_least(0),
     "model.init_scale": _at_least(0),
     "model.dropout_rate": _RATE,
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
@@ -311,10 +313,11 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
     if bad:
         return  # What follows relates sound values to one another.
 
-    try:
-        slice_settings(config)
-    except ConfigError as error:
-        yield "eval.slices", str(error)
+    for section in ("eval", "train"):
+        try:
+            slice_settings(config, section)
+        except ConfigError as error:
+            yield f"{section}.slices", str(error)
     model, optimizer, train = config.model, config.optimizer, config.train
     if train.target:
         try:
@@ -379,10 +382,11 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
         )
 
 
-def slice_settings(config: ConfigDict) -> dict[str, dict[str, Any]]:
+def slice_settings(config: ConfigDict, section: str = "eval") -> dict[str, dict[str, Any]]:
     """What each slice of `config.eval.slices` changes in `config.task`, by its name.
 
-    Slices are separated by spaces, the settings of one by commas; a number alone is a length.
+    `section="train"` is for `config.train.slices`. Slices are separated by spaces, the settings of
+    one by commas; a number alone is a length.
 
     Raises:
         ConfigError: A slice is named twice, or changes what the task does not have.
@@ -395,10 +399,10 @@ def slice_settings(config: ConfigDict) -> dict[str, dict[str, Any]]:
     num_pairs=8 {'num_pairs': 8}
     128,num_pairs=16 {'seq_length': 128, 'num_pairs': 16}
     """
-    slices = {}
-    for name in config.eval.slices.split():
+    slices, field = {}, f"config.{section}.slices"
+    for name in config[section].slices.split():
         if name in slices:
-            raise ConfigError(f"config.eval.slices must name a slice once: got {name} twice.")
+            raise ConfigError(f"{field} must name a slice once: got {name} twice.")
         slices[name] = {}
         for part in name.split(","):
             setting, equals, text = part.rpartition("=")
@@ -406,7 +410,7 @@ def slice_settings(config: ConfigDict) -> dict[str, dict[str, Any]]:
             if setting == "name" or setting not in config.task or setting in slices[name]:
                 others = ", ".join(sorted(set(config.task) - {"name"}))
                 raise ConfigError(
-                    f"config.eval.slices: {name} must change settings of {config.task.name} "
+                    f"{field}: {name} must change settings of {config.task.name} "
                     f"({others}), each once: got {part!r}."
                 )
             kind = type(config.task[setting])
@@ -415,9 +419,7 @@ def slice_settings(config: ConfigDict) -> dict[str, dict[str, Any]]:
             except (KeyError, ValueError):
                 value = None
             if value is None or not _is_a(kind, value):
-                raise ConfigError(
-                    f"config.eval.slices: {setting} must be {_KINDS[kind]}: got {text!r}."
-                )
+                raise ConfigError(f"{field}: {setting} must be {_KINDS[kind]}: got {text!r}.")
             slices[name][setting] = value
     return slices
 

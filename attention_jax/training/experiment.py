@@ -235,6 +235,7 @@ def make_functions(
 
     task = make_task(config, **of("task"))
     slices = make_slices(config, task, **of("task"))
+    parts = [task, *make_slices(config, task, "train", **of("task")).values()]
     model = make_model(config, task).clone(**of("model"))
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
@@ -255,7 +256,20 @@ def make_functions(
 
         return steps.LOSSES[task.loss](apply)
 
-    loss_fn = make_loss(task)
+    def part_of(rng: Array, number: int) -> Array:
+        """The key of a part of the mixture. No row has it: rows are counted from 0 to 2**31 - 1."""
+        return jax.random.fold_in(rng, 2**31 + number) if number else rng
+
+    def mixed_loss(params: PyTree, batches: list[Batch], rng: Array | None) -> tuple[Array, dict]:
+        """The loss of a batch of each part, which a step takes together."""
+        found = []
+        for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            part_rng = None if rng is None else part_of(rng, number)
+            found.append(make_loss(part)(params, batch, part_rng))
+        return jax.tree.map(lambda *sums: sum(sums), *found)
+
+    def mixed_sample(rng: Array, rows: Array) -> list[Batch]:
+        return [part.sample(part_of(rng, number), rows) for number, part in enumerate(parts)]
 
     # The keys are made inside the programs: outside, each operation would be a program of its own.
     def stream(number: int) -> Array:
@@ -270,9 +284,11 @@ def make_functions(
         return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
 
     def epoch(state: TrainState, rows: Array) -> tuple[TrainState, dict]:
-        step = steps.make_train_step(loss_fn, optimizer, axis_name=axis_name, accumulate=accumulate)
+        step = steps.make_train_step(
+            mixed_loss, optimizer, axis_name=axis_name, accumulate=accumulate
+        )
         return steps.make_epoch(
-            step, task.sample, num_steps, rng=stream(_TRAIN), constrain=constrain
+            step, mixed_sample, num_steps, rng=stream(_TRAIN), constrain=constrain
         )(state, rows)
 
     def evaluate(params: PyTree, rows: Array) -> dict:
@@ -314,23 +330,25 @@ def make_task(config: ConfigDict, **traced: Any) -> Task:
     return TASKS[name](**settings | traced)
 
 
-def make_slices(config: ConfigDict, task: Task, **traced: Any) -> dict[str, Task]:
-    """The task as each of `config.eval.slices` changes it, by the name of the slice.
+def make_slices(
+    config: ConfigDict, task: Task, section: str = "eval", **traced: Any
+) -> dict[str, Task]:
+    """The task as each of `config.eval.slices` (or `.train`) changes it, by the name of the slice.
 
     Raises:
         ValueError: A slice cannot be, or needs a model for other inputs.
     """
     slices = {}
-    for name, changes in slice_settings(config).items():
+    for name, changes in slice_settings(config, section).items():
         changed = ConfigDict(config.to_dict())
         changed.task.update(changes)
         try:
             slices[name] = make_task(changed, **traced)
         except ValueError as error:
-            raise ValueError(f"config.eval.slices: {name}: {error}") from error
+            raise ValueError(f"config.{section}.slices: {name}: {error}") from error
         if slices[name].vocab_size != task.vocab_size:
             raise ValueError(
-                f"config.eval.slices: {name}: the vocabulary must stay as it is: got "
+                f"config.{section}.slices: {name}: the vocabulary must stay as it is: got "
                 f"{slices[name].vocab_size} tokens for {task.vocab_size}."
             )
     return slices
@@ -342,7 +360,8 @@ def make_model(config: ConfigDict, task: Task) -> SequenceModel:
     Raises:
         ValueError, NotImplementedError: Its settings do not go together.
     """
-    lengths = [changes.get("seq_length", 0) for changes in slice_settings(config).values()]
+    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
+    lengths = [changes.get("seq_length", 0) for changes in slices]
     settings = config.model.to_dict()
     attention, dtype = settings.pop("name"), jnp.dtype(settings.pop("dtype"))
     if attention == "selfhead":
