@@ -11,6 +11,7 @@ from flax import linen as nn
 from attention_jax.checks import as_integers, as_size
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
+from attention_jax.functional.gated_delta import causal_convolution
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.positions import sinusoidal_at
 from attention_jax.layers import (
@@ -60,20 +61,18 @@ class Dropout(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Each channel's weighted sum of the position itself and those before it.
+    """Each feature's weighted sum of its own last few values.
 
-    What attention without positions cannot tell, which token stood just before, is there for the
-    taking: a single layer then solves associative recall.
+    It tells what attention without positions cannot: which token stood just before.
 
     Attributes:
-        width: K, the number of positions in a sum.
-        kernel_init: Makes the kernel `[K, D]`.
+        width: W, the number of values in a sum.
+        kernel_init: Makes the kernel `[W, D]`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
 
     Reference:
-        Arora et al. 2024, "Simple linear attention language models balance the recall-throughput
-        tradeoff", section 3 (the mixers alternate with convolutions of width 3).
-        https://arxiv.org/abs/2402.18668
+        So et al. 2021, "Primer: Searching for Efficient Transformers for Language Modeling", with
+        convolutions of queries, keys and values. https://arxiv.org/abs/2109.08668
     """
 
     width: int
@@ -83,17 +82,11 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[..., T, D] -> [..., T, D]`: output t is the sum of `kernel[k] * x[t - k]` over k < K.
-
-        What lies before the first position counts as 0.
-        """
+        """`[..., T, D] -> [..., T, D]`; what lies before the first position counts as 0."""
         shape = (as_size("width", self.width), x.shape[-1])
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        before = [(0, 0)] * (x.ndim - 2) + [(self.width - 1, 0), (0, 0)]
-        padded, last = jnp.pad(x, before), self.width - 1
-        T = x.shape[-2]
-        return sum(kernel[k] * padded[..., last - k : last - k + T, :] for k in range(self.width))
+        return causal_convolution(x, kernel)
 
 
 class Block(nn.Module):
@@ -101,8 +94,6 @@ class Block(nn.Module):
 
     Attributes:
         attention: The attention layer.
-        short_conv: The width of a `ShortConvolution` that comes first, x + conv(norm(x)); 0 leaves
-            it out.
         mlp_ratio: Width of the MLP's hidden layer over that of the block; 0 leaves the MLP out.
         norm: "layer", "rms" or "none".
         residual: Adds the input of attention and MLP to their output.
@@ -110,6 +101,8 @@ class Block(nn.Module):
         init_scale: Multiplies the initial kernels of the convolution and of the MLP's last
             projection.
         dtype, param_dtype: The types to compute in and to keep parameters in.
+        short_conv: The width of a `ShortConvolution` that comes first, x + conv(norm(x)); 0 leaves
+            it out.
 
     Reference:
         Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", figure 1b.
@@ -117,7 +110,6 @@ class Block(nn.Module):
     """
 
     attention: nn.Module
-    short_conv: int = 0
     mlp_ratio: float = 0.0
     norm: str = "layer"
     residual: bool = True
@@ -125,6 +117,7 @@ class Block(nn.Module):
     init_scale: float | Array = 1.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    short_conv: int = 0
 
     @nn.compact
     def __call__(
@@ -139,17 +132,18 @@ class Block(nn.Module):
         """`[..., T, D] -> [..., T, D]`; the options are those of the attention layer's call.
 
         Raises:
-            ValueError: `mlp_ratio` is negative, or leaves the MLP no width.
+            ValueError: `short_conv` or `mlp_ratio` is negative, or leaves the MLP no width.
         """
+        short_conv = as_size("short_conv", self.short_conv, minimum=0)
         hidden_features = _hidden_features(self.mlp_ratio, x.shape[-1])
 
         def add(branch):
             branch = Dropout(self.dropout_rate)(branch, deterministic=deterministic)
             return x + branch if self.residual else branch
 
-        if self.short_conv:
+        if short_conv:
             conv = ShortConvolution(
-                self.short_conv,
+                short_conv,
                 scaled_init(self.init_scale),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -206,9 +200,10 @@ class SequenceModel(nn.Module):
             on both sides. Child et al. 2019, section 4.3. https://arxiv.org/abs/1904.10509
         stride: Needed by the patterns "strided" and "blocks".
         softcap, sinks: As in `MultiHeadAttention`.
-        short_conv: As in `Block`; needs `causal`. It knows neither masks nor segments.
         init_scale: Multiplies the initial kernels of what writes to the residual stream. GPT-2 has
             (2 num_layers) ** -0.5.
+        short_conv: As in `Block`; needs `causal`, and no other mask. Its sums reach back as far as
+            they do, whatever `window` and `pattern` are.
     """
 
     features: int
@@ -239,8 +234,8 @@ class SequenceModel(nn.Module):
     stride: int | None = None
     softcap: float | None = None
     sinks: bool = False
-    short_conv: int = 0
     init_scale: float | Array = 1.0
+    short_conv: int = 0
 
     @nn.compact
     def __call__(
@@ -273,6 +268,10 @@ class SequenceModel(nn.Module):
         """
         self.check()
         self._check_inputs(inputs, positions, lengths)
+        if self.short_conv and mask is not None:
+            raise NotImplementedError(
+                f"short_conv={self.short_conv} has no mask: it sums what the mask would hide."
+            )
         if self.vocab_size is None:
             x = inputs
         else:
@@ -294,7 +293,6 @@ class SequenceModel(nn.Module):
         for i in range(self.num_layers):
             block = make_block(
                 self._attention(i),
-                short_conv=self.short_conv,
                 mlp_ratio=self.mlp_ratio,
                 norm=self.norm,
                 residual=self.residual,
@@ -302,6 +300,7 @@ class SequenceModel(nn.Module):
                 init_scale=self.init_scale,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                short_conv=self.short_conv,
                 name=f"block_{i}",
             )
             x = block(x, mask, deterministic, sow_weights, lengths, bias)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attention_jax.training.config import flatten
+from attention_jax.training.config import default_config, flatten
 
 SEED = "seed"
 MAX_LABELS = 12  # More lines of a legend hide the picture.
@@ -47,8 +47,8 @@ class Run(NamedTuple):
         """
         if "diverged_step" in self.result:
             return math.nan
-        start, star, _ = metric.partition("*")
-        if star:
+        if metric.endswith("@*"):
+            start = metric.removesuffix("*")
             return _mean([value for name, value in self.result.items() if name.startswith(start)])
         value = self.result.get(metric)
         return math.nan if value is None else value
@@ -92,15 +92,21 @@ def load(directory: str | Path) -> list[Run]:
         return [
             Run(
                 name=str(path),
-                config=flatten(config),
+                # A run may be older than some of the fields.
+                config=flatten(default_config(config["task"]["name"])) | flatten(config),
                 result=json.loads(result.read_text()) if result.exists() else {},
-                rows=[json.loads(line) for line in rows.open()] if rows.exists() else [],
+                rows=_rows(rows.read_text()) if rows.exists() else [],
             )
         ]
     except FileNotFoundError as error:
         raise ValueError(f"{directory} holds no run.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} holds no run that can be read: {error!r}.") from error
+
+
+def _rows(text):
+    # A run that goes on, or was killed, may leave half a line.
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def main_metric(runs: Iterable[Run]) -> str:
@@ -135,6 +141,7 @@ def lines(runs: Sequence[Run], metric: str) -> list[Line]:
 
 def slices(runs: Sequence[Run], metric: str) -> list[str]:
     """The slices of the task on which the runs were evaluated too, in the order of the configs."""
+    metric = metric.partition("@")[0]
     names = (name for run in runs for name in run.config.get("eval.slices", "").split())
     found = {name for run in runs for name in run.result}
     return [name for name in dict.fromkeys(names) if f"{metric}@{name}" in found]
@@ -160,7 +167,8 @@ def table(
     found = lines(runs, metric)
     has_target = any("target_step" in run.result for run in runs)
     heading = [*found[0].fields, "runs", f"best {metric}", "mean", "spread", "diverged"]
-    heading += [f"mean@{name}" for name in slices(runs, metric)]
+    parts = slices(runs, metric)
+    heading += [f"mean@{name}" for name in parts]
     heading += ["reached", "seconds to target"] if has_target else []
     heading += ["published"] if published else []
     rows = [heading]
@@ -172,8 +180,8 @@ def table(
         row += [_number(_mean(values))]
         row += [_number(statistics.stdev(values) if len(values) > 1 else math.nan)]
         row += [str(sum("diverged_step" in run.result for run in line.runs))]
-        for name in slices(runs, metric):
-            row += [_number(_mean(line.finals(f"{metric}@{name}")))]
+        for name in parts:
+            row += [_number(_mean(line.finals(f"{metric.partition('@')[0]}@{name}")))]
         if has_target:
             times = [t for run in line.runs if (t := run.result.get("target_seconds")) is not None]
             row += [str(len(times)), _number(_mean(times))]
@@ -308,11 +316,11 @@ def draw_against(
 
 
 def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None) -> None:
-    """Draws the final metric on the task as trained, then on its slices: means over the seeds.
+    """Draws the final metric on the task, then on its slices: means over the seeds.
 
     Bars tell the lowest and the highest seed.
     """
-    metric = main_metric(runs) if metric is None else metric
+    metric = (main_metric(runs) if metric is None else metric).partition("@")[0]
     names = slices(runs, metric)
     figure, axes = _figure()
     for number, line in enumerate(lines(runs, metric)):
@@ -324,7 +332,7 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
             bars += [[v - m for m, v in zip(mean, high, strict=True)]]
             style = dict(color=f"C{number}", marker="o", ms=4, lw=1.4, capsize=3)
             axes.errorbar(place, mean, bars, label=line.label, **style)
-    axes.set_xticks(range(len(names) + 1), ["as trained", *names])
+    axes.set_xticks(range(len(names) + 1), ["the task", *names])
     _label_y(axes, metric)
     axes.set_xlabel("evaluated on")
     _legend(axes)
@@ -338,7 +346,8 @@ def _columns(points):
 def _label_y(axes, metric):
     name = metric.replace("eval_", "held-out ").replace("@*", ", mean over the slices")
     axes.set_ylabel(name)
-    if is_loss(metric):
+    values = (value for line in axes.lines for value in line.get_ydata())
+    if is_loss(metric) and any(value > 0 for value in values):  # A logarithm of nothing fails.
         axes.set_yscale("log")
     elif "accuracy" in metric:
         axes.set_ylim(-0.02, 1.02)
@@ -390,10 +399,15 @@ def write(
     found = [run for directory in runs for run in load(directory)]
     if x is not None and not any(x in run.config for run in found):
         raise ValueError(f"--x must be a field of the config: got {x!r}.")
-    if metric is not None and all(math.isnan(run.final(metric)) for run in found):
-        names = sorted({name for run in found for name in run.result if name.startswith("eval_")})
-        raise ValueError(f"--metric must be one of {', '.join(names)}: got {metric!r}.")
+    names = {name for run in found for name in run.result if name.startswith("eval_")}
+    names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}
+    if metric is not None and metric not in names:
+        if not names:
+            raise ValueError(f"--metric={metric}: no run has come to its end.")
+        raise ValueError(f"--metric must be one of {', '.join(sorted(names))}: got {metric!r}.")
     numbers = None if published is None else _published(published, x)
+    if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
+        raise ValueError(f"--published={published} has none of the values that {x} has here.")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"curves.png": lambda path: draw_curves(found, path)}

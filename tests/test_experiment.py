@@ -173,6 +173,13 @@ def test_slices_are_evaluated_beside_the_task(tmp_path, capsys):
     assert result.metrics["fingerprint"] == experiment.run(tiny()).metrics["fingerprint"]
 
 
+def test_what_cannot_be_built_leaves_the_directory_to_the_next(tmp_path):
+    for wrong in ({"train__slices": "0"}, {"train__target": "accuracy=0.9"}):
+        with pytest.raises(ConfigError):
+            experiment.run(tiny(**wrong), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_step_trains_on_all_slices_together():
     """One step of plain gradient descent on the mean over every label of every part."""
     settings = {"optimizer__name": "sgd", "train__epochs": 1, "train__steps_per_epoch": 1}

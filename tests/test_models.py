@@ -208,10 +208,13 @@ def test_a_short_convolution_sums_what_came_just_before():
     want = np.zeros_like(x)
     for t in range(5):
         for k in range(min(3, t + 1)):
-            want[:, t] += kernel[k] * x[:, t - k]
+            want[:, t] += kernel[2 - k] * x[:, t - k]
     assert_close(layer.apply(variables, x), want, 1e-6)
     half = models.ShortConvolution(3, dtype=jnp.bfloat16).apply(variables, x)
     assert half.dtype == jnp.bfloat16
+    model = SequenceModel(4, num_heads=1, causal=True, short_conv=3)
+    with pytest.raises(NotImplementedError, match="short_conv=3 has no mask"):
+        model.init(jax.random.key(0), x, mask=masks.key_lengths(jnp.array([5, 3])))
 
 
 def test_a_model_that_is_not_causal_sees_everything():

@@ -207,6 +207,14 @@ def test_a_sweep_whose_trials_are_all_done_ends(tmp_path):
     assert again.metrics["trials"] == result.metrics["trials"]
 
 
+def test_a_sweep_whose_trials_all_diverge_ends_and_is_read_back(tmp_path):
+    config = tiny(optimizer__name="sgd")
+    axes = {"optimizer.learning_rate": [1e20, 1e21]}
+    result = sweep.run(config, axes, tmp_path)
+    assert all("diverged_step" in trial for trial in result.metrics["trials"])
+    assert sweep.run(config, axes, tmp_path).metrics == result.metrics
+
+
 # The directory -----------------------------------------------------------------------------------
 
 
@@ -380,12 +388,18 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
         (["{run}"], "--out"),
         (["{run}", "--out=out", "--x=model.width"], "'model.width'"),
         (["{run}", "--out=out", "--metric=eval_accuracy"], "must be one of eval_loss"),
+        (["{run}", "--out=out", "--metric=fingerprint"], "must be one of eval_loss"),
+        (["{run}", "--out=out", "--metric=*"], "must be one of eval_loss"),
+        (["{run}", "--out=out", "--x=seed", "--published={paper}"], "none of the values"),
         (["{run}", "--out=out", "--published=p.json"], "needs --x"),
         (["{run}", "--out=out", "--x=seed", "--published={run}/config.json"], "to numbers"),
     ],
 )
-def test_what_cannot_be_reported_is_one_line(whole, arguments, words, capsys):
-    assert report.main([argument.format(run=whole[0]) for argument in arguments]) == 2
+def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words, capsys):
+    paper = tmp_path / "paper.json"
+    paper.write_text('{"7": 0.5}')
+    places = {"run": whole[0], "paper": paper}
+    assert report.main([argument.format_map(places) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("report: ")
     assert words in line

@@ -197,7 +197,7 @@ _RULES = {
     "model.head_dim": _at_least(1),
     "model.mlp_ratio": _at_least(0),
     "model.norm": _one_of("layer", "rms", "none"),
-    "model.positions": _one_of(*("none", "sinusoidal", "learned", "rotary", "alibi", "relative")),
+    "model.positions": _one_of("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
     "model.window": _at_least(0),
     "model.pattern": _one_of("full", "strided", "blocks"),
     "model.stride": _at_least(1),
@@ -373,6 +373,11 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             "optimizer.warmup_steps",
             "config.optimizer.warmup_steps must leave the cosine some of the steps: "
             f"got {optimizer.warmup_steps} of {total_steps}.",
+        )
+    if model.short_conv and not model.causal:
+        yield (
+            "model.short_conv",
+            f"config.model.short_conv={model.short_conv} needs config.model.causal=true.",
         )
     if optimizer.momentum and optimizer.name != "sgd":
         yield (
@@ -558,6 +563,8 @@ def _axes(texts, config):
             raise ConfigError(f"--sweep must be field=value,value,...: got {text!r}.")
         if path not in leaves:
             raise ConfigError(f"--sweep={text}: {_unknown(path, leaves)}")
+        if path.endswith(".slices"):
+            raise ConfigError(f"--sweep={text}: commas are part of {path}: sweep it from Python.")
         if path in axes:
             raise ConfigError(f"--sweep names config.{path} twice.")
         axes[path] = [_read(path, leaves[path], value.strip()) for value in listed.split(",")]

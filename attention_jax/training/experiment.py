@@ -83,7 +83,18 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
         Interrupted: After SIGTERM or SIGINT, with a checkpoint saved.
     """
     check(config)
-    return in_directory(workdir, config, lambda store: _run(config, store))
+    started = time.perf_counter()
+    prepare()
+    # Before the directory is claimed: what cannot be built leaves it to the corrected config.
+    program = build(config)
+    return in_directory(workdir, config, lambda store: _run(config, program, store, started))
+
+
+def prepare() -> None:
+    """What every run wants of jax."""
+    # "Unable to initialize backend 'tpu'" is no news on a machine without one.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    _keep_compiled_programs()
 
 
 def in_directory(
@@ -92,9 +103,6 @@ def in_directory(
     work: Callable[[RunDirectory | NoDirectory], Any],
 ) -> Any:
     """What `work` returns, done in a run directory that is claimed for a config, or in none."""
-    # "Unable to initialize backend 'tpu'" is no news on a machine without one.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    _keep_compiled_programs()
     if workdir is None:
         return work(NoDirectory())
     with owned(Path(workdir)) as path:
@@ -382,9 +390,7 @@ def make_model(config: ConfigDict, task: Task) -> SequenceModel:
 # The loop ----------------------------------------------------------------------------------------
 
 
-def _run(config, store):
-    started = time.perf_counter()
-    program = build(config)
+def _run(config, program, store, started):
     with StopSignals() as stop:
         state = store.restore(program.init)
         if store.result is not None:
@@ -526,10 +532,14 @@ def _summary(config, program, state, history, pace):
     params = jax.device_get(state.params)
     metrics = result_metrics(config, params, history, program.baseline(), pace)
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
+    # A mixture begins with the loss of all its parts, which is another.
+    below = (
+        f", {first / final:,.1f} times below the first" if final and not config.train.slices else ""
+    )
     say(
         f"first loss         {first:.4g}",
         f"train loss         {metrics['train_loss']:.4g}",
-        f"held-out loss      {final:.4g}, {first / final:,.1f} times below the first",
+        f"held-out loss      {final:.4g}{below}",
         f"baseline           {metrics['baseline_loss']:.4g}, {program.task.baseline[0]}",
     )
     if "eval_accuracy" in metrics:
@@ -599,7 +609,7 @@ def _announce(config, program, state, step):
     say(
         f"{config.task.name}: {model.name}, {num_params(state.params):,} parameters; "
         f"{count(train.epochs, 'epoch')} of {count(train.steps_per_epoch, 'step')} of "
-        f"{count(train.batch_size, 'sequence')}; "
+        f"{count(num_sequences(config), 'sequence')}; "
         f"{config.launcher} on {count(len(devices), devices[0].platform + ' device')}",
         *([f"continuing after step {step}"] if step else []),
     )
@@ -612,6 +622,11 @@ def count(number, thing):
     ('1 epoch', '2 epochs')
     """
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def num_sequences(config):
+    """How many sequences a step takes: a batch of the task and one of each slice."""
+    return config.train.batch_size * (1 + len(slice_settings(config, "train")))
 
 
 def num_params(params):

@@ -121,9 +121,16 @@ def run(
         raise ConfigError("a sweep needs an axis: got none.")
     configs = trials(config, axes)
     noted = ConfigDict(config.to_dict() | {"sweep": _nested(axes)})
-    return experiment.in_directory(
-        workdir, noted, lambda store: _run(config, configs, axes, store, workdir)
-    )
+    started = time.perf_counter()
+    experiment.prepare()
+    with experiment.refusals():
+        launcher = LAUNCHERS[config.launcher]()
+        groups = build(configs, axes, launcher)
+
+    def work(store):
+        return _run(config, configs, axes, launcher, groups, store, workdir, started)
+
+    return experiment.in_directory(workdir, noted, work)
 
 
 def _nested(axes):
@@ -217,11 +224,7 @@ def _build(numbers, configs, traced, launcher):
 # The loop ----------------------------------------------------------------------------------------
 
 
-def _run(config, configs, axes, store, workdir):
-    started = time.perf_counter()
-    with experiment.refusals():
-        launcher = LAUNCHERS[config.launcher]()
-        groups = build(configs, axes, launcher)
+def _run(config, configs, axes, launcher, groups, store, workdir, started):
     directory = None if workdir is None else Path(workdir)
     with experiment.StopSignals() as stop, ExitStack() as files:
         state = store.restore(lambda: _like(groups))
@@ -236,8 +239,8 @@ def _run(config, configs, axes, store, workdir):
             states = [_first_trials(group) for group in groups]
         else:
             states = [launcher.put_trials(trials) for trials in state.trials]
-        _train(config, launcher, groups, states, log, store, started, stop)
-        metrics = _summary(config, configs, axes, launcher, groups, states, log)
+        step = _train(config, launcher, groups, states, log, store, started, stop)
+        metrics = _summary(configs, axes, launcher, groups, states, log, step)
     experiment.say(log.table(metrics))
     if directory is not None:
         log.draw(metrics, directory / "sweep.png")
@@ -251,7 +254,8 @@ def _announce(config, axes, groups, num_trials, step):
     experiment.say(
         f"{config.task.name}: {count(num_trials, 'trial')} over {', '.join(axes)} in "
         f"{count(len(groups), 'program')}; {count(train.epochs, 'epoch')} of "
-        f"{count(train.steps_per_epoch, 'step')} of {count(train.batch_size, 'sequence')}; "
+        f"{count(train.steps_per_epoch, 'step')} of "
+        f"{count(experiment.num_sequences(config), 'sequence')}; "
         f"{config.launcher} on {count(len(devices), 'device')}",
         *([f"continuing after step {step}"] if step else []),
     )
@@ -355,7 +359,10 @@ def trial_directory(directory: Path, number: int) -> Path:
 
 
 def _train(config, launcher, groups, states, log, store, started, stop):
-    """Runs the epochs that are left, and leaves the states that they end with in `states`."""
+    """Runs the epochs that are left, and leaves the states that they end with in `states`.
+
+    Returns the last step of the last epoch that was run.
+    """
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     first_epoch = store.step // num_steps
     target = Target.parse(config.train.target) if config.train.target else None
@@ -398,12 +405,11 @@ def _train(config, launcher, groups, states, log, store, started, stop):
         store.write(row)
         console.write(row)
 
-    active, waiting = put_active(), None
+    active, waiting, step = put_active(), None, store.step
     with closing(Console(epochs, first_epoch)) as console:
         for epoch in range(first_epoch + 1, epochs + 1):
             if not log.active.any():
                 break
-            step = np.int32((epoch - 1) * num_steps)
             evaluates = epoch == epochs or epoch % config.eval.every_epochs == 0
             results = []
             for i, group in enumerate(groups):
@@ -411,30 +417,33 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                     results.append(None)
                     continue
                 given = (group.settings, active[i])
-                states[i], active[i], metrics = group.epoch(step, states[i], given)
+                states[i], active[i], metrics = group.epoch(np.int32(step), states[i], given)
                 held_out = {}
                 if evaluates:
                     held_out = group.evaluate(None, states[i][0], group.settings)
                 results.append((metrics, held_out))
+            step = epoch * num_steps
             # One epoch late, as a run does.
             if waiting is not None:
                 record(*waiting)
             waiting = epoch, results
             stops = evaluates and target is not None
             saves = stop.number or epoch % config.checkpoint.every_epochs == 0
-            if epoch == epochs or stops or saves:
+            # Nobody may be left after the epoch that was just recorded; then this one is the last.
+            if epoch == epochs or stops or saves or not log.active.any():
                 record(*waiting)
                 waiting = None
             if stops:
                 active = put_active()
             if epoch == epochs or saves or not log.active.any():
-                _save(epoch * num_steps, launcher, states, log, store)
+                _save(step, launcher, states, log, store)
             if stop.number and epoch < epochs and log.active.any():
                 name = signal.Signals(stop.number).name
                 saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
                 raise experiment.Interrupted(
-                    f"stopped by {name} at step {epoch * num_steps}{saved}.", stop.number
+                    f"stopped by {name} at step {step}{saved}.", stop.number
                 )
+    return step
 
 
 def _save(step, launcher, states, log, store):
@@ -445,7 +454,7 @@ def _save(step, launcher, states, log, store):
     store.save(SweepState(np.int32(step), trials, log.diverged.copy(), log.reached.copy()))
 
 
-def _summary(config, configs, axes, launcher, groups, states, log):
+def _summary(configs, axes, launcher, groups, states, log, step):
     """The result of a sweep that has come to its end."""
     results = [{} for _ in configs]
     for group, (params, _) in zip(groups, states, strict=True):
@@ -464,15 +473,11 @@ def _summary(config, configs, axes, launcher, groups, states, log):
             results[number] = {"trial": number, **swept, **found}
             if log.directory is not None:
                 write_json(trial_directory(log.directory, number) / "result.json", results[number])
-    last = max(
-        (history[-1] for history in log.histories if history),
-        key=lambda row: row["step"],
-        default={"step": 0, "seconds": 0.0},
-    )
+    seconds = max((history[-1]["seconds"] for history in log.histories if history), default=0.0)
     total = sum(result["step"] for result in results)
     return {
-        "step": last["step"],
-        "seconds": last["seconds"],
-        "trial_steps_per_second": float(f"{total / last['seconds']:.4g}") if total else 0.0,
+        "step": step,
+        "seconds": seconds,
+        "trial_steps_per_second": float(f"{total / seconds:.4g}") if total else 0.0,
         "trials": results,
     }
