@@ -1,0 +1,38 @@
+"""Which positions carry over to rows longer than those trained on? ALiBi, of six.
+
+    uv run train.py --config=configs/lengths.py --workdir=runs/lengths --sweep seed=0,1,2 \
+        --sweep model.positions=none,sinusoidal,learned,rotary,alibi,relative
+
+The induction head on 64 tokens of 16, evaluated on rows up to 8 times as long. The plot is
+runs/lengths/sweep.png.
+
+Measured: accuracy after 1000 steps, mean of three seeds; all 18 runs in 469 s, import and
+compilation included, on two cores of an AMD EPYC (jax 0.10.2, 2026-11-24); chance is 7 %.
+
+                 64    96   128   256   512
+    none         59    51    40    23    14
+    sinusoidal   96    66    50    29    20
+    learned      98    66    50    29    18
+    rotary       78    77    69    52    24
+    alibi        98    97    95    91    89
+    relative    100    94    78    38    22
+
+The step is the measure here, not the last word on each: rotary positions find the pattern later
+than the rest, and none at all later still. With batches of 32 and a rate of 2e-3 no run of
+any scheme got beyond 58 % in 1500 steps.
+"""
+
+from attention_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config("induction")
+    config.model.init_scale = 0.02  # Else what layers write drowns the embeddings, of 0.02 too.
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.train.epochs = 10
+    config.eval.num_batches = 8
+    config.eval.every_epochs = 10
+    config.eval.slices = "96 128 256 512"
+    return config
