@@ -1,7 +1,8 @@
 """Turns run directories into a table and pictures.
 
-    python -m attention_jax.report runs/a runs/sweep --out=report
-    python -m attention_jax.report runs/* --out=report --x=model.window --published=window.json
+    uv run python -m attention_jax.report runs/a runs/sweep --out=report
+    uv run python -m attention_jax.report runs/* --out=report --x=model.window \\
+        --published=window.json
 
 A sweep counts as its trials. Writes `report.md`, `curves.png`, with `--x` `by_FIELD.png` and, of
 runs with `eval.slices`, `slices.png`. What differs between the runs is told from their configs;

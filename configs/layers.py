@@ -3,7 +3,7 @@
     uv run train.py --config=configs/layers.py --workdir=runs/layers \
         --sweep model.num_layers=1,2 --sweep seed=0,1,2
 
-Associative recall: 64 tokens of 256, four pairs of key and value, logits at the questions alone.
+Associative recall: 64 tokens, vocabulary 256, four pairs of key and value, logits at the questions.
 One layer mixes tokens by what they are; the value follows a key, so a first layer must tell each
 token what stood before it (https://arxiv.org/abs/2408.14332).
 

@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/recall.py --workdir=runs/recall
 
-The example of https://arxiv.org/abs/2312.04927: 64 tokens of 256, four pairs of key and value,
-logits at the four questions only.
+The example of https://arxiv.org/abs/2312.04927: 64 tokens, vocabulary 256, four pairs of key and
+value, logits at the four questions only.
 
 Measured: 99.0% of the held-out questions after 2000 steps, in 203 s on two very busy CPU cores.
 With `--config.model.num_layers=1`: 26%, which is guessing among the four values of the row.
