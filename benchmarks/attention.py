@@ -381,8 +381,8 @@ def report(out: Path) -> None:
 def summary(rows) -> list[str]:
     """What the table says, in a few lines."""
     lines = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        mine = [row for row in rows if row["dtype"] == dtype]
+    for dtype, H in dict.fromkeys((row["dtype"], row["H"]) for row in rows):
+        mine = [row for row in rows if (row["dtype"], row["H"]) == (dtype, H)]
         for name in dict.fromkeys(name for row in mine for name in row["ms"] if name != "ours"):
             parts = []
             for pattern in PATTERNS:
@@ -394,7 +394,7 @@ def summary(rows) -> list[str]:
                 if ratios:
                     mean = statistics.geometric_mean(ratios)
                     parts.append(f"{pattern} {mean:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
-            lines.append(f"- {dtype}, time of {name} over ours: {'; '.join(parts)}")
+            lines.append(f"- {dtype}, H = {H}, time of {name} over ours: {'; '.join(parts)}")
     return lines
 
 
