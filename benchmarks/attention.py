@@ -4,11 +4,12 @@
 
 Every cell of the grid (sizes, pattern, forward or forward and backward) first compares what the
 peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
-the middle half of the rounds spreads. A pair of plain matrix products, of the shapes that attention
-is made of, runs among them: its rate is the ceiling. Prints a line for each cell and writes
-`attention.json`, `attention.md` and `attention.png`; cells that the first holds already, from this
-day and machine, are not run again, and `--report` writes the latter two from it. On a GPU the peers
-are jax.nn's two implementations and PyTorch's two fused kernels.
+the middle half of the rounds spreads. In each round a peer runs twice and the second run counts;
+the first wakes its threads, as the layer before has done in a model. A pair of plain matrix
+products, of the shapes that attention is made of, runs among them: its rate is the ceiling. Prints
+a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells that the
+first holds already, from this day and machine, are not run again, and `--report` writes the latter
+two from it. On a GPU the peers are jax.nn's two implementations and PyTorch's two fused kernels.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
 prints the memory of the whole process.
@@ -177,7 +178,8 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
     begun = time.perf_counter()
     for turn in range(rounds):
         for name, peer in peers.items():
-            time.sleep(0.01)  # The threads of the peer before fall asleep.
+            time.sleep(0.02)  # The threads of the peer before fall asleep,
+            peer(fetch=False)  # and those of this one wake up.
             start = time.perf_counter()
             peer(fetch=False)
             times[name].append(1e3 * (time.perf_counter() - start))

@@ -4,11 +4,12 @@ The forward pass walks over tiles of the logits, some queries by some keys, and 
 the peak, the normaliser and the weighted sum of the values so far (the online softmax). The
 backward pass computes every tile again from the logsumexp. No tile outlives its turn.
 
-Three things make it fast on a CPU:
+Four things make it fast on a CPU:
 
 - Products stand in forms that XLA runs at full speed. A product whose left operand is transposed,
   such as weights^T @ d_out, does not; so the backward pass works on transposed tiles, keys by
   queries, on which every product is plain.
+- A batch of small products is made to run on every core, see `_product`.
 - A mask says which keys a block of queries sees (`Mask.keys`): tiles that nobody sees are skipped,
   and tiles that everybody sees are not masked.
 - Tiles are large enough to feed every core and small enough to stay in its cache.
@@ -37,6 +38,7 @@ from attention_jax.types import Array
 
 _TILE = 2**19  # Logits in a tile for which several heads are taken at once: 2 MiB in float32.
 _GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
+_ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
 
 
@@ -106,7 +108,7 @@ class Plan(NamedTuple):
         return at._replace(t_start=first, t_size=size, lead=lead)
 
 
-def make_plan(lead, G, T, S, mask, block_size, scale, dtype) -> Plan:
+def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     """The plan for these sizes; `block_size` overrides the size of the tiles.
 
     A tile of whole rows, from the first key that is seen to the last, needs no online softmax, so
@@ -123,15 +125,21 @@ def make_plan(lead, G, T, S, mask, block_size, scale, dtype) -> Plan:
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
-    # Blocks that see different numbers of keys are written out, each with a tile of its own, while
-    # they are few; more of them are a loop over square tiles.
-    unrolled = known and not alike and most == S and max(T, S) <= 1024
+    # Blocks that see different numbers of keys are a loop over square tiles, smaller ones where
+    # many heads share a turn; or, while they are few, written out, each with a tile of its own.
+    staircase = known and not alike and most == S
+    many = math.prod(lead) >= 4 and H <= 64 and S <= 2048
+    unrolled = staircase and not many and max(T, S) <= 1024
     unrolled = unrolled and T * G <= 256 * _MOST_UNROLLED
     side = 1024 if S > 4096 or alike else 512
     if unrolled or most < S:
         sizes = back = 256, S
+    elif staircase and many:
+        side = 128 if S <= 512 else 256
+        sizes = back = side, side
     elif alike and S <= 4096:
-        sizes, back = (512, S), (512, S) if S <= 1024 else (side, side)
+        sizes = 512, S
+        back = (512, S) if S <= 512 else (256, S) if S <= 1024 else (side, side)
     else:
         sizes = back = side, side
 
@@ -181,7 +189,7 @@ def blockwise_attention(
     drop = None
     if rate is not None:
         drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
-    plan = make_plan((*batch, K), N // K, T, S, mask, block_size, float(scale), dtype)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, float(scale), dtype)
     out, residual = _attend(plan, *_vary_alike((scaled, key, value, softcap, bias, mask, drop)))
 
     empty = residual == jnp.finfo(dtype).max
@@ -225,7 +233,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
                 return mixed, _full(queries, lowest, rows), _full(queries, 0, rows)
 
             def tile(here, carry):
-                raw = jnp.einsum("nth,nsh->nts", queries, here.keys(keys))
+                raw = here.products(queries, here.keys(keys))
                 logits = here.logits(raw, softcap, here.bias)
                 # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
                 peak = logits.max(-1, initial=lowest)
@@ -233,7 +241,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
                     peak = jnp.maximum(peak, carry[1])
                 weights = _exp(logits - peak[..., None])
                 total = weights.sum(-1)
-                mixed = jnp.matmul(here.kept(weights), here.keys(values))
+                mixed = _product(here.kept(weights), here.keys(values))
                 if carry is not None:
                     shrink = jnp.exp(carry[1] - peak)
                     mixed += carry[0] * shrink[..., None]
@@ -272,7 +280,7 @@ def _backward(plan, saved, cotangents):
     def group(g, carry):
         keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
         keys = _finite(keys)
-        keys_turned = _settled(jnp.swapaxes(keys, -1, -2))  # [heads, H, S]
+        keys_turned = _settled(_turned(keys))  # [heads, H, S]
 
         def zero_sums():
             return _full(keys, 0, keys.shape), _full(values, 0, values.shape)
@@ -301,16 +309,16 @@ def _backward(plan, saved, cotangents):
 
             def tile(here, carry):
                 d_queries, d_keys, d_values, (d_softcap, d_bias) = carry
-                raw = jnp.einsum("nsh,nth->nst", here.keys(keys), queries)
+                raw = here.products(here.keys(keys), queries)
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
                 weights = _exp(logits - peaks[:, None, :])
-                d_value = jnp.matmul(here.kept(weights), d_outs)
-                d_weights = jnp.einsum("nsv,ntv->nst", here.keys(values), d_outs)
+                d_value = _product(here.kept(weights), d_outs)
+                d_weights = here.products(here.keys(values), d_outs)
                 d_logits = weights * (here.kept(d_weights) - deltas[:, None, :])
                 d_raw, d_cap, d_tile = pull_back(d_logits)
-                d_query = _settled(jnp.matmul(here.keys(keys_turned, axis=2), d_raw))
+                d_query = _settled(_product(here.keys(keys_turned, axis=2), d_raw))
                 d_queries = d_query if d_queries is None else d_queries + d_query
-                d_keys = here.add_keys(d_keys, jnp.matmul(d_raw, queries))
+                d_keys = here.add_keys(d_keys, _product(d_raw, queries))
                 d_values = here.add_keys(d_values, d_value)
                 if softcap is not None:
                     d_softcap += d_cap
@@ -319,7 +327,7 @@ def _backward(plan, saved, cotangents):
                 return d_queries, d_keys, d_values, (d_softcap, d_bias)
 
             d_queries, *others = rules.over_keys(tile, start, (None, *carry[1:]))
-            d_queries = _unrows(plan, plan.scale * jnp.swapaxes(d_queries, -1, -2))
+            d_queries = _unrows(plan, plan.scale * _turned(d_queries))
             put = rules.at.add if plan.overlapping else rules.at.put
             return put(d_query, d_queries.astype(d_query.dtype), "TNH"), *others
 
@@ -451,6 +459,15 @@ class _Here(NamedTuple):
             raw += self.spread(bias.tile(self.at), self.at)
         return raw if self.visible is None else jnp.where(self.visible, raw, -jnp.inf)
 
+    def products(self, a, b):
+        """a b^T, of which what is not visible may be NaN: it changes nothing else."""
+        product = _product(a, _turned(b))
+        if self.visible is None or not _is_dealt_out(a, _turned(b)):
+            return product
+        spread = jnp.isnan(product[..., 0]).any()
+        again = functools.partial(jnp.einsum, "nik,njk->nij")
+        return lax.cond(spread, lambda _: again(a, b), lambda x: x, product)
+
     def kept(self, weights):
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
 
@@ -497,6 +514,44 @@ def _unkeys(plan, x):
     *batch, K = plan.box
     x = jnp.swapaxes(x.reshape(-1, K, *x.shape[1:]), 1, 2)
     return x.reshape(*batch, *x.shape[1:])
+
+
+def _is_dealt_out(a, b):
+    """Whether `_product` has many small products before it and a compiler that needs help."""
+    n, i, j = a.shape
+    small = max(i * j, i * b.shape[2]) <= 2**16
+    return _ONE_CORE and n > 1 and small and a.dtype == jnp.float32
+
+
+@jax.custom_jvp
+def _product(a, b):
+    """a b of each head, on every core of a CPU; a NaN may spread over its row.
+
+    XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
+    small ones on one, unless something is reduced in the same loop: then it deals out the batch.
+    """
+    product = jnp.matmul(a, b)
+    if not _is_dealt_out(a, b):
+        return product
+    return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
+
+
+@_product.defjvp
+def _(primals, tangents):
+    (a, b), (d_a, d_b) = primals, tangents
+    return _product(a, b), _product(d_a, b) + _product(a, d_b)
+
+
+def _plus_nothing(x):
+    """`x` plus 0 made from the largest entry of each row, or NaN where a row has one.
+
+    Not the smaller of `x` and the largest: there the compiled loop loses NaN.
+    """
+    return x + jnp.minimum(jnp.abs(x.max(-1, keepdims=True)), 0)
+
+
+def _turned(x):
+    return jnp.swapaxes(x, -1, -2)
 
 
 def _exp(x):
