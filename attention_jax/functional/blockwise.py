@@ -125,18 +125,22 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
-    # Blocks that see different numbers of keys are a loop over square tiles, smaller ones where
-    # many heads share a turn; or, while they are few, written out, each with a tile of its own.
+    # Blocks that see few keys, or each its own number, are a loop over small square tiles where
+    # many heads share a turn. Else the latter are written out while they are few, each with a tile
+    # of its own.
+    heads = math.prod(lead)
+    small = 128 if heads >= 8 else 256
     staircase = known and not alike and most == S
-    many = math.prod(lead) >= 4 and H <= 64 and S <= 2048
+    many = heads >= 4 and H <= 64 and S <= 2048
     unrolled = staircase and not many and max(T, S) <= 1024
     unrolled = unrolled and T * G <= 256 * _MOST_UNROLLED
     side = 1024 if S > 4096 or alike else 512
-    if unrolled or most < S:
+    if heads >= 4 and most < S and most <= 512:
+        sizes = back = small, small
+    elif unrolled or most < S:
         sizes = back = 256, S
     elif staircase and many:
-        side = 128 if S <= 512 else 256
-        sizes = back = side, side
+        sizes = back = (small, small) if S <= 512 else (256, 256)
     elif alike and S <= 4096:
         sizes = 512, S
         back = (512, S) if S <= 512 else (256, S) if S <= 1024 else (side, side)
