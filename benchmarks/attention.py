@@ -362,7 +362,8 @@ def line(row: dict) -> str:
 def report(out: Path) -> None:
     """Writes the table and the plot."""
     results = json.loads((out / "attention.json").read_text())
-    rows = results["rows"]
+    order = list(grid(gpu=False))  # Cells may have been run in another.
+    rows = sorted(results["rows"], key=lambda row: order.index(cell_of(row)))
     names = list(dict.fromkeys(name for row in rows for name in row["ms"] if name != "ours"))
     lines = [f"Measured {results['header']}.", "", *summary(rows), ""]
     columns = ["cell", "ours, ms", "spread", "of products", *names, "compile, s", "memory, MiB"]
