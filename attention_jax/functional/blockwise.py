@@ -465,12 +465,16 @@ class _Here(NamedTuple):
 
     def products(self, a, b):
         """a b^T, of which what is not visible may be NaN: it changes nothing else."""
-        product = _product(a, _turned(b))
         if self.visible is None or not _is_dealt_out(a, _turned(b)):
-            return product
-        spread = jnp.isnan(product[..., 0]).any()
-        again = functools.partial(jnp.einsum, "nik,njk->nij")
-        return lax.cond(spread, lambda _: again(a, b), lambda x: x, product)
+            return _product(a, _turned(b))
+        plainly = functools.partial(jnp.einsum, "nik,njk->nij")
+
+        def unless_spread(a, b):
+            product = _product(a, _turned(b))
+            spread = jnp.isnan(product[..., 0]).any()
+            return lax.cond(spread, lambda _: plainly(a, b), lambda x: x, product)
+
+        return lax.platform_dependent(a, b, cpu=unless_spread, default=plainly)
 
     def kept(self, weights):
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
