@@ -36,45 +36,69 @@ from attention_jax.functional.masks import Keys
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
-_TILE = 2**19  # Logits in a tile for which several heads are taken at once: 2 MiB in float32.
+_TILE = 2**20  # Logits in a tile for which several heads are taken at once: 4 MiB in float32.
 _GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
 _ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
+
+
+class Cut(NamedTuple):
+    """How the tiles of one pass are cut.
+
+    Attributes:
+        t, s: Queries in a tile, and the most keys. In a loop over blocks that do not divide T or S
+            the last one ends with the sequence and overlaps the one before it; what is in both
+            counts once.
+        box: How many of each leading axis are taken at once, a divisor of each; the last axes come
+            whole before one that is divided, and one of each of those before.
+        unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
+    """
+
+    t: int
+    s: int
+    box: tuple[int, ...]
+    unrolled: bool
 
 
 class Plan(NamedTuple):
     """How the work is cut up: static, and all that a compiled program depends on besides shapes.
 
     Attributes:
+        t, s, box, unrolled: Those of the `Cut` of this pass.
+        back: The `Cut` of the backward pass.
         lead: The sizes of the batch axes and of the axis of key heads.
-        box: How many of each are taken at once, a divisor of each; the last axes come whole before
-            one that is divided, and one of each of those before.
         G, T, S: Query heads per key head, queries, keys.
-        t, s: Queries in a tile, and the most keys. In a loop over blocks that do not divide T or S
-            the last one ends with the sequence and overlaps the one before it; what is in both
-            counts once.
-        back: The same two in the backward pass.
-        unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
-        scale: What queries are multiplied by when they are read.
+        scales: What queries are multiplied by when they are read, and logits when they are made;
+            one of the two is 1. Queries where that rounds nothing, for it is less work.
         dtype: The type of logits, softmax and sums.
+        operand: The type in which tiles are multiplied; the products have the other one.
     """
 
-    lead: tuple[int, ...]
+    t: int
+    s: int
     box: tuple[int, ...]
+    unrolled: bool
+    back: Cut
+    lead: tuple[int, ...]
     G: int
     T: int
     S: int
-    t: int
-    s: int
-    back: tuple[int, int]
-    unrolled: bool
-    scale: float
+    scales: tuple[float, float]
     dtype: jnp.dtype
+    operand: jnp.dtype
 
     @property
     def heads(self) -> int:
         """Key heads that are taken at once."""
         return math.prod(self.box)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axis of tiles: heads, or none for a single one.
+
+        XLA fuses a product of matrices with what becomes of it, a batch of one product not.
+        """
+        return (self.heads,) if self.heads > 1 else ()
 
     @property
     def groups(self) -> int:
@@ -88,6 +112,10 @@ class Plan(NamedTuple):
     def overlapping(self) -> bool:
         """The last block of queries repeats some of the one before."""
         return not self.unrolled and self.T % self.t > 0
+
+    def turned(self, x: Array) -> Array:
+        """The right operand x^T: XLA multiplies narrow numbers fast where that is no transpose."""
+        return _turned(x) if self.operand == self.dtype else _settled(_turned(x))
 
     def keys(self, group: int | Array) -> Tile:
         """All keys of a group; its N are key heads."""
@@ -109,7 +137,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
-    """The plan for these sizes; `block_size` overrides the size of the tiles.
+    """The plan for these sizes and this type of the inputs; `block_size` overrides that of tiles.
 
     A tile of whole rows, from the first key that is seen to the last, needs no online softmax, so
     it is taken where it is not too large. The sizes are the fastest ones that were found on a CPU
@@ -125,42 +153,52 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
-    # Blocks that see few keys, or each its own number, are a loop over small square tiles where
-    # many heads share a turn. Else the latter are written out while they are few, each with a tile
-    # of its own.
-    heads = math.prod(lead)
-    small = 128 if heads >= 8 else 256
     staircase = known and not alike and most == S
-    many = heads >= 4 and H <= 64 and S <= 2048
-    unrolled = staircase and not many and max(T, S) <= 1024
-    unrolled = unrolled and T * G <= 256 * _MOST_UNROLLED
-    side = 1024 if S > 4096 or alike else 512
-    if heads >= 4 and most < S and most <= 512:
-        sizes = back = small, small
-    elif unrolled or most < S:
-        sizes = back = 256, S
-    elif staircase and many:
-        sizes = back = (small, small) if S <= 512 else (256, 256)
-    elif alike and S <= 4096:
-        sizes = 512, S
-        back = (512, S) if S <= 512 else (256, S) if S <= 1024 else (side, side)
-    else:
-        sizes = back = side, side
+    heads = math.prod(lead)
 
-    def fit(t, s):
-        return min(max(1, t // G), T), min(s, S)
+    def cut(t, s, tile=_TILE, unrolled=False):
+        if block_size is None:
+            t, s = min(max(1, t // G), T), min(s, S)
+        else:
+            t, s = min(block_size[0], T), min(block_size[1], S)
+            unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
+        return Cut(t, s, _box(lead, tile // (G * t * min(s, most))), unrolled)
 
-    (t, s), back = fit(*sizes), fit(*back)
-    if block_size is not None:
-        t, s = back = min(block_size[0], T), min(block_size[1], S)
-        unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
-    room, box = max(1, _TILE // (G * t * min(s, most))), ()
+    side = 1024 if S > 4096 else 512
+    forward, back = cut(side, side), cut(side, side, _TILE // 2)
+    if most < S and heads >= 4 and most <= 512:
+        # A window: small squares, of which many heads share a turn.
+        small = 128 if heads >= 8 else 256
+        forward = back = cut(small, small, _TILE // 2)
+    elif most < S:
+        forward = back = cut(256, S, _TILE // 2)  # As wide as the window, wherever it stands.
+    elif alike:
+        if S <= 4096:
+            forward = cut(min(1024, 2 * _TILE // S), S)
+        back = cut(1024, side, _TILE // 2)
+    elif staircase and max(T, S) <= 1024 and T * G <= 256 * _MOST_UNROLLED:
+        # Blocks that see each its own number of keys are written out while they are few.
+        forward = cut(256, S, _TILE // 2, unrolled=True)
+        if heads < 4:
+            back = forward
+        elif S <= 512:
+            back = cut(128, 128, _TILE // 2)
+
+    wide = jnp.promote_types(dtype, jnp.float32)
+    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
+    exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
+    scales = (scale, 1.0) if exact else (1.0, scale)
+    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand)
+
+
+def _box(lead, room):
+    """How many of each leading axis, for no more than `room` heads at once."""
+    box = ()
     for size in reversed(lead):
-        part = max(n for n in range(1, min(size, room) + 1) if size % n == 0)
+        part = max(n for n in range(1, min(size, max(1, room)) + 1) if size % n == 0)
         box = (part, *box)
-        room = room // size if part == size else 0
-        room = max(room, 1)
-    return Plan(tuple(lead), box, G, T, S, t, s, back, unrolled, scale, dtype)
+        room = room // size if part == size else 1
+    return box
 
 
 def blockwise_attention(
@@ -193,7 +231,8 @@ def blockwise_attention(
     drop = None
     if rate is not None:
         drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, float(scale), dtype)
+    inputs = jnp.result_type(scaled, key, value)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, float(scale), inputs)
     out, residual = _attend(plan, *_vary_alike((scaled, key, value, softcap, bias, mask, drop)))
 
     empty = residual == jnp.finfo(dtype).max
@@ -223,29 +262,34 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
 
     def group(g, results):
-        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
+        keys, values = (
+            _operand(plan, _keys(plan, plan.keys(g).cut(_as_bits(x), "SNH"))) for x in (key, value)
+        )
+        keys_turned = plan.turned(keys)  # [heads, H, S]
 
         def block(i, results):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop)
-            queries = plan.scale * _rows(plan, rules.at.cut(query, "TNH"))
+            queries = plan.scales[0] * _operand(
+                plan, _rows(plan, rules.at.cut(_as_bits(query), "TNH"))
+            )
             if plan.unrolled:
                 queries, results = _settled((queries, results))  # One block at a time.
 
             def start():
-                rows = queries.shape[:2]
-                mixed = _full(queries, 0, (*rows, values.shape[-1]))
-                return mixed, _full(queries, lowest, rows), _full(queries, 0, rows)
+                rows = queries.shape[:-1]
+                fills = (0, (*rows, values.shape[-1])), (lowest, rows), (0, rows)
+                return tuple(_full(queries, fill, shape, plan.dtype) for fill, shape in fills)
 
             def tile(here, carry):
-                raw = here.products(queries, here.keys(keys))
+                raw = here.products(queries, here.keys(keys_turned, axis=-1))
                 logits = here.logits(raw, softcap, here.bias)
                 # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
                 peak = logits.max(-1, initial=lowest)
                 if carry is not None:
                     peak = jnp.maximum(peak, carry[1])
-                weights = _exp(logits - peak[..., None])
+                weights = jnp.exp(logits - peak[..., None])
                 total = weights.sum(-1)
-                mixed = _product(here.kept(weights), here.keys(values))
+                mixed = _product(here.kept(weights).astype(plan.operand), here.keys(values))
                 if carry is not None:
                     shrink = jnp.exp(carry[1] - peak)
                     mixed += carry[0] * shrink[..., None]
@@ -276,51 +320,55 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
 
 
 def _backward(plan, saved, cotangents):
-    plan = plan._replace(t=plan.back[0], s=plan.back[1])
+    plan = plan._replace(**plan.back._asdict())
     query, key, value, softcap, bias, mask, drop, out, peak, total = saved
     d_out, d_residual = cotangents
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, carry):
-        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
+        keys, values = (
+            _operand(plan, _keys(plan, plan.keys(g).cut(_as_bits(x), "SNH"))) for x in (key, value)
+        )
         keys = _finite(keys)
-        keys_turned = _settled(_turned(keys))  # [heads, H, S]
+        keys_turned = _settled(_turned(keys))
 
         def zero_sums():
-            return _full(keys, 0, keys.shape), _full(values, 0, values.shape)
+            return tuple(_full(x, 0, x.shape, plan.dtype) for x in (keys, values))
 
         def block(i, carry):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop, turned=True)
             d_query, *sums, totals = carry
-            queries = plan.scale * _finite(_rows(plan, rules.at.cut(query, "TNH")))
+            queries = _operand(plan, _rows(plan, rules.at.cut(_as_bits(query), "TNH")))
+            queries = plan.scales[0] * _finite(queries)
             d_outs, outs = (_rows(plan, rules.at.cut(x, "TNV")) for x in (d_out, out))
             peaks, normalisers, d_residuals = (
                 _rows(plan, rules.at.cut(x, "TN")) for x in (peak, total, d_residual)
             )
-            # Divided here, once for a row, and not in every tile: its weights are up to 1 each.
-            d_outs /= normalisers[..., None]
-            d_residuals = jnp.where(peaks == largest, 0, d_residuals) / normalisers
+            shares = 1 / normalisers
+            d_residuals = jnp.where(peaks == largest, 0, d_residuals)
             deltas = (outs * d_outs).sum(-1) - d_residuals
+            d_outs = d_outs.astype(plan.operand)
+            queries_turned, d_outs_turned = plan.turned(queries), plan.turned(d_outs)
             if plan.overlapping:
                 # A row that the block before has counted has no weights here.
                 old = rules.at.t_start + jnp.arange(plan.t) < i * plan.t
                 peaks = jnp.where(jnp.tile(old, plan.G), largest, peaks)
 
             def start():
-                rows = queries.shape
-                d_queries = _full(queries, 0, (rows[0], rows[2], rows[1]))
+                d_queries = _full(queries, 0, _turned(queries).shape, plan.dtype)
                 return d_queries, *(zero_sums() if sums[0] is None else sums), totals
 
             def tile(here, carry):
                 d_queries, d_keys, d_values, (d_softcap, d_bias) = carry
-                raw = here.products(here.keys(keys), queries)
+                raw = here.products(here.keys(keys), queries_turned)
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
-                weights = _exp(logits - peaks[:, None, :])
-                d_value = _product(here.kept(weights), d_outs)
-                d_weights = here.products(here.keys(values), d_outs)
-                d_logits = weights * (here.kept(d_weights) - deltas[:, None, :])
+                weights = jnp.exp(logits - peaks[..., None, :]) * shares[..., None, :]
+                d_value = _product(here.kept(weights).astype(plan.operand), d_outs)
+                d_weights = here.products(here.keys(values), d_outs_turned)
+                d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
                 d_raw, d_cap, d_tile = pull_back(d_logits)
-                d_query = _settled(_product(here.keys(keys_turned, axis=2), d_raw))
+                d_raw = d_raw.astype(plan.operand)
+                d_query = _settled(_product(here.keys(keys_turned, axis=-1), d_raw))
                 d_queries = d_query if d_queries is None else d_queries + d_query
                 d_keys = here.add_keys(d_keys, _product(d_raw, queries))
                 d_values = here.add_keys(d_values, d_value)
@@ -331,7 +379,7 @@ def _backward(plan, saved, cotangents):
                 return d_queries, d_keys, d_values, (d_softcap, d_bias)
 
             d_queries, *others = rules.over_keys(tile, start, (None, *carry[1:]))
-            d_queries = _unrows(plan, plan.scale * _turned(d_queries))
+            d_queries = _unrows(plan, plan.scales[0] * _turned(d_queries))
             put = rules.at.add if plan.overlapping else rules.at.put
             return put(d_query, d_queries.astype(d_query.dtype), "TNH"), *others
 
@@ -431,7 +479,7 @@ class _Rules:
         if self.drop is not None:
             words, rate = self.drop
             keep = self.spread(keep_tile(at.cut(words, "NT2"), rate, at), at)
-        return _Here(at, self.spread, bias, visible, keep)
+        return _Here(at, plan.scales[1], self.spread, bias, visible, keep)
 
     def spread(self, x, at):
         """`[..., N, t, s]` as it stands against a tile, `[heads, G t, s]` or `[heads, s, G t]`."""
@@ -440,21 +488,23 @@ class _Rules:
         x = jnp.broadcast_to(x, (*batch, K * plan.G, at.t_size, at.s_size))
         x = x.reshape(plan.heads, plan.G, at.t_size, at.s_size)
         if self.turned:
-            return x.transpose(0, 3, 1, 2).reshape(plan.heads, at.s_size, plan.G * at.t_size)
-        return x.reshape(plan.heads, plan.G * at.t_size, at.s_size)
+            return x.transpose(0, 3, 1, 2).reshape(*plan.stack, at.s_size, plan.G * at.t_size)
+        return x.reshape(*plan.stack, plan.G * at.t_size, at.s_size)
 
 
 class _Here(NamedTuple):
     """What masks, biases and dropout say about one tile, as it stands against its logits."""
 
     at: Tile
+    scale: float
     spread: object
     bias: object
     visible: Array | None
     keep: Array | None
 
     def logits(self, raw, softcap, bias):
-        """Softcap, bias and mask; `raw` is scaled, and divided by `softcap`."""
+        """Scale, softcap, bias and mask; the scale is divided by `softcap`."""
+        raw = self.scale * raw
         if softcap is not None:
             # Before tanh: its slope at a masked NaN is NaN.
             raw = raw if self.visible is None else jnp.where(self.visible, raw, 0)
@@ -464,13 +514,13 @@ class _Here(NamedTuple):
         return raw if self.visible is None else jnp.where(self.visible, raw, -jnp.inf)
 
     def products(self, a, b):
-        """a b^T, of which what is not visible may be NaN: it changes nothing else."""
-        if self.visible is None or not _is_dealt_out(a, _turned(b)):
-            return _product(a, _turned(b))
-        plainly = functools.partial(jnp.einsum, "nik,njk->nij")
+        """`_product` of which what is not visible may be NaN: it changes nothing else."""
+        if self.visible is None or not _is_dealt_out(a, b):
+            return _product(a, b)
+        plainly = functools.partial(jnp.matmul, preferred_element_type=_sum_type(a))
 
         def unless_spread(a, b):
-            product = _product(a, _turned(b))
+            product = _product(a, b)
             spread = jnp.isnan(product[..., 0]).any()
             return lax.cond(spread, lambda _: plainly(a, b), lambda x: x, product)
 
@@ -479,7 +529,7 @@ class _Here(NamedTuple):
     def kept(self, weights):
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
 
-    def keys(self, x, axis=1):
+    def keys(self, x, axis=-2):
         """This tile's part of an axis of keys."""
         at = self.at
         if at.s_size == at.S:
@@ -490,45 +540,63 @@ class _Here(NamedTuple):
         if x is None and self.at.s_size == self.at.S:
             return part
         if x is None:
-            x = _full(part, 0, (part.shape[0], self.at.S, part.shape[2]))
-        return lax.dynamic_update_slice_in_dim(x, self.keys(x) + part, self.at.s_start, 1)
+            x = _full(part, 0, (*part.shape[:-2], self.at.S, part.shape[-1]))
+        return lax.dynamic_update_slice_in_dim(x, self.keys(x) + part, self.at.s_start, -2)
 
 
 def _rows(plan, x):
     """`[..., t, N, ...]` of a group -> `[heads, G t, ...]`."""
     rest = x.shape[len(plan.box) + 1 :]
     t = x.shape[len(plan.box) - 1]
-    x = x.astype(plan.dtype).reshape(-1, t, plan.box[-1], plan.G, *rest)
-    return jnp.moveaxis(x, 1, 3).reshape(plan.heads, plan.G * t, *rest)
+    x = x.reshape(-1, t, plan.box[-1], plan.G, *rest)
+    return jnp.moveaxis(x, 1, 3).reshape(*plan.stack, plan.G * t, *rest)
 
 
 def _unrows(plan, x):
     """The inverse of `_rows`."""
     *batch, K = plan.box
-    rest = x.shape[2:]
-    x = x.reshape(-1, K, plan.G, x.shape[1] // plan.G, *rest)
+    rows, *rest = x.shape[len(plan.stack) :]
+    x = x.reshape(-1, K, plan.G, rows // plan.G, *rest)
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*batch, x.shape[1], K * plan.G, *rest)
 
 
 def _keys(plan, x):
     """`[..., S, K, H]` of a group -> `[heads, S, H]`."""
-    x = x.astype(plan.dtype).reshape(-1, *x.shape[-3:])
-    return jnp.swapaxes(x, 1, 2).reshape(plan.heads, plan.S, -1)
+    x = x.reshape(-1, *x.shape[-3:])
+    return jnp.swapaxes(x, 1, 2).reshape(*plan.stack, plan.S, x.shape[-1])
 
 
 def _unkeys(plan, x):
     """The inverse of `_keys`."""
     *batch, K = plan.box
-    x = jnp.swapaxes(x.reshape(-1, K, *x.shape[1:]), 1, 2)
+    x = jnp.swapaxes(x.reshape(-1, K, *x.shape[-2:]), 1, 2)
     return x.reshape(*batch, *x.shape[1:])
+
+
+def _as_bits(x):
+    """bfloat16 as integers, to be cut and turned: `_operand` is the inverse.
+
+    XLA knows no bfloat16 on a CPU but in products. It would begin a loop that cuts from such an
+    array with a copy of the whole in float32.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _operand(plan, x):
+    if x.dtype == jnp.uint16:
+        x = lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(plan.operand)
 
 
 def _is_dealt_out(a, b):
     """Whether `_product` has many small products before it and a compiler that needs help."""
-    n, i, j = a.shape
-    small = max(i * j, i * b.shape[2]) <= 2**16
-    return _ONE_CORE and n > 1 and small and a.dtype == jnp.float32
+    small = a.shape[-2] * max(a.shape[-1], b.shape[-1]) <= 2**16
+    return _ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
+
+
+def _sum_type(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @jax.custom_jvp
@@ -538,7 +606,7 @@ def _product(a, b):
     XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
     small ones on one, unless something is reduced in the same loop: then it deals out the batch.
     """
-    product = jnp.matmul(a, b)
+    product = jnp.matmul(a, b, preferred_element_type=_sum_type(a))
     if not _is_dealt_out(a, b):
         return product
     return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
@@ -557,35 +625,6 @@ def _plus_nothing(x):
 
 def _turned(x):
     return jnp.swapaxes(x, -1, -2)
-
-
-def _exp(x):
-    """exp(x) for x of 0 or less, up to 1e-7.
-
-    On a CPU half the time of XLA's own, which after the products is what a tile costs most.
-    """
-    if x.dtype != jnp.float32:
-        return jnp.exp(x)
-    return lax.platform_dependent(x, cpu=_exp_float32, default=jnp.exp)
-
-
-def _exp_float32(x):
-    """2^n p(f), where x = (n + f) log 2, n an integer and f in [-1/2, 1/2]."""
-    x = x * math.log2(math.e)
-    bounded = jnp.maximum(x, -126)
-    n = jnp.round(bounded)
-    power = functools.reduce(lambda total, c: total * (bounded - n) + c, _POLYNOMIAL)
-    power *= lax.bitcast_convert_type(n.astype(jnp.int32) + 127 << 23, jnp.float32)
-    return jnp.where(x < -126, 0, power)
-
-
-# 2^f on [-1/2, 1/2], interpolated at Chebyshev's points; the highest power first.
-_POLYNOMIAL = (
-    np.polynomial.Chebyshev.interpolate(np.exp2, 6, [-0.5, 0.5])
-    .convert(kind=np.polynomial.Polynomial)
-    .coef[::-1]
-    .astype(np.float32)
-)
 
 
 def _finite(x):

@@ -68,7 +68,7 @@ def cost(implementation: str, reason: str, query, value, mask, block_size) -> Ch
     *batch, T, N, H = query.shape
     S, K, V = value.shape[-3:]
     rows, dtype = math.prod(batch) * N, jnp.promote_types(query.dtype, jnp.float32)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, dtype)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, query.dtype)
     t, at_once = plan.t, plan.heads * plan.G
     if implementation == "dense":
         t, at_once, mask = T, rows, None
