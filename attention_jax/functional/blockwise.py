@@ -4,7 +4,7 @@ The forward pass walks over tiles of the logits, some queries by some keys, and 
 the peak, the normaliser and the weighted sum of the values so far (the online softmax). The
 backward pass computes every tile again from the logsumexp. No tile outlives its turn.
 
-Four things make it fast on a CPU:
+Five things make it fast on a CPU:
 
 - Products stand in forms that XLA runs at full speed. A product whose left operand is transposed,
   such as weights^T @ d_out, does not; so the backward pass works on transposed tiles, keys by
@@ -12,7 +12,8 @@ Four things make it fast on a CPU:
 - A batch of small products is made to run on every core, see `_product`.
 - A mask says which keys a block of queries sees (`Mask.keys`): tiles that nobody sees are skipped,
   and tiles that everybody sees are not masked.
-- Tiles are large enough to feed every core and small enough to stay in its cache.
+- Tiles are large enough to feed every core and small enough for the cache.
+- bfloat16 is multiplied as it is, and summed in float32.
 
 Reference:
     Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
@@ -36,7 +37,7 @@ from attention_jax.functional.masks import Keys
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
-_TILE = 2**20  # Logits in a tile for which several heads are taken at once: 4 MiB in float32.
+_TILE = 2**19  # Logits in a tile for which several heads are taken at once: 2 MiB in float32.
 _GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
 _ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
@@ -71,7 +72,7 @@ class Plan(NamedTuple):
         scales: What queries are multiplied by when they are read, and logits when they are made;
             one of the two is 1. Queries where that rounds nothing, for it is less work.
         dtype: The type of logits, softmax and sums.
-        operand: The type in which tiles are multiplied; the products have the other one.
+        operand: The type of what is multiplied; `dtype` but for bfloat16.
     """
 
     t: int
@@ -137,11 +138,11 @@ class Plan(NamedTuple):
 
 
 def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
-    """The plan for these sizes and this type of the inputs; `block_size` overrides that of tiles.
+    """The plan for these sizes and this type of the inputs; `block_size` overrides both sizes.
 
     A tile of whole rows, from the first key that is seen to the last, needs no online softmax, so
-    it is taken where it is not too large. The sizes are the fastest ones that were found on a CPU
-    (docs/performance.md).
+    it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found on a
+    CPU (docs/performance.md).
     """
 
     def keys(i):
@@ -153,7 +154,6 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
-    staircase = known and not alike and most == S
     heads = math.prod(lead)
 
     def cut(t, s, tile=_TILE, unrolled=False):
@@ -161,28 +161,31 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
             t, s = min(max(1, t // G), T), min(s, S)
         else:
             t, s = min(block_size[0], T), min(block_size[1], S)
-            unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
+        unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
         return Cut(t, s, _box(lead, tile // (G * t * min(s, most))), unrolled)
 
     side = 1024 if S > 4096 else 512
-    forward, back = cut(side, side), cut(side, side, _TILE // 2)
+    forward, back = cut(side, side, 2 * _TILE), cut(side, side)
     if most < S and heads >= 4 and most <= 512:
         # A window: small squares, of which many heads share a turn.
         small = 128 if heads >= 8 else 256
-        forward = back = cut(small, small, _TILE // 2)
+        forward = back = cut(small, small)
     elif most < S:
-        forward = back = cut(256, S, _TILE // 2)  # As wide as the window, wherever it stands.
+        forward = back = cut(256, S)  # As wide as the window, wherever it stands.
     elif alike:
         if S <= 4096:
-            forward = cut(min(1024, 2 * _TILE // S), S)
-        back = cut(1024, side, _TILE // 2)
-    elif staircase and max(T, S) <= 1024 and T * G <= 256 * _MOST_UNROLLED:
+            forward = cut(min(1024, 4 * _TILE // S), S, 2 * _TILE)
+        back = cut(1024, side)
+    elif known and heads >= 4 and S <= 2048 and not _ONE_CORE:
+        small = 128 if S <= 512 else 256
+        forward = back = cut(small, small)
+    elif known and max(T, S) <= 1024 and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
-        forward = cut(256, S, _TILE // 2, unrolled=True)
-        if heads < 4:
+        forward = cut(256, S, unrolled=True)
+        if heads < 4 or (S <= 512 and H > 64):
             back = forward
         elif S <= 512:
-            back = cut(128, 128, _TILE // 2)
+            back = cut(128, 128)
 
     wide = jnp.promote_types(dtype, jnp.float32)
     operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
@@ -225,7 +228,9 @@ def blockwise_attention(
     if softcap is not None:
         scale = scale / softcap
         softcap = jnp.asarray(softcap, dtype)
-    if not isinstance(scale, int | float):
+    if not isinstance(scale, jax.core.Tracer) and np.ndim(scale) == 0:
+        scale = float(scale)
+    else:
         scaled = query.astype(dtype) * jnp.asarray(scale, dtype)  # Differentiable.
         scale = 1.0
     drop = None
@@ -262,23 +267,20 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
 
     def group(g, results):
-        keys, values = (
-            _operand(plan, _keys(plan, plan.keys(g).cut(_as_bits(x), "SNH"))) for x in (key, value)
-        )
+        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
         keys_turned = plan.turned(keys)  # [heads, H, S]
 
         def block(i, results):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop)
-            queries = plan.scales[0] * _operand(
-                plan, _rows(plan, rules.at.cut(_as_bits(query), "TNH"))
-            )
+            queries = _rows(plan, rules.at.cut(query, "TNH")).astype(plan.operand)
+            queries *= plan.scales[0]
             if plan.unrolled:
                 queries, results = _settled((queries, results))  # One block at a time.
 
             def start():
                 rows = queries.shape[:-1]
-                fills = (0, (*rows, values.shape[-1])), (lowest, rows), (0, rows)
-                return tuple(_full(queries, fill, shape, plan.dtype) for fill, shape in fills)
+                full = functools.partial(_full, queries, dtype=plan.dtype)
+                return full(0, (*rows, values.shape[-1])), full(lowest, rows), full(0, rows)
 
             def tile(here, carry):
                 raw = here.products(queries, here.keys(keys_turned, axis=-1))
@@ -326,9 +328,7 @@ def _backward(plan, saved, cotangents):
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, carry):
-        keys, values = (
-            _operand(plan, _keys(plan, plan.keys(g).cut(_as_bits(x), "SNH"))) for x in (key, value)
-        )
+        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
         keys = _finite(keys)
         keys_turned = _settled(_turned(keys))
 
@@ -338,16 +338,16 @@ def _backward(plan, saved, cotangents):
         def block(i, carry):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop, turned=True)
             d_query, *sums, totals = carry
-            queries = _operand(plan, _rows(plan, rules.at.cut(_as_bits(query), "TNH")))
+            queries = _rows(plan, rules.at.cut(query, "TNH")).astype(plan.operand)
             queries = plan.scales[0] * _finite(queries)
             d_outs, outs = (_rows(plan, rules.at.cut(x, "TNV")) for x in (d_out, out))
+            d_outs = d_outs.astype(plan.operand)
             peaks, normalisers, d_residuals = (
                 _rows(plan, rules.at.cut(x, "TN")) for x in (peak, total, d_residual)
             )
-            shares = 1 / normalisers
+            inverses = 1 / normalisers  # Of weights, for d_outs would be rounded once more.
             d_residuals = jnp.where(peaks == largest, 0, d_residuals)
             deltas = (outs * d_outs).sum(-1) - d_residuals
-            d_outs = d_outs.astype(plan.operand)
             queries_turned, d_outs_turned = plan.turned(queries), plan.turned(d_outs)
             if plan.overlapping:
                 # A row that the block before has counted has no weights here.
@@ -362,7 +362,7 @@ def _backward(plan, saved, cotangents):
                 d_queries, d_keys, d_values, (d_softcap, d_bias) = carry
                 raw = here.products(here.keys(keys), queries_turned)
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
-                weights = jnp.exp(logits - peaks[..., None, :]) * shares[..., None, :]
+                weights = jnp.exp(logits - peaks[..., None, :]) * inverses[..., None, :]
                 d_value = _product(here.kept(weights).astype(plan.operand), d_outs)
                 d_weights = here.products(here.keys(values), d_outs_turned)
                 d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
@@ -517,7 +517,7 @@ class _Here(NamedTuple):
         """`_product` of which what is not visible may be NaN: it changes nothing else."""
         if self.visible is None or not _is_dealt_out(a, b):
             return _product(a, b)
-        plainly = functools.partial(jnp.matmul, preferred_element_type=_sum_type(a))
+        plainly = jnp.matmul  # Of float32.
 
         def unless_spread(a, b):
             product = _product(a, b)
@@ -563,7 +563,7 @@ def _unrows(plan, x):
 
 def _keys(plan, x):
     """`[..., S, K, H]` of a group -> `[heads, S, H]`."""
-    x = x.reshape(-1, *x.shape[-3:])
+    x = x.astype(plan.operand).reshape(-1, *x.shape[-3:])
     return jnp.swapaxes(x, 1, 2).reshape(*plan.stack, plan.S, x.shape[-1])
 
 
@@ -574,29 +574,10 @@ def _unkeys(plan, x):
     return x.reshape(*batch, *x.shape[1:])
 
 
-def _as_bits(x):
-    """bfloat16 as integers, to be cut and turned: `_operand` is the inverse.
-
-    XLA knows no bfloat16 on a CPU but in products. It would begin a loop that cuts from such an
-    array with a copy of the whole in float32.
-    """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _operand(plan, x):
-    if x.dtype == jnp.uint16:
-        x = lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(plan.operand)
-
-
 def _is_dealt_out(a, b):
     """Whether `_product` has many small products before it and a compiler that needs help."""
     small = a.shape[-2] * max(a.shape[-1], b.shape[-1]) <= 2**16
     return _ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
-
-
-def _sum_type(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @jax.custom_jvp
@@ -606,7 +587,9 @@ def _product(a, b):
     XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
     small ones on one, unless something is reduced in the same loop: then it deals out the batch.
     """
-    product = jnp.matmul(a, b, preferred_element_type=_sum_type(a))
+    if a.dtype == jnp.bfloat16:
+        return _product_of_bfloat16(a, b)
+    product = jnp.matmul(a, b)
     if not _is_dealt_out(a, b):
         return product
     return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
@@ -616,6 +599,22 @@ def _product(a, b):
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
     return _product(a, b), _product(d_a, b) + _product(a, d_b)
+
+
+@jax.custom_batching.custom_vmap
+def _product_of_bfloat16(a, b):
+    """a b, summed in float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+@_product_of_bfloat16.def_vmap
+def _(size, mapped, *operands):
+    # A new axis of both, and the first: XLA has no such product with an axis of the left alone.
+    a, b = (
+        x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_mapped in zip(operands, mapped, strict=True)
+    )
+    return _product_of_bfloat16(a, b), True
 
 
 def _plus_nothing(x):

@@ -5,6 +5,7 @@ a rule is written once and costs no `[T, S]` memory unless somebody wants it who
 """
 
 import dataclasses
+import functools
 from typing import ClassVar, NamedTuple, Self
 
 import jax
@@ -58,7 +59,8 @@ class Tile(NamedTuple):
         """
         if jnp.ndim(x) == 0:
             return x
-        return lax.dynamic_slice(x, *self._part(x.shape, axes))
+        cut = _cut_bfloat16 if x.dtype == jnp.bfloat16 else lax.dynamic_slice
+        return cut(x, *self._part(x.shape, axes))
 
     def put(self, x: Array, part: Array, axes: str) -> Array:
         """`x` with `part` in the place that `cut` takes it from."""
@@ -80,7 +82,24 @@ class Tile(NamedTuple):
             (0, size) if span is None or size == 1 else span
             for size, span in zip(shape, spans, strict=True)
         ]
-        return [start for start, _ in parts], [size for _, size in parts]
+        return [start for start, _ in parts], tuple(size for _, size in parts)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _cut_bfloat16(x, starts, sizes):
+    """`dynamic_slice` of integers with the same bits.
+
+    XLA knows no bfloat16 on a CPU but in products: a loop that cuts from such an array would begin
+    with a copy of the whole in float32.
+    """
+    bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), starts, sizes)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_cut_bfloat16.defjvp
+def _(sizes, primals, tangents):
+    (x, starts), (d_x, _) = primals, tangents
+    return _cut_bfloat16(x, starts, sizes), lax.dynamic_slice(d_x, starts, sizes)
 
 
 class Rule:
