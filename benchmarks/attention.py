@@ -4,12 +4,13 @@
 
 Every cell of the grid (sizes, pattern, forward or forward and backward) first compares what the
 peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
-the middle half of the rounds spreads. In each round a peer runs twice and the second run counts;
-the first wakes its threads, as the layer before has done in a model. A pair of plain matrix
-products, of the shapes that attention is made of, runs among them: its rate is the ceiling. Prints
-a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells that the
-first holds already, from this day and machine, are not run again, and `--report` writes the latter
-two from it. On a GPU the peers are jax.nn's two implementations and PyTorch's two fused kernels.
+the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least once, and then
+the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
+matrix products, of the shapes that attention is made of, runs among them: its rate is the ceiling.
+Prints a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells
+that the first holds already, from this day and machine, are not run again, and `--report` writes
+the latter two from it. On a GPU the peers are jax.nn's two implementations and PyTorch's two fused
+kernels.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
 prints the memory of the whole process.
@@ -46,6 +47,7 @@ PATTERNS = {"full": None, "causal": masks.causal(), "window 256": masks.window(2
 CPU_PEERS = ("ours", "torch flash", "torch math", "jax.nn", "linen", "einsum")
 GPU_PEERS = ("ours", "torch flash", "torch cudnn", "jax.nn cudnn", "jax.nn", "blockwise")
 MOST_LOGITS = 2**28  # A peer that stores more of them would measure the machine's memory.
+WARM_UP = 0.03  # Seconds that a peer runs for before the run that counts.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2}  # Of the largest entry, between two peers.
 
 
@@ -179,7 +181,10 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
     for turn in range(rounds):
         for name, peer in peers.items():
             time.sleep(0.02)  # The threads of the peer before fall asleep,
-            peer(fetch=False)  # and those of this one wake up.
+            awake = time.perf_counter() + WARM_UP
+            peer(fetch=False)
+            while time.perf_counter() < awake:  # and those of this one wake up.
+                peer(fetch=False)
             start = time.perf_counter()
             peer(fetch=False)
             times[name].append(1e3 * (time.perf_counter() - start))
@@ -388,11 +393,11 @@ def summary(rows) -> list[str]:
         mine = [row for row in rows if (row["dtype"], row["H"]) == (dtype, H)]
         for name in dict.fromkeys(name for row in mine for name in row["ms"] if name != "ours"):
             parts = []
-            for pattern in PATTERNS:
+            for pattern in (*PATTERNS, "all"):
                 ratios = [
                     row["ms"][name] / row["ms"]["ours"]
                     for row in mine
-                    if row["pattern"] == pattern and name in row["ms"]
+                    if pattern in (row["pattern"], "all") and name in row["ms"]
                 ]
                 if ratios:
                     mean = statistics.geometric_mean(ratios)
