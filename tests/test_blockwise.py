@@ -16,7 +16,11 @@ from attention_jax.functional.dropout import keep_mask
 blockwise = functools.partial(dot_product_attention, implementation="blockwise")
 
 # The first few run always; the other draws take some minutes and are `pytest -m slow`.
-DRAWS = [*range(16), *(pytest.param(i, marks=pytest.mark.slow) for i in range(16, 200))]
+DRAWS = [
+    pytest.param(i, dtype, marks=() if i < fast else pytest.mark.slow)
+    for dtype, fast in {"float64": 12, "float32": 6}.items()
+    for i in range(200)
+]
 
 
 def draw_mask(rng, B, N, T, S):
@@ -49,8 +53,7 @@ def draw_mask(rng, B, N, T, S):
     return rules[0][0], rules[0][1] & full
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", DRAWS)
+@pytest.mark.parametrize(("seed", "dtype"), DRAWS)
 def test_random_draws_agree_with_the_loops(seed, dtype, x64):
     rng = np.random.default_rng(seed)
     B, K, G = (int(n) for n in rng.integers(1, 4, 3))

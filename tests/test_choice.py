@@ -62,6 +62,18 @@ def test_what_is_refused_is_not_explained():
         explain(SMALL, SMALL, SMALL, bias=jnp.ones((3, 1, 1)))
 
 
+@pytest.mark.parametrize("mask", [masks.causal(), masks.window(100)], ids=["causal", "window"])
+def test_lengths_cost_no_more_than_what_they_leave(mask):
+    x = jax.ShapeDtypeStruct((2, 4096, 4, 32), jnp.float32)
+
+    def flops(n):
+        return explain(x, x, x, mask=mask & masks.key_lengths(jnp.array([n, n]))).flops
+
+    plain = explain(x, x, x, mask=mask).flops
+    assert plain <= flops(4096) <= 1.2 * plain < explain(x, x, x).flops
+    assert flops(1024) < 0.6 * plain
+
+
 def test_what_is_asked_for_is_taken_or_refused():
     assert explain(SMALL, SMALL, SMALL, implementation="blockwise").implementation == "blockwise"
     with pytest.raises(NotImplementedError, match="NVIDIA GPU"):

@@ -85,6 +85,9 @@ def cost(implementation: str, reason: str, query, value, mask, block_size) -> Ch
 
 def _seen(mask: Mask | None, t_start: int, t_size: int, T: int, S: int) -> int:
     keys = None if mask is None else mask.keys(Tile(t_start, t_size, 0, S, T, S))
-    if keys is None or not all(isinstance(x, int) for x in keys.seen):
+    if keys is None:
         return S
-    return max(0, keys.seen[1] - keys.seen[0])
+    if any(isinstance(x, jax.core.Tracer) for x in keys.seen):
+        return S if keys.most is None else min(S, keys.most)
+    first, stop = (int(x) for x in keys.seen)
+    return max(0, min(S, stop) - max(0, first))

@@ -140,12 +140,13 @@ def explain(*arguments, **options) -> Choice:
 
     def look(arrays):
         name, reason, (query, key, value), options = _prepare(**arrays, **bound.arguments)
-        size, mask = options["block_size"], options["mask"]
-        _rules(options["bias"], mask, query, key)  # For its errors.
-        explained.append(cost(name, reason, query, value, mask, size))
+        _rules(options["bias"], options["mask"], query, key)  # For its errors.
+        explained.extend((name, reason, *map(jax.typeof, (query, value)), options["block_size"]))
 
     jax.eval_shape(look, arrays)
-    return explained[0]
+    *explained, block_size = explained
+    mask = bound.arguments["mask"]  # Not within `look`, where its numbers are not known.
+    return cost(*explained, None if mask is None else as_mask(mask), block_size)
 
 
 def _prepare(
