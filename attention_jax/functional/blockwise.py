@@ -587,9 +587,7 @@ def _product(a, b):
     XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
     small ones on one, unless something is reduced in the same loop: then it deals out the batch.
     """
-    if a.dtype == jnp.bfloat16:
-        return _product_of_bfloat16(a, b)
-    product = jnp.matmul(a, b)
+    product = jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
     if not _is_dealt_out(a, b):
         return product
     return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
@@ -599,22 +597,6 @@ def _product(a, b):
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
     return _product(a, b), _product(d_a, b) + _product(a, d_b)
-
-
-@jax.custom_batching.custom_vmap
-def _product_of_bfloat16(a, b):
-    """a b, summed in float32."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-@_product_of_bfloat16.def_vmap
-def _(size, mapped, *operands):
-    # A new axis of both, and the first: XLA has no such product with an axis of the left alone.
-    a, b = (
-        x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-        for x, is_mapped in zip(operands, mapped, strict=True)
-    )
-    return _product_of_bfloat16(a, b), True
 
 
 def _plus_nothing(x):
