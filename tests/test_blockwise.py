@@ -80,6 +80,9 @@ def test_random_draws_agree_with_the_loops(seed, dtype, x64):
     # The loops compute in float64 on what is rounded to the type.
     draw = lambda shape: rng.standard_normal(shape).astype(dtype).astype(float)
     arrays = {name: draw(shape) for name, shape in sizes.items()}
+    if "slopes" in arrays:
+        # Logits stay within a few units: beside hundreds float32 has lost what is compared here.
+        arrays["slopes"] = (arrays["slopes"] / max(T, S)).astype(dtype).astype(float)
     rate, key = 0.3 * (rng.random() < 0.3), jax.random.key(seed)
 
     def attend(arrays):
