@@ -39,7 +39,7 @@ from attention_jax.types import Array
 
 _TILE = 2**19  # Logits in a tile for which several heads are taken at once: 2 MiB in float32.
 _GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
-_ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product`.
+_ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product` and `make_plan`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
 
 
@@ -177,6 +177,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
             forward = cut(min(1024, 4 * _TILE // S), S, 2 * _TILE)
         back = cut(1024, side)
     elif known and heads >= 4 and S <= 2048 and not _ONE_CORE:
+        # Causal, where a batch of small products uses every core.
         small = 128 if S <= 512 else 256
         forward = back = cut(small, small)
     elif known and max(T, S) <= 1024 and cut(256, S, unrolled=True).unrolled:
