@@ -114,9 +114,14 @@ class Plan(NamedTuple):
         """The last block of queries repeats some of the one before."""
         return not self.unrolled and self.T % self.t > 0
 
+    @property
+    def narrow(self) -> bool:
+        """What is multiplied is narrower than the sums."""
+        return self.operand != self.dtype
+
     def turned(self, x: Array) -> Array:
         """The right operand x^T: XLA multiplies narrow numbers fast where that is no transpose."""
-        return _turned(x) if self.operand == self.dtype else _settled(_turned(x))
+        return _settled(_turned(x)) if self.narrow else _turned(x)
 
     def keys(self, group: int | Array) -> Tile:
         """All keys of a group; its N are key heads."""
@@ -165,6 +170,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         return Cut(t, s, _box(lead, tile // (G * t * min(s, most))), unrolled)
 
     side = 1024 if S > 4096 else 512
+    few = 1024 if dtype == jnp.bfloat16 else 2048
     forward, back = cut(side, side, 2 * _TILE), cut(side, side)
     if most < S and heads >= 4 and most <= 512:
         # A window: small squares, of which many heads share a turn.
@@ -180,10 +186,10 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         # Causal, where a batch of small products uses every core.
         small = 128 if S <= 512 else 256
         forward = back = cut(small, small)
-    elif known and max(T, S) <= 1024 and cut(256, S, unrolled=True).unrolled:
+    elif known and max(T, S) <= few and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
         forward = cut(256, S, unrolled=True)
-        if heads < 4 or (S <= 512 and H > 64):
+        if max(T, S) <= 1024 and (heads < 4 or (S <= 512 and H > 64)):
             back = forward
         elif S <= 512:
             back = cut(128, 128)
@@ -269,7 +275,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
 
     def group(g, results):
         keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
-        keys_turned = plan.turned(keys)  # [heads, H, S]
+        keys_turned = plan.turned(keys) if plan.narrow else None  # [heads, H, S]
 
         def block(i, results):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop)
@@ -284,7 +290,11 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
                 return full(0, (*rows, values.shape[-1])), full(lowest, rows), full(0, rows)
 
             def tile(here, carry):
-                raw = here.products(queries, here.keys(keys_turned, axis=-1))
+                if plan.narrow:
+                    columns = here.keys(keys_turned, axis=-1)
+                else:  # Rows are cut: for columns, XLA would store the transpose.
+                    columns = _turned(here.keys(keys))
+                raw = here.products(queries, columns)
                 logits = here.logits(raw, softcap, here.bias)
                 # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
                 peak = logits.max(-1, initial=lowest)
