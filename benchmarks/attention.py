@@ -4,9 +4,12 @@
 
 Every cell of the grid (sizes, pattern, forward or forward and backward) first compares what the
 peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
-the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least once, and then
+the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least twice, and then
 the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
 matrix products, of the shapes that attention is made of, runs among them: its rate is the ceiling.
+Memory that a peer frees stays with the process, for all of them alike: otherwise it depends on what
+the others left in the heap which of them pays for new pages at every call, and that is up to half
+of its time.
 Prints a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells
 that the first holds already, from this day and machine, are not run again, and `--report` writes
 the latter two from it. On a GPU the peers are jax.nn's two implementations and PyTorch's two fused
@@ -19,6 +22,7 @@ Needs the extra: `pip install .[torch]`; without PyTorch, `--peers` names the ot
 """
 
 import argparse
+import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -96,6 +100,7 @@ def main() -> int:
             parser.error("--report needs --out.")
         report(arguments.out)
         return 0
+    keep_memory()
     gpu = jax.default_backend() == "gpu"
     names = GPU_PEERS if gpu else CPU_PEERS
     if arguments.peers:
@@ -122,6 +127,15 @@ def main() -> int:
     else:
         print(*summary(rows), sep="\n")
     return 0
+
+
+def keep_memory() -> None:
+    """Has glibc give no memory back to the system; other C libraries have no such setting."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, most_maps = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(most_maps, 0)
 
 
 def measured(out: Path | None, head: str) -> list[dict]:
@@ -182,6 +196,7 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
         for name, peer in peers.items():
             time.sleep(0.02)  # The threads of the peer before fall asleep,
             awake = time.perf_counter() + WARM_UP
+            peer(fetch=False)
             peer(fetch=False)
             while time.perf_counter() < awake:  # and those of this one wake up.
                 peer(fetch=False)

@@ -37,7 +37,7 @@ from attention_jax.functional.masks import Keys
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
-_TILE = 2**19  # Logits in a tile for which several heads are taken at once: 2 MiB in float32.
+_ROOM = 2**22  # Bytes of a tile and its rows, up to which several heads share a turn.
 _GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
 _ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product` and `make_plan`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
@@ -160,32 +160,36 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
     heads = math.prod(lead)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
 
-    def cut(t, s, tile=_TILE, unrolled=False):
+    def cut(t, s, room=_ROOM, unrolled=False):
         if block_size is None:
             t, s = min(max(1, t // G), T), min(s, S)
         else:
             t, s = min(block_size[0], T), min(block_size[1], S)
         unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
-        return Cut(t, s, _box(lead, tile // (G * t * min(s, most))), unrolled)
+        rows, columns = G * t, min(s, most)
+        size = rows * columns * wide.itemsize + 2 * (rows + columns) * H * operand.itemsize
+        return Cut(t, s, _box(lead, room // size), unrolled)
 
     side = 1024 if S > 4096 else 512
-    few = 1024 if dtype == jnp.bfloat16 else 2048
-    forward, back = cut(side, side, 2 * _TILE), cut(side, side)
+    few = 2048 if operand == wide else 1024
+    forward, back = cut(side, side, 2 * _ROOM), cut(side, side)
     if most < S and heads >= 4 and most <= 512:
         # A window: small squares, of which many heads share a turn.
         small = 128 if heads >= 8 else 256
-        forward = back = cut(small, small)
+        forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif most < S:
         forward = back = cut(256, S)  # As wide as the window, wherever it stands.
     elif alike:
         if S <= 4096:
-            forward = cut(min(1024, 4 * _TILE // S), S, 2 * _TILE)
+            forward = cut(min(1024, 2**21 // S), S, 2 * _ROOM)
         back = cut(1024, side)
     elif known and heads >= 4 and S <= 2048 and not _ONE_CORE:
         # Causal, where a batch of small products uses every core.
         small = 128 if S <= 512 else 256
-        forward = back = cut(small, small)
+        forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif known and max(T, S) <= few and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
         forward = cut(256, S, unrolled=True)
@@ -194,8 +198,6 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         elif S <= 512:
             back = cut(128, 128)
 
-    wide = jnp.promote_types(dtype, jnp.float32)
-    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
     return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand)
