@@ -85,6 +85,7 @@ class Cell(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", default="", help="only cells whose name matches this regex")
+    parser.add_argument("--sizes", help='instead of the grid\'s, "B,T,N B,T,N"; without --out')
     parser.add_argument("--seconds", type=float, default=4.0, help="for each cell (default: 4)")
     parser.add_argument("--rounds", type=int, default=30, help="at most, at least 3 (default: 30)")
     parser.add_argument("--peers", help="comma-separated; the default is all")
@@ -100,6 +101,11 @@ def main() -> int:
             parser.error("--report needs --out.")
         report(arguments.out)
         return 0
+    sizes = SIZES
+    if arguments.sizes:
+        sizes = [tuple(map(int, size.split(","))) for size in arguments.sizes.split()]
+        if arguments.out or any(len(size) != 3 for size in sizes):
+            parser.error(f"--sizes takes triples B,T,N and no --out: got {arguments.sizes!r}.")
     keep_memory()
     gpu = jax.default_backend() == "gpu"
     names = GPU_PEERS if gpu else CPU_PEERS
@@ -114,7 +120,7 @@ def main() -> int:
     head = header(names)
     print(head, flush=True)
     rows = measured(arguments.out, head)
-    for cell in grid(gpu):
+    for cell in grid(gpu, sizes):
         if re.search(arguments.cells, str(cell)) and cell not in map(cell_of, rows):
             rows.append(measure(cell, names, arguments.seconds, max(3, arguments.rounds)))
             print(line(rows[-1]), flush=True)
@@ -151,11 +157,11 @@ def cell_of(row: dict) -> Cell:
     return Cell(**{name: row[name] for name in Cell._fields})
 
 
-def grid(gpu: bool):
+def grid(gpu: bool, sizes=SIZES):
     for dtype, H, (B, T, N), pattern, backward in itertools.product(
         ("bfloat16", "float32") if gpu else ("float32", "bfloat16"),
         (64, 128),
-        SIZES,
+        sizes,
         PATTERNS,
         (False, True),
     ):

@@ -181,7 +181,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         small = 128 if heads >= 8 else 256
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif most < S:
-        forward = back = cut(256, S)  # As wide as the window, wherever it stands.
+        forward = back = cut(256, S, _ROOM // 2)  # As wide as the window, wherever it stands.
     elif alike:
         if S <= 4096:
             forward = cut(min(1024, 2**21 // S), S, 2 * _ROOM)
