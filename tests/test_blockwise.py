@@ -162,7 +162,8 @@ CHOSEN = {
     "written out both ways": (600, 1, 1, 16, masks.causal()),
     "written out, wide heads": (400, 4, 4, 80, masks.causal()),
     "small squares": (300, 4, 4, 16, masks.causal()),
-    "squares": (1100, 4, 2, 16, masks.causal()),
+    "written out, backward squares": (1100, 4, 2, 16, masks.causal()),
+    "squares": (2100, 2, 1, 16, masks.causal()),
     "rows": (1100, 2, 2, 16, None),
     "window, squares": (300, 8, 8, 16, masks.window(70)),
     "window, rows": (700, 2, 1, 24, masks.window(70)),
@@ -306,6 +307,40 @@ def test_nan_shows_to_those_who_see_it_alone(position):
         everywhere = attend(query, spoiled, value)
         assert np.isnan(everywhere[1, :, 2]).all()
         assert np.isnan(everywhere).sum() == 70 * 8
+
+        def loss(query, key, attend=attend):
+            out = attend(query, key, value, mask=masks.causal())
+            return jnp.where(jnp.arange(70)[:, None, None] < position, out, 0).sum()
+
+        got, want = (jax.grad(loss)(query, x)[:, :position] for x in (spoiled, key))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("settings", [{}, {"block_size": 2}, {"mask": masks.causal()}])
+def test_a_logit_of_minus_infinity_has_no_weight_in_the_gradients(settings, dtype, x64):
+    query = jnp.ones((1, 3, 1, 1), dtype)
+    key = jnp.asarray([0.5, -np.inf, 1], dtype)[None, :, None, None]
+    value = jnp.asarray([5, 7, 9], dtype)[None, :, None, None]
+
+    def run(attend):
+        out, pull_back = jax.vjp(lambda value: attend(query, key, value), value)
+        return out, *pull_back(query)
+
+    mask = settings.get("mask")
+    dense = functools.partial(dot_product_attention, implementation="dense", mask=mask)
+    for got, want in zip(run(functools.partial(blockwise, **settings)), run(dense), strict=True):
+        assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("make", [jnp.bfloat16, np.float32, lambda x: jnp.asarray(x, "float16")])
+def test_a_cap_and_a_scale_are_divided_as_they_are(make):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 2, 8)), "float32")
+    settings = {"softcap": make(30), "scale": make(0.3)}
+    want = dot_product_attention(x, x, x, implementation="dense", **settings)
+    assert_close(blockwise(x, x, x, **settings), want, 2e-6)
+    traced = jax.jit(lambda settings: blockwise(x, x, x, **settings))(settings)
+    assert_close(traced, want, 2e-6)
 
 
 @pytest.mark.parametrize(("G", "T"), [(1, 1024), (3, 1024), (32, 1024), (15, 273)])

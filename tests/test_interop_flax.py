@@ -10,7 +10,7 @@ import pytest
 from cases import assert_close, random_qkv
 from flax import nnx
 
-from attention_jax import dot_product_attention
+from attention_jax import dot_product_attention, explain
 from attention_jax.interop.flax import attention_fn
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12)), jnp.float32)
@@ -114,10 +114,12 @@ def test_an_argument_that_nobody_knows_is_refused():
         attention_fn(*random_qkv(), is_casual=True)
 
 
-def test_precision_holds_where_derivatives_are_traced_later():
-    query, key, value = random_qkv()
-    attend = jax.jit(lambda query: attention_fn(query, key, value, precision="highest").sum())
-    text = jax.jit(jax.grad(attend)).lower(query).as_text()
+@pytest.mark.parametrize(("T", "implementation"), [(6, "dense"), (600, "blockwise")])
+def test_precision_holds_where_derivatives_are_traced_later(T, implementation):
+    x = jnp.ones((1, T, 1, 8))
+    assert explain(x, x, x).implementation == implementation
+    attend = jax.jit(lambda x: attention_fn(x, x, x, precision="highest").sum())
+    text = jax.jit(jax.grad(attend)).lower(x).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
     assert all("HIGHEST" in line for line in products)

@@ -2,7 +2,7 @@
 
 The forward pass walks over tiles of the logits, some queries by some keys, and keeps for each row
 the peak, the normaliser and the weighted sum of the values so far (the online softmax). The
-backward pass computes every tile again from the logsumexp. No tile outlives its turn.
+backward pass computes every tile again from peak and normaliser. No tile outlives its turn.
 
 Five things make it fast on a CPU:
 
@@ -73,6 +73,7 @@ class Plan(NamedTuple):
             one of the two is 1. Queries where that rounds nothing, for it is less work.
         dtype: The type of logits, softmax and sums.
         operand: The type of what is multiplied; `dtype` but for bfloat16.
+        precision: The default precision of products when the attention was called.
     """
 
     t: int
@@ -87,6 +88,7 @@ class Plan(NamedTuple):
     scales: tuple[float, float]
     dtype: jnp.dtype
     operand: jnp.dtype
+    precision: str | None
 
     @property
     def heads(self) -> int:
@@ -180,7 +182,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         # A window: small squares, of which many heads share a turn.
         small = 128 if heads >= 8 else 256
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
-    elif most < S:
+    elif most < S and most <= 4096:
         forward = back = cut(256, S, _ROOM // 2)  # As wide as the window, wherever it stands.
     elif alike:
         if S <= 4096:
@@ -200,7 +202,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
 
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
-    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand)
+    precision = jax.config.jax_default_matmul_precision
+    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand, precision)
 
 
 def _box(lead, room):
@@ -232,21 +235,18 @@ def blockwise_attention(
     *batch, T, N, H = query.shape
     S, K, _ = value.shape[-3:]
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-    scale = H**-0.5 if scale is None else scale
+    scale = H**-0.5 if scale is None else _number(scale, dtype)
     scaled = query
     if softcap is not None:
-        scale = scale / softcap
+        scale = scale / _number(softcap, dtype)
         softcap = jnp.asarray(softcap, dtype)
-    if not isinstance(scale, jax.core.Tracer) and np.ndim(scale) == 0:
-        scale = float(scale)
-    else:
-        scaled = query.astype(dtype) * jnp.asarray(scale, dtype)  # Differentiable.
-        scale = 1.0
+    if not isinstance(scale, float):
+        scaled, scale = query.astype(dtype) * scale, 1.0  # Differentiable.
     drop = None
     if rate is not None:
         drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
     inputs = jnp.result_type(scaled, key, value)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, float(scale), inputs)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, scale, inputs)
     out, residual = _attend(plan, *_vary_alike((scaled, key, value, softcap, bias, mask, drop)))
 
     empty = residual == jnp.finfo(dtype).max
@@ -272,6 +272,18 @@ def _attend(plan, query, key, value, softcap, bias, mask, drop):
     return _forward(plan, query, key, value, softcap, bias, mask, drop)[0]
 
 
+def _as_precise(rule):
+    """`rule` in the precision of the call: jax traces it later, maybe outside of that context."""
+
+    @functools.wraps(rule)
+    def traced(plan, *arguments):
+        with jax.default_matmul_precision(plan.precision):
+            return rule(plan, *arguments)
+
+    return traced
+
+
+@_as_precise
 def _forward(plan, query, key, value, softcap, bias, mask, drop):
     lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
 
@@ -334,6 +346,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     return (out, peak + jnp.log(total)), saved
 
 
+@_as_precise
 def _backward(plan, saved, cotangents):
     plan = plan._replace(**plan.back._asdict())
     query, key, value, softcap, bias, mask, drop, out, peak, total = saved
@@ -361,7 +374,8 @@ def _backward(plan, saved, cotangents):
             inverses = 1 / normalisers  # Of weights, for d_outs would be rounded once more.
             d_residuals = jnp.where(peaks == largest, 0, d_residuals)
             deltas = (outs * d_outs).sum(-1) - d_residuals
-            queries_turned, d_outs_turned = plan.turned(queries), plan.turned(d_outs)
+            # Without NaN, which `deltas` have: the product may spread it to other queries.
+            queries_turned, d_outs_turned = plan.turned(queries), plan.turned(_finite(d_outs))
             if plan.overlapping:
                 # A row that the block before has counted has no weights here.
                 old = rules.at.t_start + jnp.arange(plan.t) < i * plan.t
@@ -377,11 +391,11 @@ def _backward(plan, saved, cotangents):
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
                 weights = jnp.exp(logits - peaks[..., None, :]) * inverses[..., None, :]
                 d_value = _product(here.kept(weights).astype(plan.operand), d_outs)
-                d_weights = here.products(here.keys(values), d_outs_turned)
+                d_weights = _product(here.keys(values), d_outs_turned)
                 d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
                 d_raw, d_cap, d_tile = pull_back(d_logits)
                 d_raw = d_raw.astype(plan.operand)
-                d_query = _settled(_product(here.keys(keys_turned, axis=-1), d_raw))
+                d_query = _settled(_unspread(here.keys(keys_turned, axis=-1), d_raw))
                 d_queries = d_query if d_queries is None else d_queries + d_query
                 d_keys = here.add_keys(d_keys, _product(d_raw, queries))
                 d_values = here.add_keys(d_values, d_value)
@@ -528,16 +542,7 @@ class _Here(NamedTuple):
 
     def products(self, a, b):
         """`_product` of which what is not visible may be NaN: it changes nothing else."""
-        if self.visible is None or not _is_dealt_out(a, b):
-            return _product(a, b)
-        plainly = jnp.matmul  # Of float32.
-
-        def unless_spread(a, b):
-            product = _product(a, b)
-            spread = jnp.isnan(product[..., 0]).any()
-            return lax.cond(spread, lambda _: plainly(a, b), lambda x: x, product)
-
-        return lax.platform_dependent(a, b, cpu=unless_spread, default=plainly)
+        return _product(a, b) if self.visible is None else _unspread(a, b)
 
     def kept(self, weights):
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
@@ -593,9 +598,23 @@ def _is_dealt_out(a, b):
     return _ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
 
 
+def _unspread(a, b):
+    """a b of each head, where a NaN is nobody else's."""
+    if not _is_dealt_out(a, b):
+        return _product(a, b)
+    plainly = jnp.matmul  # Of float32.
+
+    def unless_spread(a, b):
+        product = _product(a, b)
+        spread = jnp.isnan(product[..., 0]).any()
+        return lax.cond(spread, lambda _: plainly(a, b), lambda x: x, product)
+
+    return lax.platform_dependent(a, b, cpu=unless_spread, default=plainly)
+
+
 @jax.custom_jvp
 def _product(a, b):
-    """a b of each head, on every core of a CPU; a NaN may spread over its row.
+    """a b of each head, on every core of a CPU; there Inf may be NaN, and NaN spread over its row.
 
     XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
     small ones on one, unless something is reduced in the same loop: then it deals out the batch.
@@ -622,12 +641,18 @@ def _turned(x):
 
 
 def _finite(x):
-    """`x` with zeros for what is not finite, in a product of the backward pass.
+    """`x` with numbers for what is none, in a product of the backward pass.
 
-    It has shown in the output, or is masked; then it would meet the zeros of the mask, and 0 * NaN
-    is NaN.
+    It has shown in the output, or has no weight: there it would meet a zero, and 0 * NaN is NaN.
+    Infinity stays large, so that a logit of minus infinity is one again.
     """
-    return jnp.where(jnp.isfinite(x), x, 0)
+    return jnp.nan_to_num(x)
+
+
+def _number(x, dtype):
+    """A float where that is known and one; else an array of `dtype`."""
+    traced = isinstance(x, jax.core.Tracer) or np.ndim(x) > 0
+    return jnp.asarray(x, dtype) if traced else float(x)
 
 
 def _settled(x):

@@ -61,14 +61,15 @@ def choose(query: Array, key: Array, value: Array, **options) -> tuple[str, str]
     return "blockwise", f"{logits:,} logits, never all in memory{not_cudnn}"
 
 
-def cost(implementation: str, reason: str, query, value, mask, block_size) -> Choice:
+def cost(implementation: str, reason: str, query, key, value, mask, block_size) -> Choice:
     """What an implementation costs, for arguments that are checked."""
     if not (query.size and value.size):
         return Choice(implementation, reason, 0, 0)
     *batch, T, N, H = query.shape
     S, K, V = value.shape[-3:]
-    rows, dtype = math.prod(batch) * N, jnp.promote_types(query.dtype, jnp.float32)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, query.dtype)
+    inputs = jnp.result_type(query, key, value)
+    rows, dtype = math.prod(batch) * N, jnp.promote_types(inputs, jnp.float32)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, inputs)
     t, at_once = plan.t, plan.heads * plan.G
     if implementation == "dense":
         t, at_once, mask = T, rows, None

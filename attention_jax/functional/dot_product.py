@@ -141,7 +141,8 @@ def explain(*arguments, **options) -> Choice:
     def look(arrays):
         name, reason, (query, key, value), options = _prepare(**arrays, **bound.arguments)
         _rules(options["bias"], options["mask"], query, key)  # For its errors.
-        explained.extend((name, reason, *map(jax.typeof, (query, value)), options["block_size"]))
+        inputs = map(jax.typeof, (query, key, value))
+        explained.extend((name, reason, *inputs, options["block_size"]))
 
     jax.eval_shape(look, arrays)
     *explained, block_size = explained
