@@ -6,14 +6,14 @@ Every cell of the grid (sizes, pattern, forward or forward and backward) first c
 peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
 the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least twice, and then
 the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
-matrix products, of the shapes that attention is made of, runs among them: its rate is the ceiling.
+matrix products, of the shapes that attention is made of, runs among them, to compare the rates.
 Memory that a peer frees stays with the process, for all of them alike: otherwise it depends on what
-the others left in the heap which of them pays for new pages at every call, and that is up to half
-of its time.
+the others left in the heap which of them pays for new pages at every call, and a short call may
+take twice its time.
 Prints a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells
-that the first holds already, from this day and machine, are not run again, and `--report` writes
-the latter two from it. On a GPU the peers are jax.nn's two implementations and PyTorch's two fused
-kernels.
+that the first holds already, from this day and machine, are not run again (remove it when the code
+has changed), and `--report` writes the latter two from it. On a GPU the peers are jax.nn's two
+implementations and PyTorch's fused kernels, each where it serves the type and the mask.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
 prints the memory of the whole process.
@@ -49,7 +49,17 @@ from attention_jax import dot_product_attention, masks
 SIZES = [(16, 128, 8), (8, 512, 8), (4, 1024, 8), (2, 2048, 8), (1, 4096, 8), (1, 16384, 2)]
 PATTERNS = {"full": None, "causal": masks.causal(), "window 256": masks.window(255)}
 CPU_PEERS = ("ours", "torch flash", "torch math", "jax.nn", "linen", "einsum")
-GPU_PEERS = ("ours", "torch flash", "torch cudnn", "jax.nn cudnn", "jax.nn", "blockwise")
+GPU_PEERS = (
+    "ours",
+    "torch flash",
+    "torch cudnn",
+    "torch efficient",
+    "jax.nn cudnn",
+    "jax.nn",
+    "blockwise",
+)
+HALF_ONLY = ("torch flash", "torch cudnn", "jax.nn cudnn")  # On a GPU.
+MASKLESS = ("torch flash", "torch cudnn")  # On a GPU: they take no mask for a window.
 MOST_LOGITS = 2**28  # A peer that stores more of them would measure the machine's memory.
 WARM_UP = 0.03  # Seconds that a peer runs for before the run that counts.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2}  # Of the largest entry, between two peers.
@@ -88,7 +98,7 @@ def main() -> int:
     parser.add_argument("--sizes", help='instead of the grid\'s, "B,T,N B,T,N"; without --out')
     parser.add_argument("--seconds", type=float, default=4.0, help="for each cell (default: 4)")
     parser.add_argument("--rounds", type=int, default=30, help="at most, at least 3 (default: 30)")
-    parser.add_argument("--peers", help="comma-separated; the default is all")
+    parser.add_argument("--peers", help="beside ours, comma-separated; the default is all")
     parser.add_argument("--out", type=Path, help="folder for attention.{json,md,png}")
     parser.add_argument("--report", action="store_true", help="draw anew what --out holds")
     parser.add_argument("--long", type=int, metavar="T", help="run T positions once, and stop")
@@ -113,7 +123,7 @@ def main() -> int:
         unknown = set(arguments.peers.split(",")) - {*names}
         if unknown:
             parser.error(f"--peers must be among {', '.join(names)}: got {', '.join(unknown)}.")
-        names = [name for name in names if name in arguments.peers.split(",")]
+        names = [name for name in names if name == "ours" or name in arguments.peers.split(",")]
     if any(name.startswith("torch") for name in names) and not _has("torch"):
         print('attention.py: torch is missing: pip install ".[torch]", or --peers', file=sys.stderr)
         return 1
@@ -139,9 +149,10 @@ def keep_memory() -> None:
     """Has glibc give no memory back to the system; other C libraries have no such setting."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, most_maps = -1, -4
+        trim_threshold, most_maps, most_arenas = -1, -4, -8
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(most_maps, 0)
+        mallopt(most_arenas, 1)  # Others give back what is empty, whatever the threshold.
 
 
 def measured(out: Path | None, head: str) -> list[dict]:
@@ -150,7 +161,9 @@ def measured(out: Path | None, head: str) -> list[dict]:
     if not path or not path.exists():
         return []
     results = json.loads(path.read_text())
-    return results["rows"] if results["header"] == head else []
+    if results["header"] != head:
+        raise SystemExit(f"{path} has results of another run, {results['header']}: remove it.")
+    return results["rows"]
 
 
 def cell_of(row: dict) -> Cell:
@@ -181,6 +194,11 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
     for name in names:
         stores = name in ("jax.nn", "linen", "einsum", "torch math")
         if stores and cell.B * cell.N * cell.T**2 > MOST_LOGITS:
+            continue
+        if jax.default_backend() == "gpu" and (
+            (name in HALF_ONLY and cell.dtype == "float32")
+            or (name in MASKLESS and cell.pattern.startswith("window"))
+        ):
             continue
         if name.startswith("torch"):
             peers[name] = torch_peer(name, cell, arrays)
@@ -222,7 +240,7 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
         "rounds": turn + 1,
         "ms": {name: round(value, 3) for name, value in medians.items()},
         "spread": {name: round(float(value), 3) for name, value in spread.items()},
-        "gflops": round(cell.flops / medians["ours"] / 1e6, 1) if "ours" in medians else None,
+        "gflops": round(cell.flops / medians["ours"] / 1e6, 1),
         "products_gflops": round(rate, 1),
         "compile_s": {name: round(value, 2) for name, value in compile_seconds.items()},
         "temp_mib": {name: round(value, 1) for name, value in temp_mib.items()},
@@ -290,14 +308,13 @@ def torch_peer(name: str, cell: Cell, arrays):
     backend = {
         "torch flash": SDPBackend.FLASH_ATTENTION,
         "torch cudnn": SDPBackend.CUDNN_ATTENTION,
+        "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
         "torch math": SDPBackend.MATH,
     }[name]
     options = {"is_causal": cell.pattern == "causal"}
     if cell.pattern.startswith("window"):
         mask = np.array(PATTERNS[cell.pattern].materialize(cell.T, cell.T))
         options = {"attn_mask": torch.from_numpy(mask).to(device)}
-        if device == "cuda":
-            backend = [backend, SDPBackend.EFFICIENT_ATTENTION]  # Flash takes no mask there.
 
     def call(fetch=True):
         for x in tensors[:3]:
@@ -318,14 +335,15 @@ def torch_peer(name: str, cell: Cell, arrays):
 
 
 def products(cell: Cell):
-    """The ceiling: [512, H] [H, 512] and [512, 512] [512, H], again and again; and their FLOPs."""
+    """[512, H] [H, 512] and [512, 512] [512, H], again and again; and their FLOPs."""
     a, b = (jnp.ones(shape, cell.dtype) for shape in ((512, cell.H), (cell.H, 512)))
     times = 64
 
     @jax.jit
     def run(a, b):
         def both(_, x):
-            return 1e-3 * lax.dot(lax.dot(x, b), lax.optimization_barrier(a))
+            mixed = lax.dot(lax.dot(x, b), lax.optimization_barrier(a))
+            return mixed / (512 * cell.H)  # Ones again.
 
         return lax.fori_loop(0, times, both, a)
 
