@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--peers", help="beside ours, comma-separated; the default is all")
     parser.add_argument("--out", type=Path, help="folder for attention.{json,md,png}")
     parser.add_argument("--report", action="store_true", help="draw anew what --out holds")
+    parser.add_argument("--system-malloc", action="store_true", help="memory goes back when freed")
     parser.add_argument("--long", type=int, metavar="T", help="run T positions once, and stop")
     arguments = parser.parse_args()
     if arguments.long:
@@ -116,7 +117,10 @@ def main() -> int:
         sizes = [tuple(map(int, size.split(","))) for size in arguments.sizes.split()]
         if arguments.out or any(len(size) != 3 for size in sizes):
             parser.error(f"--sizes takes triples B,T,N and no --out: got {arguments.sizes!r}.")
-    keep_memory()
+    if not arguments.system_malloc:
+        keep_memory()
+    elif arguments.out:
+        parser.error("--system-malloc goes without --out: its results do not belong there.")
     gpu = jax.default_backend() == "gpu"
     names = GPU_PEERS if gpu else CPU_PEERS
     if arguments.peers:
