@@ -7,9 +7,10 @@ peers compute, then times them in turn in one process: medians of interleaved ro
 the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least twice, and then
 the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
 matrix products, of the shapes that attention is made of, runs among them, to compare the rates.
-Memory that a peer frees stays with the process, for all of them alike: otherwise it depends on what
-the others left in the heap which of them pays for new pages at every call, and a short call may
-take twice its time.
+The C library keeps what is freed of blocks below 32 MiB, for all peers alike: otherwise it depends
+on what the others left in the heap which of them pays for new pages at every call, and a short call
+may take twice its time. Larger blocks are new at every call, as in any process; `--keep-memory`
+keeps those too, which tells how much of a peer's time they take.
 Prints a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells
 that the first holds already, from this day and machine, are not run again (remove it when the code
 has changed), and `--report` writes the latter two from it. On a GPU the peers are jax.nn's two
@@ -101,7 +102,7 @@ def main() -> int:
     parser.add_argument("--peers", help="beside ours, comma-separated; the default is all")
     parser.add_argument("--out", type=Path, help="folder for attention.{json,md,png}")
     parser.add_argument("--report", action="store_true", help="draw anew what --out holds")
-    parser.add_argument("--system-malloc", action="store_true", help="memory goes back when freed")
+    parser.add_argument("--keep-memory", action="store_true", help="of large blocks too")
     parser.add_argument("--long", type=int, metavar="T", help="run T positions once, and stop")
     arguments = parser.parse_args()
     if arguments.long:
@@ -117,10 +118,9 @@ def main() -> int:
         sizes = [tuple(map(int, size.split(","))) for size in arguments.sizes.split()]
         if arguments.out or any(len(size) != 3 for size in sizes):
             parser.error(f"--sizes takes triples B,T,N and no --out: got {arguments.sizes!r}.")
-    if not arguments.system_malloc:
-        keep_memory()
-    elif arguments.out:
-        parser.error("--system-malloc goes without --out: its results do not belong there.")
+    if arguments.keep_memory and arguments.out:
+        parser.error("--keep-memory goes without --out: its results do not belong there.")
+    keep_memory(of_large_blocks=arguments.keep_memory)
     gpu = jax.default_backend() == "gpu"
     names = GPU_PEERS if gpu else CPU_PEERS
     if arguments.peers:
@@ -149,14 +149,17 @@ def main() -> int:
     return 0
 
 
-def keep_memory() -> None:
+def keep_memory(of_large_blocks: bool) -> None:
     """Has glibc give no memory back to the system; other C libraries have no such setting."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, most_maps, most_arenas = -1, -4, -8
-        mallopt(trim_threshold, 2**31 - 1)
+    if mallopt is None:
+        return
+    trim_threshold, mmap_threshold, most_maps, most_arenas = -1, -3, -4, -8
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**25)  # What it comes to by itself.
+    mallopt(most_arenas, 1)  # Others give back what is empty.
+    if of_large_blocks:
         mallopt(most_maps, 0)
-        mallopt(most_arenas, 1)  # Others give back what is empty, whatever the threshold.
 
 
 def measured(out: Path | None, head: str) -> list[dict]:
