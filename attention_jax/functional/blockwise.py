@@ -391,7 +391,7 @@ def _backward(plan, saved, cotangents):
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
                 weights = jnp.exp(logits - peaks[..., None, :]) * inverses[..., None, :]
                 d_value = _product(here.kept(weights).astype(plan.operand), d_outs)
-                d_weights = _product(here.keys(values), d_outs_turned)
+                d_weights = here.products(here.keys(values), d_outs_turned)
                 d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
                 d_raw, d_cap, d_tile = pull_back(d_logits)
                 d_raw = d_raw.astype(plan.operand)
