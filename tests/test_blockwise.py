@@ -160,6 +160,7 @@ def agrees_with_dense(mask=None, bias=None):
 CHOSEN = {
     "written out, backward a loop": (600, 8, 4, 16, masks.causal()),
     "written out both ways": (600, 1, 1, 16, masks.causal()),
+    "written out in halves": (130, 8, 4, 16, masks.causal()),
     "written out, wide heads": (400, 4, 4, 80, masks.causal()),
     "small squares": (300, 4, 4, 16, masks.causal()),
     "written out, backward squares": (1100, 4, 2, 16, masks.causal()),

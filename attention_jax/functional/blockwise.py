@@ -151,13 +151,14 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found on a
     CPU (docs/performance.md).
     """
+    some = min(256, -(-T // 2))
 
     def keys(i):
-        """What is known of the keys that a block of queries sees."""
-        known = None if mask is None else mask.keys(Tile(i, min(256, T), 0, S, T, S))
+        """What is known of the keys that `some` queries see, from i on."""
+        known = None if mask is None else mask.keys(Tile(i, some, 0, S, T, S))
         return known or Keys((0, S), (0, S))
 
-    (first, _, most), (last, _, _) = keys(0), keys(max(0, T - 256))
+    (first, _, most), (last, _, _) = keys(0), keys(T - some)
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
     alike = known and first == last
@@ -187,16 +188,17 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     elif alike:
         if S <= 4096:
             forward = cut(min(1024, 2**21 // S), S, 2 * _ROOM)
-        back = cut(1024, side)
+        back = cut(1024, side, _ROOM if S > 128 else 2 * _ROOM)
     elif known and heads >= 4 and S <= 2048 and not _ONE_CORE:
         # Causal, where a batch of small products uses every core.
         small = 128 if S <= 512 else 256
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif known and max(T, S) <= few and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
-        forward = cut(256, S, unrolled=True)
-        if max(T, S) <= 1024 and (heads < 4 or (S <= 512 and H > 64)):
-            back = forward
+        half = min(256, max(_GRAIN, G * T // 2))
+        forward = cut(half, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
+        if max(T, S) <= 1024 and (heads < 4 or S <= 256 or (S <= 512 and H > 64)):
+            back = cut(half, S, unrolled=True)
         elif S <= 512:
             back = cut(128, 128)
 
