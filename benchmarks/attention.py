@@ -11,9 +11,15 @@ The C library keeps what is freed of blocks below 32 MiB, for all peers alike: o
 on what the others left in the heap which of them pays for new pages at every call, and a short call
 may take twice its time. Larger blocks are new at every call, as in any process; `--keep-memory`
 keeps those too, which tells how much of a peer's time they take.
-Prints a line for each cell and writes `attention.json`, `attention.md` and `attention.png`; cells
-that the first holds already, from this day and machine, are not run again (remove it when the code
-has changed), and `--report` writes the latter two from it. On a GPU the peers are jax.nn's two
+Each round begins and ends with a look at the machine: how long a byte takes between the first and
+the last core, in two processes that do nothing else, the interpreter included (Linux). On a shared
+host that may jump for a while, and short calls take longer then. `--visits 3` goes through the grid
+three times, compiling anew, so that no cell hangs on one minute, and takes medians over all rounds;
+`--report --near 130` prints the same of the rounds in which that time stayed within 130 ns.
+Prints a line for each cell and visit, over its rounds so far, and writes `attention.json`,
+`attention.md` and `attention.png`. Visits that the first holds already, from this day and machine,
+are not run again (remove it when the code has changed); `--report` writes the others from it.
+On a GPU the peers are jax.nn's two
 implementations and PyTorch's fused kernels, each where it serves the type and the mask.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
@@ -30,11 +36,14 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import mmap
 import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -97,11 +106,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", default="", help="only cells whose name matches this regex")
     parser.add_argument("--sizes", help='instead of the grid\'s, "B,T,N B,T,N"; without --out')
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each cell (default: 4)")
-    parser.add_argument("--rounds", type=int, default=30, help="at most, at least 3 (default: 30)")
+    parser.add_argument("--visits", type=int, default=1, help="of each cell (default: 1)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each visit (default: 4)")
+    parser.add_argument("--rounds", type=int, default=30, help="a visit, at most (default: 30)")
     parser.add_argument("--peers", help="beside ours, comma-separated; the default is all")
     parser.add_argument("--out", type=Path, help="folder for attention.{json,md,png}")
     parser.add_argument("--report", action="store_true", help="draw anew what --out holds")
+    parser.add_argument("--near", type=int, metavar="NS", help="see above; with --report")
     parser.add_argument("--keep-memory", action="store_true", help="of large blocks too")
     parser.add_argument("--long", type=int, metavar="T", help="run T positions once, and stop")
     arguments = parser.parse_args()
@@ -111,8 +122,12 @@ def main() -> int:
     if arguments.report:
         if arguments.out is None:
             parser.error("--report needs --out.")
-        report(arguments.out)
+        report(arguments.out, arguments.near)
         return 0
+    if arguments.near is not None:
+        parser.error("--near goes with --report.")
+    if arguments.visits < 1 or arguments.rounds < 1:
+        parser.error("--visits and --rounds must be positive.")
     sizes = SIZES
     if arguments.sizes:
         sizes = [tuple(map(int, size.split(","))) for size in arguments.sizes.split()]
@@ -134,18 +149,25 @@ def main() -> int:
     head = header(names)
     print(head, flush=True)
     rows = measured(arguments.out, head)
-    for cell in grid(gpu, sizes):
-        if re.search(arguments.cells, str(cell)) and cell not in map(cell_of, rows):
-            rows.append(measure(cell, names, arguments.seconds, max(3, arguments.rounds)))
-            print(line(rows[-1]), flush=True)
+    least = -(-3 // arguments.visits)
+    for visit in range(arguments.visits):
+        for cell in grid(gpu, sizes):
+            row = rows.get(cell)
+            if not re.search(arguments.cells, str(cell)) or (row and row["visits"] > visit):
+                continue
+            new = measure(cell, names, arguments.seconds, least, max(least, arguments.rounds))
+            rows[cell] = row = joined(row, new)
+            print(line(digest(row)), flush=True)
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"header": head, "rows": rows}, indent=1)
-                (arguments.out / "attention.json").write_text(text + "\n")
+                text = json.dumps({"header": head, "rows": [*rows.values()]})
+                new_file = arguments.out / "attention.json.new"
+                new_file.write_text(text + "\n")
+                new_file.replace(arguments.out / "attention.json")
     if arguments.out:
         report(arguments.out)
     else:
-        print(*summary(rows), sep="\n")
+        print(*summary([digest(row) for row in rows.values()]), sep="\n")
     return 0
 
 
@@ -162,15 +184,15 @@ def keep_memory(of_large_blocks: bool) -> None:
         mallopt(most_maps, 0)
 
 
-def measured(out: Path | None, head: str) -> list[dict]:
+def measured(out: Path | None, head: str) -> dict[Cell, dict]:
     """What an earlier run on this day, machine and versions has left in `out`, to go on from."""
     path = out and out / "attention.json"
     if not path or not path.exists():
-        return []
+        return {}
     results = json.loads(path.read_text())
     if results["header"] != head:
         raise SystemExit(f"{path} has results of another run, {results['header']}: remove it.")
-    return results["rows"]
+    return {cell_of(row): row for row in results["rows"]}
 
 
 def cell_of(row: dict) -> Cell:
@@ -192,8 +214,8 @@ def grid(gpu: bool, sizes=SIZES):
 # Measuring ---------------------------------------------------------------------------------------
 
 
-def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
-    """Milliseconds and more of each peer on one cell."""
+def measure(cell: Cell, names, seconds: float, least: int, most: int) -> dict:
+    """Milliseconds of each peer in each round, from `least` to `most` rounds, and more."""
     rng = np.random.default_rng(0)
     shape = (cell.B, cell.T, cell.N, cell.H)
     arrays = [rng.standard_normal(shape).astype(np.float32) for _ in range(4)]
@@ -221,9 +243,10 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
     del results
     peers["products"], flops = products(cell)
 
-    times = {name: [] for name in peers}
+    times = {name: [] for name in (*peers, "handover")}
     begun = time.perf_counter()
-    for turn in range(rounds):
+    for turn in range(most):
+        before = handover()
         for name, peer in peers.items():
             time.sleep(0.02)  # The threads of the peer before fall asleep,
             awake = time.perf_counter() + WARM_UP
@@ -233,25 +256,102 @@ def measure(cell: Cell, names, seconds: float, rounds: int) -> dict:
                 peer(fetch=False)
             start = time.perf_counter()
             peer(fetch=False)
-            times[name].append(1e3 * (time.perf_counter() - start))
-        if turn >= 2 and time.perf_counter() - begun > seconds:
+            times[name].append(round(1e3 * (time.perf_counter() - start), 4))
+        times["handover"].append(before and max(before, handover()))
+        if turn + 1 >= least and time.perf_counter() - begun > seconds:
             break
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    rate = flops / medians.pop("products") / 1e6
-    spread = {
-        name: (np.percentile(times[name], 75) - np.percentile(times[name], 25)) / medians[name]
-        for name in medians
-    }
     return {
         **cell._asdict(),
-        "rounds": turn + 1,
-        "ms": {name: round(value, 3) for name, value in medians.items()},
-        "spread": {name: round(float(value), 3) for name, value in spread.items()},
-        "gflops": round(cell.flops / medians["ours"] / 1e6, 1),
-        "products_gflops": round(rate, 1),
+        "visits": 1,
+        "times": times,
+        "products_gflop": flops / 1e9,
         "compile_s": {name: round(value, 2) for name, value in compile_seconds.items()},
         "temp_mib": {name: round(value, 1) for name, value in temp_mib.items()},
     }
+
+
+def joined(old: dict | None, new: dict) -> dict:
+    """The rounds of another visit beside those before it."""
+    if old is None:
+        return new
+    if old["times"].keys() != new["times"].keys():
+        raise SystemExit(f"{cell_of(new)}: the peers are not those of the visit before.")
+    times = {name: values + new["times"][name] for name, values in old["times"].items()}
+    return {**old, "visits": old["visits"] + 1, "times": times}
+
+
+def digest(row: dict, near: int | None = None) -> dict | None:
+    """A row's medians and spreads; of rounds of so many ns of handover alone, or None."""
+    times = row["times"]
+    if near is not None:
+        chosen = [value is not None and value <= near for value in times["handover"]]
+        times = {name: list(itertools.compress(times[name], chosen)) for name in times}
+        if not any(chosen):
+            return None
+    handovers = [value for value in times["handover"] if value is not None]
+    ms = {name: statistics.median(times[name]) for name in times if name != "handover"}
+    rate = row["products_gflop"] / ms.pop("products") * 1e3
+    quartiles = {name: np.percentile(times[name], [25, 75]) for name in ms}
+    spread = {name: float(b - a) / ms[name] for name, (a, b) in quartiles.items()}
+    return {
+        **row,
+        "rounds": len(times["ours"]),
+        "ms": ms,
+        "spread": spread,
+        "gflops": cell_of(row).flops / ms["ours"] / 1e6,
+        "products_gflops": rate,
+        "handover": round(statistics.median(handovers)) if handovers else None,
+    }
+
+
+def handover(times: int = 10000) -> int | None:
+    """Nanoseconds that a byte takes from the first core to the last, the interpreter included.
+
+    Where cores cannot be chosen, or there is one: None.
+    """
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    answer = """
+import mmap, os, sys
+os.sched_setaffinity(0, {int(sys.argv[2])})
+with open(sys.argv[1], "r+b") as file:
+    x = mmap.mmap(file.fileno(), 1)
+x[0] = 1
+for _ in range(int(sys.argv[3])):
+    for _ in range(10**7):
+        if x[0] == 2:
+            break
+    else:
+        sys.exit("nobody answers")
+    x[0] = 1
+"""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(1))
+        file.flush()
+        x = mmap.mmap(file.fileno(), 1)
+        command = [sys.executable, "-S", "-E", "-c", answer, file.name, str(cores[-1]), str(times)]
+        other = subprocess.Popen(command)
+        os.sched_setaffinity(0, cores[:1])
+        try:
+            await_one(x)  # The other process has begun.
+            start = time.perf_counter()
+            for _ in range(times):
+                x[0] = 2
+                await_one(x)
+            seconds = time.perf_counter() - start
+        finally:
+            os.sched_setaffinity(0, cores)
+            other.kill()
+            other.wait()
+    return round(1e9 * seconds / (2 * times))
+
+
+def await_one(x):
+    for _ in range(10**8):
+        if x[0] == 1:
+            return
+    raise SystemExit("handover: the other process does not answer.")
 
 
 def jax_peer(name: str, cell: Cell, arrays):
@@ -404,27 +504,37 @@ def line(row: dict) -> str:
     ms = row["ms"]
     others = [f"{name} {value / ms['ours']:.2f}x" for name, value in ms.items() if name != "ours"]
     cell = str(cell_of(row))
+    near = f", handover {row['handover']} ns" if row["handover"] else ""
     return (
-        f"{cell:58} {ms['ours']:9.2f} ms ±{row['spread']['ours']:.0%} "
-        f"{row['gflops'] / row['products_gflops']:4.0%} of products | " + ", ".join(others)
+        f"{cell:58} {ms['ours']:9.2f} ms ±{row['spread']['ours']:.0%} of {row['rounds']:2} rounds, "
+        f"{row['gflops'] / row['products_gflops']:4.0%} of products{near} | " + ", ".join(others)
     )
 
 
-def report(out: Path) -> None:
-    """Writes the table and the plot."""
+def report(out: Path, near: int | None = None) -> None:
+    """Writes the table and the plot; of rounds of so many ns of handover alone, only prints."""
     results = json.loads((out / "attention.json").read_text())
     order = list(grid(gpu=False))  # Cells may have been run in another.
     rows = sorted(results["rows"], key=lambda row: order.index(cell_of(row)))
+    rows = [row for row in (digest(row, near) for row in rows) if row]
+    if not rows:
+        raise SystemExit(f"{out}: no round has a handover within {near} ns.")
+    if near is not None:
+        print(*map(line, rows), *summary(rows), sep="\n")
+        return
     names = list(dict.fromkeys(name for row in rows for name in row["ms"] if name != "ours"))
     lines = [f"Measured {results['header']}.", "", *summary(rows), ""]
-    columns = ["cell", "ours, ms", "spread", "of products", *names, "compile, s", "memory, MiB"]
+    columns = ["cell", "ours, ms", "spread", "rounds", "of products", "handover, ns"]
+    columns += [*names, "compile, s", "memory, MiB"]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         ms = row["ms"]
         cell = cell_of(row)
         ratios = [f"{ms[name] / ms['ours']:.2f}" if name in ms else "" for name in names]
         share = f"{row['gflops'] / row['products_gflops']:.0%}"
-        fields = [str(cell), f"{ms['ours']:.2f}", f"{row['spread']['ours']:.0%}", share, *ratios]
+        fields = [str(cell), f"{ms['ours']:.2f}", f"{row['spread']['ours']:.0%}"]
+        fields += [f"{row['rounds']}", share]
+        fields += [f"{row['handover'] or ''}", *ratios]
         fields += [f"{row['compile_s']['ours']:.1f}", f"{row['temp_mib']['ours']:.0f}"]
         lines.append("| " + " | ".join(fields) + " |")
     (out / "attention.md").write_text("\n".join(lines) + "\n")

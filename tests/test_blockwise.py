@@ -156,29 +156,31 @@ def agrees_with_dense(mask=None, bias=None):
         assert_close(a, b, 1e-5, f"result {i}")
 
 
-# (T = S, N, K, H, mask): what is cut by the rules of `make_plan`, of which each is here.
+# (T, S, N, K, H, mask): what is cut by the rules of `make_plan`, of which each is here.
 CHOSEN = {
-    "written out, backward a loop": (600, 8, 4, 16, masks.causal()),
-    "written out both ways": (600, 1, 1, 16, masks.causal()),
-    "written out in halves": (130, 8, 4, 16, masks.causal()),
-    "written out, wide heads": (400, 4, 4, 80, masks.causal()),
-    "small squares": (300, 4, 4, 16, masks.causal()),
-    "written out, backward squares": (1100, 4, 2, 16, masks.causal()),
-    "squares": (2100, 2, 1, 16, masks.causal()),
-    "rows": (1100, 2, 2, 16, None),
-    "window, squares": (300, 8, 8, 16, masks.window(70)),
-    "window, rows": (700, 2, 1, 24, masks.window(70)),
+    "written out, backward a loop": (600, 600, 8, 4, 16, masks.causal()),
+    "written out both ways": (600, 600, 1, 1, 16, masks.causal()),
+    "written out in halves": (128, 128, 8, 4, 16, masks.causal()),
+    "written out, wide heads": (400, 400, 4, 4, 80, masks.causal()),
+    "small squares": (300, 300, 4, 4, 16, masks.causal()),
+    "written out, backward squares": (1100, 1100, 4, 2, 16, masks.causal()),
+    "squares": (2100, 2100, 2, 1, 16, masks.causal()),
+    "rows": (1100, 1100, 2, 2, 16, None),
+    "rows, few of them": (100, 700, 2, 1, 16, masks.causal("end")),
+    "window, squares": (300, 300, 8, 8, 16, masks.window(70)),
+    "window, rows": (700, 700, 2, 1, 24, masks.window(70)),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CHOSEN)
 def test_tiles_that_are_chosen_agree_with_the_definition(case, dtype):
-    T, N, K, H, mask = CHOSEN[case]
+    T, S, N, K, H, mask = CHOSEN[case]
     rng = np.random.default_rng(0)
-    heads = {"query": N, "key": K, "value": K, "d_out": N}
+    shapes = {"query": (T, N), "key": (S, K), "value": (S, K), "d_out": (T, N)}
     arrays = {
-        name: jnp.asarray(rng.standard_normal((1, T, n, H)), dtype) for name, n in heads.items()
+        name: jnp.asarray(rng.standard_normal((1, *shape, H)), dtype)
+        for name, shape in shapes.items()
     }
 
     def run(implementation, dtype):
@@ -189,7 +191,7 @@ def test_tiles_that_are_chosen_agree_with_the_definition(case, dtype):
 
     want = run("dense", "float32")
     narrow = run("dense", dtype)
-    for name, x, y, z in zip(heads, run("blockwise", dtype), want, narrow, strict=True):
+    for name, x, y, z in zip(arrays, run("blockwise", dtype), want, narrow, strict=True):
         bound = 1e-5 * max(1, np.abs(y).max()) if dtype == "float32" else 3 * np.abs(z - y).max()
         assert np.abs(x - y).max() <= bound, name
 

@@ -161,7 +161,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     (first, _, most), (last, _, _) = keys(0), keys(T - some)
     most = S if most is None else min(S, most)
     known = all(isinstance(x, int) for x in (*first, *last))
-    alike = known and first == last
+    shift = max(b - a for a, b in zip(first, last, strict=True)) if known else S
+    alike = S <= _GRAIN or 8 * shift <= S  # Hardly anything would be skipped.
     heads = math.prod(lead)
     wide = jnp.promote_types(dtype, jnp.float32)
     operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
@@ -188,14 +189,14 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     elif alike:
         if S <= 4096:
             forward = cut(min(1024, 2**21 // S), S, 2 * _ROOM)
-        back = cut(1024, side, _ROOM if S > 128 else 2 * _ROOM)
+        back = cut(1024, side, 2 * _ROOM if max(T, S) <= 128 else _ROOM)
     elif known and heads >= 4 and S <= 2048 and not _ONE_CORE:
         # Causal, where a batch of small products uses every core.
         small = 128 if S <= 512 else 256
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif known and max(T, S) <= few and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
-        half = min(256, max(_GRAIN, G * T // 2))
+        half = min(256, G * _GRAIN * -(-T // (2 * _GRAIN)))
         forward = cut(half, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
         if max(T, S) <= 1024 and (heads < 4 or S <= 256 or (S <= 512 and H > 64)):
             back = cut(half, S, unrolled=True)
