@@ -307,9 +307,11 @@ def digest(row: dict, near: int | None = None) -> dict | None:
 def handover(times: int = 10000) -> int | None:
     """Nanoseconds that a byte takes from the first core to the last, the interpreter included.
 
-    Where cores cannot be chosen, or there is one: None.
+    On a GPU, and where cores cannot be chosen or there is one: None.
     """
-    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+    if jax.default_backend() != "cpu" or not hasattr(os, "sched_setaffinity"):
+        return None
+    if len(os.sched_getaffinity(0)) < 2:
         return None
     cores = sorted(os.sched_getaffinity(0))
     answer = """
