@@ -19,8 +19,8 @@ three times, compiling anew, so that no cell hangs on one minute, and takes medi
 Prints a line for each cell and visit, over its rounds so far, and writes `attention.json`,
 `attention.md` and `attention.png`. Visits that the first holds already, from this day and machine,
 are not run again (remove it when the code has changed); `--report` writes the others from it.
-On a GPU the peers are jax.nn's two
-implementations and PyTorch's fused kernels, each where it serves the type and the mask.
+On a GPU the peers are jax.nn's two implementations and PyTorch's fused kernels, each where it
+serves the type and the mask.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
 prints the memory of the whole process.
@@ -350,6 +350,7 @@ for _ in range(int(sys.argv[3])):
 
 
 def await_one(x):
+    """Until the other process has written a 1."""
     for _ in range(10**8):
         if x[0] == 1:
             return

@@ -196,10 +196,10 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)
     elif known and max(T, S) <= few and cut(256, S, unrolled=True).unrolled:
         # Blocks that see each its own number of keys are written out while they are few.
-        half = min(256, G * _GRAIN * -(-T // (2 * _GRAIN)))
-        forward = cut(half, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
+        block = min(256, G * _GRAIN * -(-T // (2 * _GRAIN)))
+        forward = cut(block, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
         if max(T, S) <= 1024 and (heads < 4 or S <= 256 or (S <= 512 and H > 64)):
-            back = cut(half, S, unrolled=True)
+            back = cut(block, S, unrolled=True)
         elif S <= 512:
             back = cut(128, 128)
 
