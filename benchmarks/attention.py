@@ -248,15 +248,7 @@ def measure(cell: Cell, names, seconds: float, least: int, most: int) -> dict:
     for turn in range(most):
         before = handover()
         for name, peer in peers.items():
-            time.sleep(0.02)  # The threads of the peer before fall asleep,
-            awake = time.perf_counter() + WARM_UP
-            peer(fetch=False)
-            peer(fetch=False)
-            while time.perf_counter() < awake:  # and those of this one wake up.
-                peer(fetch=False)
-            start = time.perf_counter()
-            peer(fetch=False)
-            times[name].append(round(1e3 * (time.perf_counter() - start), 4))
+            times[name].append(milliseconds(functools.partial(peer, fetch=False)))
         times["handover"].append(before and max(before, handover()))
         if turn + 1 >= least and time.perf_counter() - begun > seconds:
             break
@@ -268,6 +260,19 @@ def measure(cell: Cell, names, seconds: float, least: int, most: int) -> dict:
         "compile_s": {name: round(value, 2) for name, value in compile_seconds.items()},
         "temp_mib": {name: round(value, 1) for name, value in temp_mib.items()},
     }
+
+
+def milliseconds(call) -> float:
+    """Of one run, after others."""
+    time.sleep(0.02)  # The threads of the peer before fall asleep,
+    awake = time.perf_counter() + WARM_UP
+    call()
+    call()
+    while time.perf_counter() < awake:  # and those of this one wake up.
+        call()
+    start = time.perf_counter()
+    call()
+    return round(1e3 * (time.perf_counter() - start), 4)
 
 
 def joined(old: dict | None, new: dict) -> dict:
