@@ -4,8 +4,9 @@
 
 Runs, in turn and in one process, `dot_product_attention`, jax.nn's, and bare forms of causal
 attention forward that differ in how the visible half of the logits is cut into rectangles. Each
-form cuts keys and queries per head, multiplies, masks the rectangles on the diagonal, takes the
-peak of each row over all its rectangles, then exponentials, sums and products with the values.
+form cuts keys and queries per head, multiplies, masks the rectangles that reach the diagonal (all
+of them where they are rows), takes the peak of each row over all its
+rectangles, then exponentials, sums and products with the values.
 Prints milliseconds, the time of jax.nn over each, GFLOP/s over the visible half, and the share of
 what is computed that is hidden; and the same of the rounds in which the cores were near, for which
 see attention.py. ", products" is a form without mask and softmax: nothing but cuts, products and
