@@ -378,6 +378,66 @@ def test_products_with_the_hessian_are_those_of_the_definition(mask, dtype, x64)
     assert_close(product("blockwise", block_size=4), product("dense"), tolerance)
 
 
+SIZES = {  # B, T, N, K, H: products of many heads, of one, and of blocks that are written out.
+    "heads": (2, 64, 4, 2, 32),
+    "head": (1, 128, 1, 1, 64),
+    "blocks": (1, 512, 2, 2, 32),
+}
+
+
+def draw(rng, B, T, N, K, H):
+    """Query, key, value and a cotangent."""
+    shapes = ((B, T, heads, H) for heads in (N, K, K, N))
+    return tuple(jnp.asarray(rng.standard_normal(x), "float32") for x in shapes)
+
+
+@pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), masks.window(40)], ids=["full", "causal", "window"]
+)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_products_with_the_hessian_on_every_core(sizes, mask, compile):
+    rng = np.random.default_rng(0)
+    *inputs, d_out = draw(rng, *sizes)
+    *directions, _ = draw(rng, *sizes)
+
+    def product(attend):
+        def loss(inputs):
+            return (attend(*inputs, mask=mask) * d_out).sum()
+
+        def along(inputs, directions):
+            return jax.jvp(jax.grad(loss), (inputs,), (directions,))[1]
+
+        return compile(along)(inputs, directions)
+
+    dense = functools.partial(dot_product_attention, implementation="dense")
+    for got, want in zip(product(blockwise), product(dense), strict=True):
+        assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("passes", ["forward", "both"])
+@pytest.mark.parametrize("known", range(4), ids=["query", "key", "value", "d_out"])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_an_input_of_ones_may_be_known_to_the_compiler(sizes, mask, known, passes):
+    """Of ones that it sees XLA makes one number, which some products do not stand."""
+    arrays = list(draw(np.random.default_rng(0), *sizes))
+    ones = arrays[known] = jnp.ones_like(arrays[known])
+
+    @jax.jit
+    def run(*arrays):
+        *inputs, d_out = arrays
+        out, pull_back = jax.vjp(functools.partial(blockwise, mask=mask), *inputs)
+        return (out, *pull_back(d_out)) if passes == "both" else (out,)
+
+    @jax.jit
+    def run_of_ones(*arrays):
+        return run(*arrays[:known], jnp.ones_like(ones), *arrays[known + 1 :])
+
+    for got, want in zip(run_of_ones(*arrays), run(*arrays), strict=True):
+        assert_close(got, want, 1e-5)
+
+
 def test_forward_mode_is_refused_in_a_line():
     x = jnp.ones((3, 1, 2))
     with pytest.raises(TypeError, match="forward-mode") as error:

@@ -291,7 +291,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
 
     def group(g, results):
-        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
+        keys, values = (_uneven(_keys(plan, plan.keys(g).cut(x, "SNH"))) for x in (key, value))
         keys_turned = plan.turned(keys) if plan.narrow else None  # [heads, H, S]
 
         def block(i, results):
@@ -367,10 +367,10 @@ def _backward(plan, saved, cotangents):
         def block(i, carry):
             rules = _Rules(plan, plan.queries(g, i), bias, mask, drop, turned=True)
             d_query, *sums, totals = carry
-            queries = _rows(plan, rules.at.cut(query, "TNH")).astype(plan.operand)
+            queries = _uneven(_rows(plan, rules.at.cut(query, "TNH")).astype(plan.operand))
             queries = plan.scales[0] * _finite(queries)
             d_outs, outs = (_rows(plan, rules.at.cut(x, "TNV")) for x in (d_out, out))
-            d_outs = d_outs.astype(plan.operand)
+            d_outs = _uneven(d_outs.astype(plan.operand))
             peaks, normalisers, d_residuals = (
                 _rows(plan, rules.at.cut(x, "TN")) for x in (peak, total, d_residual)
             )
@@ -631,12 +631,23 @@ def _product(a, b):
 @_product.defjvp
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
-    return _product(a, b), _product(d_a, b) + _product(a, d_b)
+    return _product(a, b), _product(d_a, b) + _product(a, _uneven(d_b))
 
 
 def _plus_nothing(x):
     """`x`: the form that is fused with a product, keeps NaN (`minimum` alone does not there)."""
     return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
+
+
+def _uneven(x):
+    """`x`, without what a compiler knows of it: that its entries are alike, as those of ones are.
+
+    XLA keeps such a right operand of a product as one number, and where it fuses the product with a
+    reduction on a CPU, reads past its end: `(q @ jnp.ones((64, 128))).max(-1)` is wrong under jit
+    with jax 0.10 and 0.12. It cannot drop 0 * i from a sum, since i might be infinite.
+    """
+    rows, columns = (lax.broadcasted_iota(x.dtype, x.shape, x.ndim - axis) for axis in (2, 1))
+    return x + 0 * (rows + columns)
 
 
 def _turned(x):

@@ -76,8 +76,7 @@ def dot_product_attention(
             precision. None takes "cudnn" where it can serve, else "dense" for few logits and
             "blockwise" for more: see `explain`. Forward mode (`jax.jvp`) of the attention itself is
             for "dense" alone, elsewhere jax refuses it; that of a gradient, which is a product
-            with the Hessian, is for "blockwise" too, but wrong there on a CPU with jax 0.10
-            (docs/performance.md): take "dense".
+            with the Hessian, is for "blockwise" too.
         block_size: An integer or (query_block, key_block), for "blockwise" only.
         return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
             (float64 for float64) `[..., T, N]`, differentiable, -inf for a query that may attend to
