@@ -41,9 +41,14 @@ class Choice(NamedTuple):
     def __str__(self):
         tiles = "" if self.block_size is None else " in tiles of {} x {}".format(*self.block_size)
         return (
-            f"{self.implementation}{tiles}: {self.reason}; {self.flops / 1e9:.3g} GFLOP forward, "
-            f"{self.peak_bytes / 2**20:.3g} MiB of logits at a time"
+            f"{self.implementation}{tiles}: {self.reason}; {_short(self.flops / 1e9)} GFLOP forward, "
+            f"{_short(self.peak_bytes / 2**20)} MiB of logits at a time"
         )
+
+
+def _short(x: float) -> str:
+    """To three digits, and no exponent where it is large."""
+    return f"{float(f'{x:.3g}'):,.15g}"
 
 
 def choose(query: Array, key: Array, value: Array, **options) -> tuple[str, str]:
