@@ -269,6 +269,8 @@ def as_bias(bias: "Bias | Array") -> Bias:
     """A bias as it is, and a floating-point array as the rule that slices it."""
     if isinstance(bias, Bias):
         return bias
+    if not hasattr(bias, "dtype"):
+        raise TypeError(f"bias must be an array or a biases.* value, got {type(bias).__name__}.")
     check_floating("bias", bias)
     with jax.debug_infs(False):  # -inf is a word here, not an accident.
         return Dense(jnp.asarray(bias))
