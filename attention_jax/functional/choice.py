@@ -40,10 +40,9 @@ class Choice(NamedTuple):
 
     def __str__(self):
         tiles = "" if self.block_size is None else " in tiles of {} x {}".format(*self.block_size)
-        return (
-            f"{self.implementation}{tiles}: {self.reason}; {_short(self.flops / 1e9)} GFLOP forward, "
-            f"{_short(self.peak_bytes / 2**20)} MiB of logits at a time"
-        )
+        gflop, mib = _short(self.flops / 1e9), _short(self.peak_bytes / 2**20)
+        cost = f"{gflop} GFLOP forward, {mib} MiB of logits at a time"
+        return f"{self.implementation}{tiles}: {self.reason}; {cost}"
 
 
 def _short(x: float) -> str:
