@@ -415,6 +415,28 @@ def test_products_with_the_hessian_on_every_core(sizes, mask, compile):
         assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "mask"),
+    [("heads", masks.causal()), ("head", masks.window(40)), ("blocks", None)],
+    ids=["heads", "head", "blocks"],
+)
+def test_gradients_of_a_gradient_are_those_of_the_definition(sizes, mask):
+    *inputs, d_out = draw(np.random.default_rng(0), *SIZES[sizes])
+
+    def penalty(attend):
+        def loss(inputs):
+            return (attend(*inputs, mask=mask) * d_out).sum()
+
+        def squared(inputs):
+            return sum((x**2).sum() for x in jax.grad(loss)(inputs))
+
+        return jax.jit(jax.grad(squared))(inputs)
+
+    dense = functools.partial(dot_product_attention, implementation="dense")
+    for got, want in zip(penalty(blockwise), penalty(dense), strict=True):
+        assert_close(got, want, 1e-5)
+
+
 @pytest.mark.parametrize("passes", ["forward", "both"])
 @pytest.mark.parametrize("known", range(4), ids=["query", "key", "value", "d_out"])
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])

@@ -601,18 +601,22 @@ def _is_dealt_out(a, b):
     return _ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
 
 
+def _plain(a, b):
+    """a b of each head, summed in float32 at least; linear in each for differentiation."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
 def _unspread(a, b):
     """a b of each head, where a NaN is nobody else's."""
     if not _is_dealt_out(a, b):
         return _product(a, b)
-    plainly = jnp.matmul  # Of float32.
 
     def unless_spread(a, b):
         product = _product(a, b)
         spread = jnp.isnan(product[..., 0]).any()
-        return lax.cond(spread, lambda _: plainly(a, b), lambda x: x, product)
+        return lax.cond(spread, lambda _: _plain(a, b), lambda x: x, product)
 
-    return lax.platform_dependent(a, b, cpu=unless_spread, default=plainly)
+    return lax.platform_dependent(a, b, cpu=unless_spread, default=_plain)
 
 
 @jax.custom_jvp
@@ -622,7 +626,7 @@ def _product(a, b):
     XLA cuts a large product into parts for its cores, but before jax 0.11 works off a batch of
     small ones on one, unless something is reduced in the same loop: then it deals out the batch.
     """
-    product = jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    product = _plain(a, b)
     if not _is_dealt_out(a, b):
         return product
     return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
@@ -631,7 +635,7 @@ def _product(a, b):
 @_product.defjvp
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
-    return _product(a, b), _product(d_a, b) + _product(a, _uneven(d_b))
+    return _product(a, b), _plain(d_a, b) + _plain(a, _uneven(d_b))
 
 
 def _plus_nothing(x):
