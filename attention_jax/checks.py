@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax.types import Array
 
@@ -21,15 +22,21 @@ def check_floating(name: str, array: Array) -> None:
 def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     """`array` as an array of at least `axes` axes of integers, or the error that says why not.
 
-    They are of 32 bits at least, and signed: a difference of two must not wrap around.
+    They are of 32 bits at least, and signed: a difference of two must not wrap around. Arrays of
+    numpy may hold some that do not fit; those of jax have been cut already.
     """
-    array = jnp.asarray(array)
+    of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
+    array = jnp.asarray(array) if of_jax else np.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {array.dtype}.")
     if array.ndim < axes:
         raise ValueError(f"{name} must have at least {axes} axis, got shape {array.shape}.")
-    wide = jnp.promote_types(array.dtype, jnp.int32)
-    return array.astype(jax.dtypes.canonicalize_dtype(wide))
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(array.dtype, jnp.int32))
+    if isinstance(array, np.ndarray) and array.size:
+        for extreme in (array.min(), array.max()):
+            if not jnp.iinfo(dtype).min <= extreme <= jnp.iinfo(dtype).max:
+                raise ValueError(f"{name} must fit in {dtype}, got {extreme}.")
+    return jnp.asarray(array).astype(dtype)
 
 
 def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -113,8 +120,8 @@ def as_rng(name: str, rng: Array) -> Array:
     return rng if is_typed else jax.random.wrap_key_data(rng)
 
 
-def as_size(name: str, value: int, minimum: int = 1) -> int:
-    """`value` as a Python int; TypeError when it is none, ValueError below `minimum`."""
+def as_size(name: str, value: int, minimum: int = 1, maximum: int | None = None) -> int:
+    """`value` as a Python int; TypeError when it is none, ValueError out of these bounds."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     try:
@@ -123,4 +130,6 @@ def as_size(name: str, value: int, minimum: int = 1) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
     if size < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {size}.")
+    if maximum is not None and size > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {size}.")
     return size

@@ -201,6 +201,12 @@ def rows(size):
         (lambda: masks.window(-1), ValueError, "left"),
         (lambda: masks.window(1, -1), ValueError, "right"),
         (lambda: masks.window(1.5), TypeError, "left"),
+        (lambda: masks.window(2**31 - 1), ValueError, "left.*2147483647"),
+        (lambda: masks.window(1, 2**40), ValueError, "right"),
+        (lambda: masks.causal(2**31 - 1), ValueError, "offset"),
+        (lambda: masks.causal(-(2**30)), ValueError, "offset"),
+        (lambda: masks.strided(2**40), ValueError, "stride"),
+        (lambda: masks.blocks(2**40), ValueError, "size"),
         (lambda: masks.strided(0), ValueError, "stride"),
         (lambda: masks.strided(2, offset="start"), ValueError, "offset"),
         (lambda: masks.blocks(0), ValueError, "size"),
@@ -212,6 +218,10 @@ def rows(size):
         (lambda: masks.segments(np.array(1)), ValueError, "query_ids"),
         (lambda: masks.key_lengths(np.array([0.5])), TypeError, "lengths"),
         (lambda: masks.query_lengths(np.array([True])), TypeError, "lengths"),
+        (lambda: masks.key_lengths(np.array([3, 2**40])), ValueError, "lengths.*1099511627776"),
+        (lambda: masks.key_lengths(np.array([2**32 - 1], np.uint32)), ValueError, "lengths"),
+        (lambda: masks.key_lengths(None), TypeError, "lengths"),
+        (lambda: masks.segments(np.array([0, 2**32])), ValueError, "query_ids"),
         (lambda: masks.dense(np.ones((2, 2))), TypeError, "mask"),
         (lambda: masks.causal() & None, TypeError, "mask"),
         (lambda: masks.causal() & np.ones((2, 2)), TypeError, "mask"),
@@ -232,3 +242,10 @@ def rows(size):
 def test_a_bad_mask_is_refused(make, error, word):
     with pytest.raises(error, match=word):
         make()
+
+
+def test_a_rule_may_reach_as_far_as_it_says():
+    far = masks.window(2**29, 2**29, offset=np.array([2**29 - 9, 9 - 2**29]))
+    assert far.materialize(9, 9).all()
+    assert masks.causal(offset=2**29).materialize(9, 9).all()
+    assert not masks.causal(offset=-(2**29)).materialize(9, 9).any()

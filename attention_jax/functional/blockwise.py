@@ -291,7 +291,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
 
     def group(g, results):
-        keys, values = (_uneven(_keys(plan, plan.keys(g).cut(x, "SNH"))) for x in (key, value))
+        keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
         keys_turned = plan.turned(keys) if plan.narrow else None  # [heads, H, S]
 
         def block(i, results):
@@ -585,7 +585,7 @@ def _unrows(plan, x):
 def _keys(plan, x):
     """`[..., S, K, H]` of a group -> `[heads, S, H]`."""
     x = x.astype(plan.operand).reshape(-1, *x.shape[-3:])
-    return jnp.swapaxes(x, 1, 2).reshape(*plan.stack, plan.S, x.shape[-1])
+    return _uneven(jnp.swapaxes(x, 1, 2).reshape(*plan.stack, plan.S, x.shape[-1]))
 
 
 def _unkeys(plan, x):
@@ -635,7 +635,7 @@ def _product(a, b):
 @_product.defjvp
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
-    return _product(a, b), _plain(d_a, b) + _plain(a, _uneven(d_b))
+    return _product(a, b), _plain(_uneven(d_a), b) + _plain(a, _uneven(d_b))
 
 
 def _plus_nothing(x):

@@ -23,6 +23,7 @@ from jax import lax
 
 from attention_jax.checks import as_integers, as_size, check_alike
 from attention_jax.functional.tiles import (
+    FARTHEST,
     Rule,
     Tile,
     as_offset,
@@ -420,8 +421,8 @@ def window(left: int | None, right: int | None = 0, offset: int | str | Array = 
         offset: As in `causal`.
 
     Raises:
-        ValueError: A negative `left` or `right`. A window that ends before the query's own
-            position is a window with a negative offset.
+        ValueError: A negative `left` or `right`, or one beyond 2^29; for no limit there is None. A
+            window that ends before the query's own position is a window with a negative offset.
 
     Reference:
         Beltagy et al. 2020, "Longformer", section 3.1. https://arxiv.org/abs/2004.05150
@@ -432,8 +433,8 @@ def window(left: int | None, right: int | None = 0, offset: int | str | Array = 
      [0 1 1 0]
      [0 0 1 1]]
     """
-    left = left if left is None else as_size("left", left, minimum=0)
-    right = right if right is None else as_size("right", right, minimum=0)
+    left = left if left is None else as_size("left", left, 0, FARTHEST)
+    right = right if right is None else as_size("right", right, 0, FARTHEST)
     return Band(left, right, as_offset(offset))
 
 
@@ -458,7 +459,7 @@ def strided(stride: int, offset: int | str | Array = 0) -> Mask:
      [1 0 0 1 0]
      [0 1 0 0 1]]
     """
-    return Strided(as_size("stride", stride), as_offset(offset))
+    return Strided(as_size("stride", stride, maximum=FARTHEST), as_offset(offset))
 
 
 def blocks(size: int, summary: int = 0, offset: int | str | Array = 0) -> Mask:
@@ -486,7 +487,7 @@ def blocks(size: int, summary: int = 0, offset: int | str | Array = 0) -> Mask:
      [0 0 1 1 0]
      [0 0 1 1 1]]
     """
-    size = as_size("size", size)
+    size = as_size("size", size, maximum=FARTHEST)
     if as_size("summary", summary, minimum=0) > size:
         raise ValueError(f"summary must be at most size={size}, got {summary}.")
     return Blocks(size, int(summary), as_offset(offset))

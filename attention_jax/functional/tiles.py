@@ -16,6 +16,8 @@ from jax import lax
 from attention_jax.checks import as_integers, as_size
 from attention_jax.types import Array
 
+FARTHEST = 2**29  # Positions that a rule may reach: sums of three and a length fit 32 bits.
+
 
 class Tile(NamedTuple):
     """A rectangle of the `[T, S]` logits: the place where masks, biases and dropout are evaluated.
@@ -171,7 +173,7 @@ def as_offset(offset: int | str | Array) -> int | str | Array:
         return offset
     if hasattr(offset, "dtype") and not isinstance(offset, np.integer):
         return as_integers("offset", offset)
-    return as_size("offset", offset, minimum=-(2**31))
+    return as_size("offset", offset, minimum=-FARTHEST, maximum=FARTHEST)
 
 
 def offset_of(offset: int | str | Array, at: Tile) -> int | Array:
