@@ -43,6 +43,11 @@ _ONE_CORE = jax.__version_info__ < (0, 11)  # See `_product` and `make_plan`.
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
 
 
+_LEAST_TRIANGLE = 256  # Rows down to which the triangle of a causal mask is halved.
+_LEAST_TOTAL, _MOST_TOTAL = 1e-15, 1e20  # Sums of exp(logit) that need no peak.
+_EXP = (0.00829027, 0.04189816, 0.16667639, 0.49999148, 0.99999970, 1.0)
+
+
 class Cut(NamedTuple):
     """How the tiles of one pass are cut.
 
@@ -53,19 +58,23 @@ class Cut(NamedTuple):
         box: How many of each leading axis are taken at once, a divisor of each; the last axes come
             whole before one that is divided, and one of each of those before.
         unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
+        halved: Each query sees the keys up to itself, and what a block of queries sees among
+            themselves is cut into ever smaller squares, see `_Rows`; s divides t, and the last
+            block has fewer queries where t does not divide T.
     """
 
     t: int
     s: int
     box: tuple[int, ...]
     unrolled: bool
+    halved: bool = False
 
 
 class Plan(NamedTuple):
     """How the work is cut up: static, and all that a compiled program depends on besides shapes.
 
     Attributes:
-        t, s, box, unrolled: Those of the `Cut` of this pass.
+        t, s, box, unrolled, halved: Those of the `Cut` of this pass.
         back: The `Cut` of the backward pass.
         lead: The sizes of the batch axes and of the axis of key heads.
         G, T, S: Query heads per key head, queries, keys.
@@ -80,6 +89,7 @@ class Plan(NamedTuple):
     s: int
     box: tuple[int, ...]
     unrolled: bool
+    halved: bool
     back: Cut
     lead: tuple[int, ...]
     G: int
@@ -112,9 +122,14 @@ class Plan(NamedTuple):
         return -(-self.T // self.t)
 
     @property
+    def alike(self) -> int:
+        """Queries for which the same keys are computed."""
+        return min(_LEAST_TRIANGLE, self.t) if self.halved else self.t
+
+    @property
     def overlapping(self) -> bool:
         """The last block of queries repeats some of the one before."""
-        return not self.unrolled and self.T % self.t > 0
+        return not (self.unrolled or self.halved) and self.T % self.t > 0
 
     @property
     def narrow(self) -> bool:
@@ -142,6 +157,30 @@ class Plan(NamedTuple):
         first = _least(i * self.t, self.T - self.t) if self.overlapping else i * self.t
         size = min(self.t, self.T - first) if isinstance(first, int) else self.t
         return at._replace(t_start=first, t_size=size, lead=lead)
+
+    def over_queries(self, block, carry):
+        """`block(i, carry)` for all blocks of queries."""
+        alike = self.T // self.t if self.halved else self.query_blocks
+        carry = _loop(0, alike, block, carry, self.unrolled)
+        return carry if alike == self.query_blocks else block(alike, carry)
+
+    def part(self, x, start, stop):
+        """The rows of some queries: `[heads, G t, ...]` -> `[heads, G (stop - start), ...]`."""
+        axis = len(self.stack) + 1
+        return self._flat(lax.slice_in_dim(self._by_query(x), start, stop, axis=axis))
+
+    def joined(self, parts):
+        """The inverse of `part`, for parts that follow each other."""
+        parts = [self._by_query(x) for x in parts]
+        return self._flat(jnp.concatenate(parts, axis=len(self.stack) + 1))
+
+    def _by_query(self, x):
+        axis = len(self.stack)
+        return x.reshape(*x.shape[:axis], self.G, -1, *x.shape[axis + 1 :])
+
+    def _flat(self, x):
+        axis = len(self.stack)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
@@ -202,11 +241,29 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
             back = cut(block, S, unrolled=True)
         elif S <= 512:
             back = cut(128, 128)
+    elif block_size is None and _is_triangle(mask, T, S):
+        t = min(T, max(_LEAST_TRIANGLE, 2048 // G // _GRAIN * _GRAIN))
+        forward = cut(G * t, min(t, 1024), 2 * _ROOM)._replace(halved=True)
 
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
     precision = jax.config.jax_default_matmul_precision
     return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand, precision)
+
+
+def _is_triangle(mask, T, S):
+    """Whether each query sees the keys up to itself."""
+
+    def knows(i):
+        size = min(_GRAIN, T - i)
+        keys = mask.keys(Tile(i, size, 0, S, T, S))
+        if keys is None or not all(isinstance(x, int) for x in (*keys.seen, *keys.open)):
+            return False
+        return (keys.seen, keys.open) == ((0, i + size), (0, i + 1))
+
+    if mask is None or T != S:
+        return False
+    return all(knows(i) for i in range(0, T, _GRAIN))
 
 
 def _box(lead, room):
@@ -288,7 +345,7 @@ def _as_precise(rule):
 
 @_as_precise
 def _forward(plan, query, key, value, softcap, bias, mask, drop):
-    lowest, largest = jnp.finfo(plan.dtype).min, jnp.finfo(plan.dtype).max
+    largest = jnp.finfo(plan.dtype).max
 
     def group(g, results):
         keys, values = (_keys(plan, plan.keys(g).cut(x, "SNH")) for x in (key, value))
@@ -300,33 +357,8 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
             queries *= plan.scales[0]
             if plan.unrolled:
                 queries, results = _settled((queries, results))  # One block at a time.
-
-            def start():
-                rows = queries.shape[:-1]
-                full = functools.partial(_full, queries, dtype=plan.dtype)
-                return full(0, (*rows, values.shape[-1])), full(lowest, rows), full(0, rows)
-
-            def tile(here, carry):
-                if plan.narrow:
-                    columns = here.keys(keys_turned, axis=-1)
-                else:  # Rows are cut: for columns, XLA would store the transpose.
-                    columns = _turned(here.keys(keys))
-                raw = here.products(queries, columns)
-                logits = here.logits(raw, softcap, here.bias)
-                # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
-                peak = logits.max(-1, initial=lowest)
-                if carry is not None:
-                    peak = jnp.maximum(peak, carry[1])
-                weights = jnp.exp(logits - peak[..., None])
-                total = weights.sum(-1)
-                mixed = _product(here.kept(weights).astype(plan.operand), here.keys(values))
-                if carry is not None:
-                    shrink = jnp.exp(carry[1] - peak)
-                    mixed += carry[0] * shrink[..., None]
-                    total += carry[2] * shrink
-                return mixed, peak, total
-
-            mixed, peak, total = rules.over_keys(tile, start, None)
+            rows = _Rows(plan, rules, queries, keys, keys_turned, values, softcap)
+            mixed, peak, total = rows.attend()
             empty = total == 0
             total = jnp.where(empty, 1, total)
             peak = jnp.where(empty, largest, peak)
@@ -338,7 +370,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
             )
             return out, *rest
 
-        return _loop(0, plan.query_blocks, block, results, plan.unrolled)
+        return plan.over_queries(block, results)
 
     shape = (*query.shape[:-1], value.shape[-1])
     results = (_full(query, 0, x, plan.dtype) for x in (shape, shape[:-1], shape[:-1]))
@@ -440,12 +472,131 @@ def _backward(plan, saved, cotangents):
 _attend.__wrapped__.defvjp(_forward, _backward)
 
 
-class _Rules:
-    """Masks, biases and dropout for the tiles of one block of queries."""
+class _Rows(NamedTuple):
+    """A block of queries in the forward pass, and what it is computed from."""
 
-    def __init__(self, plan, at, bias, mask, drop, turned=False):
-        self.plan, self.at, self.bias, self.mask, self.drop = plan, at, bias, mask, drop
-        self.turned = turned
+    plan: Plan
+    rules: "_Rules"
+    queries: Array
+    keys: Array
+    keys_turned: Array | None
+    values: Array
+    softcap: Array | None
+
+    def attend(self):
+        """Values mixed by weights, peak and normaliser of each row.
+
+        The largest logit of a row is not looked for at first: where the sum of exp(logit) and what
+        it mixes stay well inside of what floats hold, 0 does for the peak, tiles are simply added,
+        and no pass over the logits is spent on it. The other rows are done again.
+        """
+        if self.plan.halved:
+            mixed, total = self._attend_halved()
+        else:
+            mixed, total = self.rules.over_keys(self._add, self._zeros, None)
+        held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
+
+        def again(*found):
+            online = self.attend_online()
+            choices = held[..., None], held, held
+            return tuple(jnp.where(*x) for x in zip(choices, found, online, strict=True))
+
+        found = mixed, jnp.zeros_like(total), total
+        return lax.cond(_any_of_batch(~held), again, lambda *found: found, *found)
+
+    def _attend_halved(self):
+        """Squares of keys before these queries, then a triangle, of which only the tips are masked.
+
+        The square below the diagonal halves of a triangle, then the same of each of these halves.
+        """
+        plan, at = self.plan, self.rules.at
+
+        def add(start, stop, s_start, s_size, masked, carry):
+            rules = self.rules._replace(
+                at=at._replace(t_start=at.t_start + start, t_size=stop - start)
+            )
+            part = self._replace(rules=rules, queries=plan.part(self.queries, start, stop))
+            return part._add(rules.here(s_start, s_size, masked), carry)
+
+        def triangle(start, stop, carry):
+            """These rows by the keys among themselves."""
+            first = at.t_start + start
+            if stop - start <= _LEAST_TRIANGLE:
+                return add(start, stop, first, stop - start, True, carry)
+            half = -(-(stop - start) // (2 * _GRAIN)) * _GRAIN
+            middle = start + half
+            upper, lower = (
+                carry and [plan.part(x, *rows) for x in carry]
+                for rows in ((0, half), (half, stop - start))
+            )
+            lower = add(middle, stop, first, half, False, lower)
+            halves = triangle(start, middle, upper), triangle(middle, stop, lower)
+            return [plan.joined(parts) for parts in zip(*halves, strict=True)]
+
+        def before(j, carry):
+            return self._add(self.rules.here(j * plan.s, plan.s, False), carry)
+
+        first = isinstance(at.t_start, int) and at.t_start == 0
+        carry = None if first else _loop(0, at.t_start // plan.s, before, self._zeros())
+        return triangle(0, at.t_size, carry)
+
+    def _zeros(self):
+        rows = self.queries.shape[:-1]
+        shapes = (*rows, self.values.shape[-1]), rows
+        return [_full(self.queries, 0, shape, self.plan.dtype) for shape in shapes]
+
+    def _add(self, here, carry):
+        """Mixed values and normalisers with one more tile, all peaks being 0."""
+        weights = _exp(self._logits(here))
+        found = [self._mix(here, weights), weights.sum(-1)]
+        return found if carry is None else jax.tree.map(jnp.add, carry, found)
+
+    def attend_online(self):
+        """The same with the largest logit of each row for its peak (the online softmax)."""
+        lowest = jnp.finfo(self.plan.dtype).min
+
+        def start():
+            mixed, total = self._zeros()
+            return mixed, total + lowest, total
+
+        def tile(here, carry):
+            logits = self._logits(here)
+            # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
+            peak = logits.max(-1, initial=lowest)
+            if carry is not None:
+                peak = jnp.maximum(peak, carry[1])
+            weights = jnp.exp(logits - peak[..., None])
+            total = weights.sum(-1)
+            mixed = self._mix(here, weights)
+            if carry is not None:
+                shrink = jnp.exp(carry[1] - peak)
+                mixed += carry[0] * shrink[..., None]
+                total += carry[2] * shrink
+            return mixed, peak, total
+
+        return self.rules.over_keys(tile, start, None)
+
+    def _logits(self, here):
+        if self.plan.narrow:
+            columns = here.keys(self.keys_turned, axis=-1)
+        else:  # Rows are cut: for columns, XLA would store the transpose.
+            columns = _turned(here.keys(self.keys))
+        raw = here.products(self.queries, columns)
+        return here.logits(raw, self.softcap, here.bias)
+
+    def _mix(self, here, weights):
+        return _product(here.kept(weights).astype(self.plan.operand), here.keys(self.values))
+
+
+class _Rules(NamedTuple):
+    """Masks, biases and dropout for the tiles of one block of queries; `turned` ones, backward."""
+
+    plan: Plan
+    at: Tile
+    bias: object
+    mask: object
+    drop: tuple[Array, Array] | None
+    turned: bool = False
 
     def over_keys(self, tile, start, alone):
         """`tile(here, carry)` over all keys that somebody sees.
@@ -636,6 +787,48 @@ def _product(a, b):
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
     return _product(a, b), _plain(_uneven(d_a), b) + _plain(a, _uneven(d_b))
+
+
+@jax.custom_batching.custom_vmap
+def _any_of_batch(x):
+    """Whether any is true, in the batch of a `vmap` as well: so a `cond` on it stays one."""
+    return x.any()
+
+
+@_any_of_batch.def_vmap
+def _(size, batched, x):
+    return _any_of_batch(x), False
+
+
+@jax.custom_jvp
+def _exp(x):
+    """exp(x), within a few units in the last place; beyond 88 something large.
+
+    On a CPU not XLA's own, which XLA thinks too dear to repeat, and so does not fuse with a sum.
+    """
+    if x.dtype != jnp.float32:
+        return jnp.exp(x)
+    return lax.platform_dependent(x, cpu=_exp_of_float32, default=jnp.exp)
+
+
+@_exp.defjvp
+def _(primals, tangents):
+    y = _exp(*primals)
+    return y, y * tangents[0]
+
+
+def _exp_of_float32(x):
+    """2^n p(r), where x = n log(2) + r and p is nearest to exp for |r| <= log(2) / 2; 0 below -88.
+
+    A NaN stays one: comparisons with it are false.
+    """
+    x = jnp.where(x > 88, np.float32(88), jnp.where(x < -88, np.float32(-88), x))
+    n = lax.round(x * np.float32(1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    r = x - n * np.float32(math.log(2))
+    p = functools.reduce(lambda y, c: y * r + np.float32(c), _EXP)
+    # The last bits of this sum are those of n + 127, the exponent of 2^n; for n = -127 it is 0.
+    bits = lax.bitcast_convert_type(n + np.float32(1.5 * 2**23 + 127), jnp.int32)
+    return p * lax.bitcast_convert_type(bits << 23, jnp.float32)
 
 
 def _plus_nothing(x):

@@ -74,12 +74,13 @@ def cost(implementation: str, reason: str, query, key, value, mask, block_size) 
     inputs = jnp.result_type(query, key, value)
     rows, dtype = math.prod(batch) * N, jnp.promote_types(inputs, jnp.float32)
     plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, inputs)
-    t, at_once = plan.t, plan.heads * plan.G
+    t, alike, at_once = plan.t, plan.alike, plan.heads * plan.G
     if implementation == "dense":
-        t, at_once, mask = T, rows, None
+        t, alike, at_once, mask = T, T, rows, None
     # How many keys each block of queries meets; S where that is known to the running program alone.
-    widths = [_seen(mask, i, min(t, T - i), T, S) for i in range(0, T, max(t, 1))]
-    flops = 2 * rows * (H + V) * sum(min(t, T - i * t) * width for i, width in enumerate(widths))
+    blocks = [(min(alike, T - i), i) for i in range(0, T, alike)]
+    widths = [_seen(mask, i, size, T, S) for size, i in blocks]
+    flops = 2 * rows * (H + V) * sum(size * x for (size, _), x in zip(blocks, widths, strict=True))
     if implementation == "cudnn":
         return Choice(implementation, reason, flops, 0)
     s = S if implementation == "dense" else plan.s
