@@ -10,7 +10,7 @@ import pytest
 from cases import assert_close, sum_to
 
 from attention_jax import biases, dot_product_attention, explain, masks
-from attention_jax.functional.blockwise import make_plan
+from attention_jax.functional.blockwise import _exp, make_plan
 from attention_jax.functional.dropout import keep_mask
 
 blockwise = functools.partial(dot_product_attention, implementation="blockwise")
@@ -171,7 +171,9 @@ CHOSEN = {
     "written out, wide heads": (400, 400, 4, 4, 80, masks.causal()),
     "small squares": (300, 300, 4, 4, 16, masks.causal()),
     "written out, backward squares": (1100, 1100, 4, 2, 16, masks.causal()),
-    "squares": (2100, 2100, 2, 1, 16, masks.causal()),
+    "squares": (2100, 2100, 2, 1, 16, masks.window(2000)),
+    "a halved triangle": (2100, 2100, 2, 1, 16, masks.causal()),
+    "halved triangles, three heads in a group": (2309, 2309, 3, 1, 16, masks.causal()),
     "rows": (1100, 1100, 2, 2, 16, None),
     "rows, few of them": (100, 700, 2, 1, 16, masks.causal("end")),
     "window, squares": (300, 300, 8, 8, 16, masks.window(70)),
@@ -201,6 +203,74 @@ def test_tiles_that_are_chosen_agree_with_the_definition(case, dtype):
     for name, x, y, z in zip(arrays, run("blockwise", dtype), want, narrow, strict=True):
         bound = 1e-5 * max(1, np.abs(y).max()) if dtype == "float32" else 3 * np.abs(z - y).max()
         assert np.abs(x - y).max() <= bound, name
+
+
+def test_a_halved_triangle_takes_all_that_tiles_take():
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.standard_normal((2100, n, 8)), jnp.float32) for n in (2, 1, 1)]
+    qkv[1] = qkv[1].at[2099].set(jnp.nan)  # Only the last query sees it.
+    settings = {
+        "mask": masks.causal(),
+        "softcap": 2.0,
+        "bias": biases.alibi(2),
+        "sinks": jnp.array([0.5, -1]),
+        "dropout_rate": 0.2,
+        "dropout_rng": jax.random.key(1),
+        "return_residual": True,
+    }
+    got, want = (
+        dot_product_attention(*qkv, **settings, implementation=name)
+        for name in ("blockwise", "dense")
+    )
+    assert np.isnan(got[0][2099]).all()
+    for x, y in zip(got, want, strict=True):
+        assert_close(x[:2099], y[:2099], 2e-6)
+
+
+@pytest.mark.parametrize("T", [600, 2100])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
+def test_rows_whose_logits_need_a_peak_are_right_and_change_no_other(mask, T):
+    """exp of their logits is infinite, or nothing, or what it mixes is infinite."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((T, 1, 8)), jnp.float32) for _ in range(3))
+    key = key.at[:, 0, 0].set(jnp.abs(key[:, 0, 0]) + 1)
+    value = value.at[T - 1].mul(1e30)  # All see it without a mask, the last query with one.
+    attend = jax.jit(functools.partial(blockwise, mask=mask))
+    plain = attend(query, key, value)
+    far = query.at[50].mul(1e3).at[51, 0, 0].set(-2e3).at[52, 0, 0].set(-130).at[53, 0, 0].set(130)
+    got = attend(far, key, value)
+    want = dot_product_attention(far, key, value, mask=mask, implementation="dense")
+    for row in (*range(48, 56), T - 1):
+        scale = np.abs(want[row]).max()
+        np.testing.assert_allclose(got[row] / scale, want[row] / scale, atol=3e-5)
+    others = np.delete(np.arange(T), [50, 51, 52, 53])
+    np.testing.assert_array_equal(got[others], plain[others])
+
+
+def test_a_batch_of_vmap_is_done_again_only_where_it_must_be():
+    """A `cond` on a batched predicate would be a select, which always does both."""
+
+    def conds(f):
+        text = str(jax.make_jaxpr(f)(jnp.zeros((2, 3, 300, 4, 8))))
+        return text.count("cond["), text.count("= while[")
+
+    def attend(x):
+        return blockwise(x, x, x, mask=masks.causal())
+
+    assert conds(jax.vmap(jax.vmap(attend))) == conds(attend)
+    assert conds(attend)[0] > 0
+
+
+def test_the_exponential_is_exact_to_a_few_units_in_the_last_place(x64):
+    x = np.linspace(-87, 88, 1_000_001, dtype=np.float32)
+    want = np.exp(x.astype(np.float64))
+    got = jax.jit(_exp)(x)
+    assert got.dtype == jnp.float32
+    assert np.abs(got / want - 1).max() < 4e-7
+    np.testing.assert_array_equal(
+        jax.jit(_exp)(np.array([-np.inf, -1e30, -89, np.nan, 0], np.float32)), [0, 0, 0, np.nan, 1]
+    )
+    np.testing.assert_array_equal(jax.vmap(jax.grad(_exp))(x[::1000]), jax.jit(_exp)(x[::1000]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -242,7 +242,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         elif S <= 512:
             back = cut(128, 128)
     elif block_size is None and _is_triangle(mask, T, S):
-        t = min(T, max(_LEAST_TRIANGLE, 2048 // G // _GRAIN * _GRAIN))
+        t = min(T, max(_LEAST_TRIANGLE, 2 * side // G // _GRAIN * _GRAIN))
         forward = cut(G * t, min(t, 1024), 2 * _ROOM)._replace(halved=True)
 
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
@@ -764,7 +764,7 @@ def _unspread(a, b):
 
     def unless_spread(a, b):
         product = _product(a, b)
-        spread = jnp.isnan(product[..., 0]).any()
+        spread = _any_of_batch(jnp.isnan(product[..., 0]))
         return lax.cond(spread, lambda _: _plain(a, b), lambda x: x, product)
 
     return lax.platform_dependent(a, b, cpu=unless_spread, default=_plain)
@@ -824,7 +824,8 @@ def _exp_of_float32(x):
     """
     x = jnp.where(x > 88, np.float32(88), jnp.where(x < -88, np.float32(-88), x))
     n = lax.round(x * np.float32(1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
-    r = x - n * np.float32(math.log(2))
+    # log(2) in two parts, so that the large product is exact (Cody and Waite).
+    r = (x - n * np.float32(355 / 512)) - n * np.float32(math.log(2) - 355 / 512)
     p = functools.reduce(lambda y, c: y * r + np.float32(c), _EXP)
     # The last bits of this sum are those of n + 127, the exponent of 2^n; for n = -127 it is 0.
     bits = lax.bitcast_convert_type(n + np.float32(1.5 * 2**23 + 127), jnp.int32)
