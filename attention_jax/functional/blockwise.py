@@ -1,10 +1,11 @@
 """Exact attention in memory linear in the sequence: the dense definition, one tile at a time.
 
 The forward pass walks over tiles of the logits, some queries by some keys, and keeps for each row
-the peak, the normaliser and the weighted sum of the values so far (the online softmax). The
-backward pass computes every tile again from peak and normaliser. No tile outlives its turn.
+the normaliser and the weighted sum of the values so far; rows whose logits need it keep their peak
+too (the online softmax). The backward pass computes every tile again from peak and normaliser. No
+tile outlives its turn.
 
-Five things make it fast on a CPU:
+Six things make it fast on a CPU:
 
 - Products stand in forms that XLA runs at full speed. A product whose left operand is transposed,
   such as weights^T @ d_out, does not; so the backward pass works on transposed tiles, keys by
@@ -13,6 +14,7 @@ Five things make it fast on a CPU:
 - A mask says which keys a block of queries sees (`Mask.keys`): tiles that nobody sees are skipped,
   and tiles that everybody sees are not masked.
 - Tiles are large enough to feed every core and small enough for the cache.
+- No pass over the logits looks for peaks that are not needed, see `_Rows.attend`.
 - bfloat16 is multiplied as it is, and summed in float32.
 
 Reference:
@@ -186,8 +188,8 @@ class Plan(NamedTuple):
 def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     """The plan for these sizes and this type of the inputs; `block_size` overrides both sizes.
 
-    A tile of whole rows, from the first key that is seen to the last, needs no online softmax, so
-    it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found on a
+    A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
+    so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found on a
     CPU (docs/performance.md).
     """
     some = min(256, -(-T // 2))
