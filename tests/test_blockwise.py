@@ -247,6 +247,28 @@ def test_rows_whose_logits_need_a_peak_are_right_and_change_no_other(mask, T):
     np.testing.assert_array_equal(got[others], plain[others])
 
 
+@pytest.mark.parametrize("size", [1, 10, 15, 20, 40, 400])
+@pytest.mark.parametrize("second", ["jvp of grad", "grad of grad"])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_second_derivatives_with_and_without_a_peak(mask, second, size, dtype, x64):
+    """Sums of exp(logit) from nothing to infinity, and their squares."""
+    rng = np.random.default_rng(0)
+    q, k, v, d = (jnp.asarray(rng.standard_normal((64, n, 4)), dtype) for n in (2, 1, 1, 2))
+
+    def found(implementation):
+        attend = functools.partial(dot_product_attention, mask=mask, implementation=implementation)
+        gradient = jax.grad(lambda q: (attend(q * size, k, v) ** 2).sum())
+        if second == "jvp of grad":
+            return jax.jit(lambda q: jax.jvp(gradient, (q,), (d,))[1])(q)
+        return jax.jit(jax.grad(lambda q: (gradient(q) * d).sum()))(q)
+
+    want = found("dense")
+    scale = np.abs(want).max()
+    bound = {"float32": 2e-5 * max(1, size / 10), "float64": 1e-10}[dtype]
+    np.testing.assert_allclose(found("blockwise") / scale, want / scale, atol=bound)
+
+
 def test_a_batch_of_vmap_is_done_again_only_where_it_must_be():
     """A `cond` on a batched predicate would be a select, which always does both."""
 

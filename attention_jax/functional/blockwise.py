@@ -46,7 +46,7 @@ _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each w
 
 
 _LEAST_TRIANGLE = 256  # Rows down to which the triangle of a causal mask is halved.
-_LEAST_TOTAL, _MOST_TOTAL = 1e-15, 1e20  # Sums of exp(logit) that need no peak.
+_LEAST_TOTAL, _MOST_TOTAL = 1e-6, 1e20  # Sums of exp(logit) that need no peak.
 _EXP = (0.00829027, 0.04189816, 0.16667639, 0.49999148, 0.99999970, 1.0)
 
 
@@ -61,8 +61,8 @@ class Cut(NamedTuple):
             whole before one that is divided, and one of each of those before.
         unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
         halved: Each query sees the keys up to itself, and what a block of queries sees among
-            themselves is cut into ever smaller squares, see `_Rows`; s divides t, and the last
-            block has fewer queries where t does not divide T.
+            themselves is cut into ever smaller squares, see `_Rows`. The last block has fewer
+            queries where t does not divide T; where there are several, s divides t.
     """
 
     t: int
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
 
     @property
     def alike(self) -> int:
-        """Queries for which the same keys are computed."""
+        """Queries for which the same keys are computed, at most."""
         return min(_LEAST_TRIANGLE, self.t) if self.halved else self.t
 
     @property
@@ -189,8 +189,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     """The plan for these sizes and this type of the inputs; `block_size` overrides both sizes.
 
     A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
-    so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found on a
-    CPU (docs/performance.md).
+    so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found
+    on a CPU (docs/performance.md).
     """
     some = min(256, -(-T // 2))
 
@@ -254,7 +254,10 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
 
 
 def _is_triangle(mask, T, S):
-    """Whether each query sees the keys up to itself."""
+    """Whether each query sees the keys up to itself, by what the mask says of every 64 of them.
+
+    Squares end at multiples of 64 (`_GRAIN`), and what is smaller is masked.
+    """
 
     def knows(i):
         size = min(_GRAIN, T - i)
@@ -489,21 +492,24 @@ class _Rows(NamedTuple):
         """Values mixed by weights, peak and normaliser of each row.
 
         The largest logit of a row is not looked for at first: where the sum of exp(logit) and what
-        it mixes stay well inside of what floats hold, 0 does for the peak, tiles are simply added,
-        and no pass over the logits is spent on it. The other rows are done again.
+        it mixes stay well inside of what floats hold, tiles are simply added, and no pass over the
+        logits is spent on it; the logarithm of the sum does for the peak. The other rows are done
+        again.
         """
         if self.plan.halved:
             mixed, total = self._attend_halved()
         else:
             mixed, total = self.rules.over_keys(self._add, self._zeros, None)
         held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
+        # The normaliser is then 1, whose square, in derivatives of derivatives, is no trouble.
+        peak = lax.stop_gradient(jnp.log(jnp.where(held, total, 1)))
+        shrink = jnp.exp(-peak)
 
         def again(*found):
-            online = self.attend_online()
             choices = held[..., None], held, held
-            return tuple(jnp.where(*x) for x in zip(choices, found, online, strict=True))
+            return tuple(map(jnp.where, choices, found, self.attend_online()))
 
-        found = mixed, jnp.zeros_like(total), total
+        found = mixed * shrink[..., None], peak, total * shrink
         return lax.cond(_any_of_batch(~held), again, lambda *found: found, *found)
 
     def _attend_halved(self):
@@ -804,10 +810,12 @@ def _(size, batched, x):
 
 @jax.custom_jvp
 def _exp(x):
-    """exp(x), within a few units in the last place; beyond 88 something large.
+    """exp(min(x, 88)), within a few units in the last place, and 0 below -88 in float32.
 
     On a CPU not XLA's own, which XLA thinks too dear to repeat, and so does not fuse with a sum.
+    Finite: where a row is done again, its derivative meets a zero.
     """
+    x = jnp.where(x > 88, jnp.asarray(88, x.dtype), x)  # A NaN stays one.
     if x.dtype != jnp.float32:
         return jnp.exp(x)
     return lax.platform_dependent(x, cpu=_exp_of_float32, default=jnp.exp)
@@ -820,11 +828,8 @@ def _(primals, tangents):
 
 
 def _exp_of_float32(x):
-    """2^n p(r), where x = n log(2) + r and p is nearest to exp for |r| <= log(2) / 2; 0 below -88.
-
-    A NaN stays one: comparisons with it are false.
-    """
-    x = jnp.where(x > 88, np.float32(88), jnp.where(x < -88, np.float32(-88), x))
+    """2^n p(r), where x = n log(2) + r, and p is near exp for |r| <= log(2) / 2."""
+    x = jnp.where(x < -88, np.float32(-88), x)
     n = lax.round(x * np.float32(1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
     # log(2) in two parts, so that the large product is exact (Cody and Waite).
     r = (x - n * np.float32(355 / 512)) - n * np.float32(math.log(2) - 355 / 512)
