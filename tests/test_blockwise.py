@@ -243,7 +243,7 @@ def test_rows_whose_logits_need_a_peak_are_right_and_change_no_other(mask, T):
     want = dot_product_attention(far, key, value, mask=mask, implementation="dense")
     for row in (*range(48, 56), T - 1):
         scale = np.abs(want[row]).max()
-        np.testing.assert_allclose(got[row] / scale, want[row] / scale, atol=3e-5)
+        np.testing.assert_allclose(got[row] / scale, want[row] / scale, atol=5e-4)
     others = np.delete(np.arange(T), list(rows))
     np.testing.assert_array_equal(got[others], plain[others])
 
