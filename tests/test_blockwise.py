@@ -248,7 +248,7 @@ def test_rows_whose_logits_need_a_peak_are_right_and_change_no_other(mask, T):
     np.testing.assert_array_equal(got[others], plain[others])
 
 
-@pytest.mark.parametrize("size", [1, 10, 15, 20, 40, 400])
+@pytest.mark.parametrize("size", [1, 15, 40, 400])
 @pytest.mark.parametrize("second", ["jvp of grad", "grad of grad"])
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
