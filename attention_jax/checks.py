@@ -12,11 +12,28 @@ from attention_jax.types import Array
 
 def check_floating(name: str, array: Array) -> None:
     """Raises TypeError unless `array` holds real floating-point numbers."""
-    dtype = getattr(array, "dtype", None)
-    if dtype is None:
+    if not is_array(array):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {dtype}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {array.dtype}.")
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` holds numbers: a `jax.ShapeDtypeStruct` has a type, but none of them."""
+    return hasattr(x, "dtype") and (hasattr(x, "__array__") or hasattr(x, "__jax_array__"))
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises TypeError unless `value` is True or False: a word would pass for True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def as_floating(name: str, array: Array) -> Array:
+    """`array` as an array of floating-point numbers, or the error that says why not."""
+    array = _as_array(array)
+    check_floating(name, array)
+    return jnp.asarray(array)
 
 
 def as_integers(name: str, array: Array, axes: int = 0) -> Array:
@@ -25,8 +42,7 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     They are of 32 bits at least, and signed: a difference of two must not wrap around. Arrays of
     numpy may hold some that do not fit; those of jax have been cut already.
     """
-    of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
-    array = jnp.asarray(array) if of_jax else np.asarray(array)
+    array = _as_array(array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {array.dtype}.")
     if array.ndim < axes:
@@ -37,6 +53,12 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
             if not jnp.iinfo(dtype).min <= extreme <= jnp.iinfo(dtype).max:
                 raise ValueError(f"{name} must fit in {dtype}, got {extreme}.")
     return jnp.asarray(array).astype(dtype)
+
+
+def _as_array(array: Array) -> Array:
+    """An array, of numpy where nothing in it is jax's."""
+    of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
+    return jnp.asarray(array) if of_jax else np.asarray(array)
 
 
 def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -66,8 +88,8 @@ def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Arr
         )
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
         raise ValueError(
-            f"query heads N must be a multiple of key heads K, got N={query.shape[-2]} and "
-            f"K={key.shape[-2]}."
+            "query heads N must be a multiple of key heads K, at least 1, got "
+            f"N={query.shape[-2]} and K={key.shape[-2]}."
         )
     if query.shape[-1] == 0:
         raise ValueError(f"head size H must be at least 1, got query shape {query.shape}.")
@@ -94,15 +116,24 @@ def check_alike(name: str, left: Sequence[int], right: Sequence[int]) -> None:
         )
 
 
+def check_number(name: str, x: float | Array) -> None:
+    """Raises unless `x` is one real number; an array of one entry and no axes is one."""
+    if is_array(x):
+        is_real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+    else:
+        is_real = isinstance(x, int | float) and not isinstance(x, bool)
+    if not is_real:
+        came = x.dtype if is_array(x) else repr(x)
+        raise TypeError(f"{name} must be a real number, got {came}.")
+    if np.ndim(x) > 0:
+        raise ValueError(f"{name} must be one number, got shape {x.shape}.")
+
+
 def check_rate(name: str, rate: float | Array) -> None:
     """Raises unless `rate` is one number, and 0 <= rate < 1; a traced one is taken on trust."""
-    is_array = hasattr(rate, "dtype")
-    if not is_array and (isinstance(rate, bool) or not isinstance(rate, int | float)):
-        raise TypeError(f"{name} must be a number, got {rate!r}.")
-    if is_array and not jnp.issubdtype(rate.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point number, got {rate.dtype}.")
-    if is_array and rate.shape != ():
-        raise ValueError(f"{name} must be one number, got shape {rate.shape}.")
+    check_number(name, rate)
+    if is_array(rate):
+        check_floating(name, rate)
     if not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
 

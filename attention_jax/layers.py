@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_size, check_rate
+from attention_jax.checks import as_integers, as_size, check_flag, check_rate
 from attention_jax.functional import biases, masks, positions
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.differential import differential_attention, reparametrized_lambda
@@ -553,6 +553,11 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
     own error says so.
     """
     check_rate("dropout_rate", layer.dropout_rate)
+    check_flag("sow_weights", sow_weights)
+    own = getattr(layer, "deterministic", None)
+    for given in (own, deterministic):
+        if given is not None:
+            check_flag("deterministic", given)
     if sow_weights:
         if layer.attention_fn is not dot_product_attention:
             raise NotImplementedError(
@@ -564,7 +569,7 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
     if bias is not None:
         options["bias"] = bias
     if isinstance(layer.dropout_rate, jax.core.Tracer) or layer.dropout_rate:
-        if nn.merge_param("deterministic", getattr(layer, "deterministic", None), deterministic):
+        if nn.merge_param("deterministic", own, deterministic):
             options["deterministic"] = True
         else:
             if getattr(layer, "decode", False):

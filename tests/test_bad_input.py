@@ -25,6 +25,7 @@ TYPES = {
     "complex": ((QUERY, KEY.astype(complex), VALUE), "key"),
     "nothing": ((QUERY, None, VALUE), "key"),
     "text": (("query", KEY, VALUE), "query"),
+    "no content": ((jax.ShapeDtypeStruct(QUERY.shape, QUERY.dtype), KEY, VALUE), "query"),
 }
 SETTINGS = {
     "mask of numbers": ({"mask": np.ones((5, 7))}, TypeError, "mask"),
@@ -73,6 +74,18 @@ SETTINGS = {
     "rate that is nothing": ({"dropout_rate": None}, TypeError, "dropout_rate.*None"),
     "rate of integers": ({"dropout_rate": np.zeros((), int)}, TypeError, "dropout_rate.*int"),
     "several rates": ({"dropout_rate": np.array([0.5, 0.2])}, ValueError, r"dropout_rate.*\(2,\)"),
+    "scale of text": ({"scale": "a"}, TypeError, "scale.*'a'"),
+    "several scales": ({"scale": np.ones(2)}, ValueError, r"scale.*\(2,\)"),
+    "complex softcap": ({"softcap": 1j}, TypeError, "softcap.*1j"),
+    "a word for no": ({"deterministic": "no"}, TypeError, "deterministic.*'no'"),
+    "neither yes nor no": ({"deterministic": None}, TypeError, "deterministic.*None"),
+    "a word for yes": ({"return_residual": "yes"}, TypeError, "return_residual.*'yes'"),
+    "mask without content": ({"mask": jax.ShapeDtypeStruct((5, 7), bool)}, TypeError, "mask"),
+    "bias without content": (
+        {"bias": jax.ShapeDtypeStruct((5, 7), np.float32)},
+        TypeError,
+        "bias.*ShapeDtypeStruct",
+    ),
     "implementation": ({"implementation": "fast"}, ValueError, "implementation.*fast"),
     "block size of zero": ({"block_size": 0}, ValueError, "block_size"),
 }

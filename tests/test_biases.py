@@ -114,11 +114,24 @@ def test_biases_learn():
             ValueError,
             "max_distance",
         ),
+        (lambda: biases.relative(None), TypeError, "table"),
+        (
+            lambda: biases.relative(np.ones((8, 2), np.float32), bidirectional="no"),
+            TypeError,
+            "bidirectional.*'no'",
+        ),
     ],
 )
 def test_a_bad_bias_is_refused(make, error, word):
     with pytest.raises(error, match=word):
         make()
+
+
+def test_a_bias_says_what_it_is():
+    said = repr(biases.alibi(6, offset=2) + np.zeros((6, 1, 7), np.float32))
+    assert said == "alibi([6], offset=2) + dense([6, 1, 7])"
+    said = repr(biases.relative(np.ones((8, 2), np.float32), bidirectional=False))
+    assert said == "relative([8, 2], bidirectional=False, max_distance=128)"
 
 
 @pytest.mark.parametrize("bias", [biases.alibi(5), biases.relative(jnp.ones((8, 5)))])

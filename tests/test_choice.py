@@ -62,6 +62,15 @@ def test_what_is_refused_is_not_explained():
         explain(SMALL, SMALL, SMALL, bias=jnp.ones((3, 1, 1)))
 
 
+def test_every_array_may_be_without_content():
+    mask = jax.ShapeDtypeStruct((512, 512), bool)
+    bias, sinks = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 1, 512), (4,)))
+    chosen = explain(LARGE, LARGE, LARGE, bias, mask, sinks=sinks)
+    assert chosen == explain(LARGE, LARGE, LARGE, jnp.ones((4, 1, 512)), jnp.ones((512, 512), bool))
+    with pytest.raises(ValueError, match="mask"):
+        explain(SMALL, SMALL, SMALL, mask=mask)
+
+
 @pytest.mark.parametrize("mask", [masks.causal(), masks.window(100)], ids=["causal", "window"])
 def test_lengths_cost_no_more_than_what_they_leave(mask):
     x = jax.ShapeDtypeStruct((2, 4096, 4, 32), jnp.float32)

@@ -114,6 +114,12 @@ def test_an_argument_that_nobody_knows_is_refused():
         attention_fn(*random_qkv(), is_casual=True)
 
 
+@pytest.mark.parametrize("name", ["is_causal", "broadcast_dropout", "deterministic"])
+def test_a_word_is_neither_yes_nor_no(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        attention_fn(*random_qkv(), **{name: "no"})
+
+
 @pytest.mark.parametrize(("T", "implementation"), [(6, "dense"), (600, "blockwise")])
 def test_precision_holds_where_derivatives_are_traced_later(T, implementation):
     x = jnp.ones((1, T, 1, 8))

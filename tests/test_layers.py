@@ -413,6 +413,13 @@ def test_parameters_may_be_bfloat16():
             "decode.*dropout_rate=0.5",
         ),
         (MultiHeadAttention(num_heads=4, softcap=-1.0), {}, ValueError, "softcap"),
+        (
+            MultiHeadAttention(num_heads=4),
+            {"deterministic": "no"},
+            TypeError,
+            "deterministic.*'no'",
+        ),
+        (MultiHeadAttention(num_heads=4), {"sow_weights": "no"}, TypeError, "sow_weights.*'no'"),
         (DifferentialAttention(num_heads=4), {}, ValueError, "head_dim.*3"),
         (DifferentialAttention(num_heads=4, qk_norm=True), {}, ValueError, "head_dim.*3"),
         (

@@ -167,6 +167,12 @@ def test_a_repr_names_what_is_not_the_default():
     assert repr(masks.blocks(3)) == "blocks(3)"
 
 
+def test_a_mask_of_no_size_at_all_is_refused():
+    for sizes, error, words in [((-1, 3), ValueError, "T.*-1"), ((3, 2.5), TypeError, "S.*2.5")]:
+        with pytest.raises(error, match=words):
+            masks.causal().materialize(*sizes)
+
+
 def test_a_picture_that_does_not_fit_the_screen_is_words():
     assert len(str(masks.dense(np.ones((999, 999), bool)))) < 200
 

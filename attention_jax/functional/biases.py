@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.checks import as_size, check_floating
+from attention_jax.checks import as_floating, as_size, check_flag, check_floating, is_array
 from attention_jax.functional.tiles import (
     Rule,
     Tile,
     as_offset,
     offset_of,
     per_row,
+    shown,
     value_class,
+    words,
 )
 from attention_jax.types import Array
 
@@ -67,6 +69,9 @@ class Alibi(Bias):
         dtype = jnp.promote_types(self.slopes.dtype, jnp.float32)
         return -self.slopes[:, None, None].astype(dtype) * distance.astype(dtype)
 
+    def __repr__(self):
+        return f"alibi({', '.join([words(self.slopes), *shown(self.offset)])})"
+
 
 @value_class(table="bN", offset="")  # b: buckets.
 class Relative(Bias):
@@ -83,6 +88,10 @@ class Relative(Bias):
         # [..., t, s, N] -> [..., N, t, s]; a distance with batch axes has a head axis of 1.
         bias = jnp.moveaxis(self.table[buckets], -1, -3)
         return bias if distance.ndim == 2 else jnp.squeeze(bias, -4)
+
+    def __repr__(self):
+        settings = f"bidirectional={self.bidirectional}", f"max_distance={self.max_distance}"
+        return f"relative({', '.join([words(self.table), *settings, *shown(self.offset)])})"
 
 
 @value_class(array="NTS")
@@ -103,6 +112,9 @@ class Dense(Bias):
                 f"{self.array.shape}."
             )
 
+    def __repr__(self):
+        return f"dense({words(self.array)})"
+
 
 @value_class()
 class Sum(Bias):
@@ -120,6 +132,9 @@ class Sum(Bias):
     def hidden(self, at):
         left, right = self.left.hidden(at), self.right.hidden(at)
         return left if right is None else right if left is None else left | right
+
+    def __repr__(self):
+        return f"{self.left!r} + {self.right!r}"
 
 
 @value_class(offset="")
@@ -141,6 +156,9 @@ class Shifted(Bias):
     def _place(self, at):
         return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
 
+    def __repr__(self):
+        return f"shifted({self.bias!r}, {words(self.offset)})"
+
 
 def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:
     """-slope * |t + offset - s|: the further away, the less welcome.
@@ -157,8 +175,7 @@ def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) ->
     if jnp.ndim(slopes_or_num_heads) == 0:
         slopes = jnp.asarray(alibi_slopes(as_size("slopes_or_num_heads", slopes_or_num_heads)))
     else:
-        slopes = jnp.asarray(slopes_or_num_heads)
-    check_floating("slopes", slopes)
+        slopes = as_floating("slopes", slopes_or_num_heads)
     if slopes.ndim != 1:
         raise ValueError(f"slopes must be [N], got shape {slopes.shape}.")
     return Alibi(slopes, as_offset(offset))
@@ -203,8 +220,8 @@ def relative(
     Reference:
         Raffel et al. 2020, "T5", section 2.1. https://arxiv.org/abs/1910.10683
     """
-    table = jnp.asarray(table)
-    check_floating("table", table)
+    table = as_floating("table", table)
+    check_flag("bidirectional", bidirectional)
     if table.ndim != 2:
         raise ValueError(f"table must be [num_buckets, N], got shape {table.shape}.")
     if num_buckets is not None and num_buckets != table.shape[0]:
@@ -269,7 +286,7 @@ def as_bias(bias: "Bias | Array") -> Bias:
     """A bias as it is, and a floating-point array as the rule that slices it."""
     if isinstance(bias, Bias):
         return bias
-    if not hasattr(bias, "dtype"):
+    if not is_array(bias):
         raise TypeError(f"bias must be an array or a biases.* value, got {type(bias).__name__}.")
     check_floating("bias", bias)
     with jax.debug_infs(False):  # -inf is a word here, not an accident.

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.checks import (
+    as_floating,
     as_size,
     check_broadcastable,
-    check_floating,
+    check_flag,
+    check_number,
     check_qkv,
     check_rate,
 )
@@ -126,8 +128,8 @@ def dot_product_attention(
 def explain(*arguments, **options) -> Choice:
     """Which implementation `dot_product_attention` takes, why, and what it costs.
 
-    Arguments and errors are those of `dot_product_attention`; nothing is computed, and query, key
-    and value may be `jax.ShapeDtypeStruct`s.
+    Arguments and errors are those of `dot_product_attention`; nothing is computed, and what may be
+    an array may be a `jax.ShapeDtypeStruct`.
 
     >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
     >>> explain(x, x, x).implementation
@@ -135,18 +137,23 @@ def explain(*arguments, **options) -> Choice:
     """
     bound = inspect.signature(dot_product_attention).bind(*arguments, **options)
     bound.apply_defaults()
-    arrays = {name: bound.arguments.pop(name) for name in ("query", "key", "value")}
+    numbers = dict(bound.arguments)
+    arrays = {
+        name: numbers.pop(name)
+        for name, x in bound.arguments.items()
+        if name in ("query", "key", "value") or isinstance(x, jax.ShapeDtypeStruct)
+    }
     explained = []
 
     def look(arrays):
-        name, reason, (query, key, value), options = _prepare(**arrays, **bound.arguments)
+        name, reason, (query, key, value), options = _prepare(**arrays, **numbers)
         _rules(options["bias"], options["mask"], query, key)  # For its errors.
         inputs = map(jax.typeof, (query, key, value))
         explained.extend((name, reason, *inputs, options["block_size"]))
 
     jax.eval_shape(look, arrays)
     *explained, block_size = explained
-    mask = bound.arguments["mask"]  # Not within `look`, where its numbers are not known.
+    mask = numbers.get("mask")  # Not that of `look`, where its numbers are not known.
     return cost(*explained, None if mask is None else as_mask(mask), block_size)
 
 
@@ -173,6 +180,7 @@ def _prepare(
     bias = None if bias is None else as_bias(bias)
     sinks = _check_options(query, scale, softcap, sinks)
     rate = _active_rate(dropout_rate, dropout_rng, deterministic)
+    check_flag("return_residual", return_residual)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}."
@@ -357,16 +365,14 @@ def _check_options(query: Array, scale, softcap, sinks: Array | None) -> Array |
     for name, x in (("scale", scale), ("softcap", softcap)):
         if x is None:
             continue
-        if isinstance(x, str | bool) or jnp.ndim(x) != 0:
-            raise TypeError(f"{name} must be one number, got {x!r}.")
+        check_number(name, x)
         if not isinstance(x, jax.core.Tracer) and not math.isfinite(x):
             raise ValueError(f"{name} must be finite, got {x}.")
     if softcap is not None and not isinstance(softcap, jax.core.Tracer) and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is None:
         return None
-    sinks = jnp.asarray(sinks)
-    check_floating("sinks", sinks)
+    sinks = as_floating("sinks", sinks)
     if sinks.shape != query.shape[-2:-1]:
         raise ValueError(
             f"sinks must be [N] with N={query.shape[-2]} query heads, got shape {sinks.shape}."
@@ -388,6 +394,7 @@ def _check_blocks(block_size) -> tuple[int, int] | None:
 def _active_rate(rate, rng, deterministic: bool) -> float | Array | None:
     """The dropout rate, or None where nothing is dropped."""
     check_rate("dropout_rate", rate)
+    check_flag("deterministic", deterministic)
     if deterministic or (not isinstance(rate, jax.core.Tracer) and rate == 0):
         return None
     if rng is None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.checks import as_integers, as_size, check_alike
+from attention_jax.checks import as_integers, as_size, check_alike, is_array
 from attention_jax.functional.tiles import (
     FARTHEST,
     Rule,
@@ -29,6 +29,7 @@ from attention_jax.functional.tiles import (
     as_offset,
     offset_of,
     per_row,
+    shown,
     value_class,
     words,
 )
@@ -74,8 +75,9 @@ class Mask(Rule):
         """The whole mask as a boolean array, `[T, S]` or `[..., N or 1, T, S]`.
 
         Raises:
-            ValueError: The mask holds arrays of another T or S.
+            ValueError: The mask holds arrays of another T or S, or one of the two is negative.
         """
+        T, S = as_size("T", T, minimum=0), as_size("S", S, minimum=0)
         self.check(T, S)
         visible = self.tile(Tile.whole(T, S))
         return jnp.broadcast_to(visible, (*visible.shape[:-2], T, S))
@@ -158,7 +160,7 @@ class Band(Mask):
     def __repr__(self):
         name = "causal(" if (self.left, self.right) == (None, 0) else f"window({self.left}, "
         options = [] if name == "causal(" else [f"right={self.right}"]
-        return name + ", ".join(options + _shown(self.offset)) + ")"
+        return name + ", ".join(options + shown(self.offset)) + ")"
 
 
 # L: the whole length, because a shifted query looks its id up at its position.
@@ -233,7 +235,7 @@ class Strided(Mask):
         return Keys((0, at.S), (0, at.S if self.stride == 1 else 0))
 
     def __repr__(self):
-        return f"strided({', '.join([str(self.stride), *_shown(self.offset)])})"
+        return f"strided({', '.join([str(self.stride), *shown(self.offset)])})"
 
 
 @value_class(offset="")
@@ -266,7 +268,7 @@ class Blocks(Mask):
 
     def __repr__(self):
         summary = [f"summary={self.summary}"] if self.summary else []
-        return f"blocks({', '.join([str(self.length), *summary, *_shown(self.offset)])})"
+        return f"blocks({', '.join([str(self.length), *summary, *shown(self.offset)])})"
 
 
 @value_class(array="NTS")
@@ -546,7 +548,7 @@ def as_mask(mask: "Mask | Array") -> Mask:
     """A mask as it is, and a boolean array as `dense(array)`."""
     if isinstance(mask, Mask):
         return mask
-    if not hasattr(mask, "dtype"):
+    if not is_array(mask):
         raise TypeError(
             f"mask must be a boolean array or a masks.* value, got {type(mask).__name__}."
         )
@@ -560,11 +562,6 @@ def is_causal(mask: Mask | None) -> bool:
         and isinstance(mask.offset, int)
         and (mask.left, mask.right, mask.offset) == (None, 0, 0)
     )
-
-
-def _shown(offset: int | str | Array) -> list[str]:
-    """An offset as it stands in a repr; the default 0 is left out."""
-    return [f"offset={words(offset)}"] if not isinstance(offset, int) or offset else []
 
 
 def _with_head_axis(x: Array) -> Array:

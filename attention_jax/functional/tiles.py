@@ -189,3 +189,8 @@ def per_row(x: int | Array) -> int | Array:
 def words(x) -> str:
     """A field as it stands in a repr: numbers as they are, arrays by their shape."""
     return repr(x) if isinstance(x, int | str) else str(list(x.shape))
+
+
+def shown(offset: int | str | Array) -> list[str]:
+    """An offset as it stands in a repr; the default 0 is left out."""
+    return [f"offset={words(offset)}"] if not isinstance(offset, int) or offset else []

@@ -5,6 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
+from attention_jax.checks import check_flag
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -51,6 +52,8 @@ def attention_fn(
     Raises:
         NotImplementedError: `broadcast_dropout=True` with dropout, or a precision by operand.
     """
+    check_flag("broadcast_dropout", broadcast_dropout)
+    check_flag("is_causal", is_causal)
     if broadcast_dropout and dropout_rate > 0 and not deterministic:
         raise NotImplementedError(
             "broadcast_dropout=True would drop the same weights in all batch rows and heads; here "
