@@ -1,5 +1,6 @@
 """The errors that a caller can cause, each said once and in the caller's words."""
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 
@@ -27,6 +28,13 @@ def check_flag(name: str, value: bool) -> None:
     """Raises TypeError unless `value` is True or False: a word would pass for True."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_flags(layer: object) -> None:
+    """Raises TypeError unless every field of a dataclass that is declared `bool` is one."""
+    for field in dataclasses.fields(layer):
+        if field.type is bool:
+            check_flag(field.name, getattr(layer, field.name))
 
 
 def as_floating(name: str, array: Array) -> Array:

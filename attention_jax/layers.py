@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_size, check_flag, check_rate
+from attention_jax.checks import as_integers, as_size, check_flag, check_flags, check_rate
 from attention_jax.functional import biases, masks, positions
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.differential import differential_attention, reparametrized_lambda
@@ -82,6 +82,7 @@ class SingleHeadAttention(nn.Module):
         Returns:
             `[..., T, out_features]`.
         """
+        check_flags(self)
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim = inputs_q.shape[-1] if self.head_dim is None else self.head_dim
 
@@ -204,6 +205,7 @@ class MultiHeadAttention(nn.Module):
             ValueError: Sizes do not fit together, or (outside `jit`) the cache has no room.
             NotImplementedError: `rotary` or `decode` with `inputs_kv`, or `decode` with dropout.
         """
+        check_flags(self)
         if inputs_kv is not None and (self.rotary or self.decode):
             word = "rotary" if self.rotary else "decode"
             raise NotImplementedError(
@@ -389,6 +391,7 @@ class GatedDeltaAttention(nn.Module):
             NotImplementedError: Another mask, or `sow_weights`.
         """
         del deterministic
+        check_flags(self)
         if sow_weights:
             raise NotImplementedError("sow_weights=True: the gated delta rule has no weights.")
         conv_size = as_size("conv_size", self.conv_size)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_size
+from attention_jax.checks import as_integers, as_size, check_flags
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.gated_delta import causal_convolution
@@ -134,6 +134,7 @@ class Block(nn.Module):
         Raises:
             ValueError: `short_conv` or `mlp_ratio` is negative, or leaves the MLP no width.
         """
+        check_flags(self)
         short_conv = as_size("short_conv", self.short_conv, minimum=0)
         hidden_features = _hidden_features(self.mlp_ratio, x.shape[-1])
 
@@ -326,6 +327,7 @@ class SequenceModel(nn.Module):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        check_flags(self)
         as_size("features", self.features)
         as_size("num_layers", self.num_layers)
         for name in ("num_heads", "vocab_size", "out_features", "max_length", "stride"):

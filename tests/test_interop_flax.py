@@ -1,4 +1,4 @@
-"""`attention_fn` in flax's nnx layer, whose every argument is honoured or refused."""
+"""`attention_fn` in flax's layers, whose every argument is honoured or refused."""
 
 import inspect
 
@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 from cases import assert_close, random_qkv
-from flax import nnx
+from flax import linen, nnx
 
 from attention_jax import dot_product_attention, explain
 from attention_jax.interop.flax import attention_fn
@@ -35,6 +35,24 @@ def test_the_output_is_that_of_flax():
         assert_close(call(ours, X, **settings), call(theirs, X, **settings), 1e-6)
     memory = jnp.flip(X)
     assert_close(call(ours, X, memory), call(theirs, X, memory), 1e-6)
+
+
+def test_linen_has_its_own_masks_and_its_cache():
+    def outputs(**options):
+        """Of a masked sequence, and of its last token beside a cache of the others."""
+        layer = linen.MultiHeadDotProductAttention(num_heads=3, **options)
+        variables = layer.init(jax.random.key(0), X)
+        mask = linen.make_causal_mask(X[..., 0])
+        yield layer.apply(variables, X, mask=linen.combine_masks(mask, mask))
+        decoder = layer.copy(decode=True)
+        cache = {"cache": decoder.init(jax.random.key(0), X)["cache"]}
+        for t in range(X.shape[1]):
+            out, cache = decoder.apply({**variables, **cache}, X[:, t : t + 1], mutable=["cache"])
+        yield out
+
+    want, got = outputs(), outputs(attention_fn=attention_fn)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.skipif(

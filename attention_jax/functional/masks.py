@@ -529,8 +529,8 @@ def dense(array: Array) -> Mask:
     array = jnp.asarray(array)
     if array.dtype != bool:
         raise TypeError(
-            "mask must be boolean (True = may attend), "
-            f"got {array.dtype}; numbers to add to the logits are a bias."
+            f"mask must be boolean (True = may attend), got {array.dtype}: take mask != 0 where 0 "
+            "masks; numbers to add to the logits are a bias."
         )
     return Dense(jnp.atleast_2d(array))
 
