@@ -248,6 +248,75 @@ def test_rows_whose_logits_need_a_peak_are_right_and_change_no_other(mask, T):
     np.testing.assert_array_equal(got[others], plain[others])
 
 
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("logit", [0.0, 64.0, 1e4, 1e6, -1e6, -1e9])
+def test_a_sink_takes_its_share_beside_logits_of_any_size(logit, implementation):
+    """Of five equal logits, one is a sink: it takes a fifth, and outputs are four fifths."""
+    ones = jnp.ones((4, 1, 1))
+
+    def run(sinks):
+        return dot_product_attention(
+            *(ones, jnp.full((4, 1, 1), logit), ones),
+            scale=1.0,
+            sinks=sinks,
+            return_residual=True,
+            implementation=implementation,
+        )
+
+    (out, residual), pull_back = jax.vjp(run, jnp.array([logit]))
+    np.testing.assert_allclose(out, 0.8, rtol=1e-6)
+    np.testing.assert_allclose(residual, logit + np.log(5), rtol=1e-6)
+    (of_out,), (of_residual,) = pull_back((ones, 0 * residual)), pull_back((0 * ones, residual + 1))
+    np.testing.assert_allclose(of_out, [4 * -0.2 * 0.8], rtol=1e-5)
+    np.testing.assert_allclose(of_residual, [0.2 * (residual + 1).sum()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("logits", ["small", "large"])
+def test_a_single_key_gives_its_value_exactly(logits):
+    """In bfloat16 a weight that is rounded beside a sum that is not would change it."""
+    rng = np.random.default_rng(0)
+    query, value = (jnp.asarray(rng.standard_normal((600, 2, 64)), "bfloat16") for _ in range(2))
+    if logits == "large":
+        query *= 20
+    for mask in (masks.window(0), masks.causal() & masks.segments(jnp.arange(600))):
+        np.testing.assert_array_equal(blockwise(query, query, value, mask=mask), value)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
+def test_a_mean_of_large_values_is_no_larger(mask):
+    """Their sum would be infinite."""
+    zeros = jnp.zeros((600, 2, 8))
+    out = blockwise(zeros, zeros, zeros + 2e38, mask=mask)
+    np.testing.assert_allclose(out, np.full(out.shape, 2e38), rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_derivative_does_not_see_what_is_masked(dtype):
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((64, 2, 8)), dtype) for _ in range(3))
+    hidden = (jnp.arange(64) >= 40)[:, None, None]
+    mask = masks.key_lengths(jnp.array(40))
+
+    @jax.jit
+    def penalised(query, key):
+        gradient = jax.grad(lambda q: jnp.sin(blockwise(q, key, value, mask=mask)).sum())
+        return jax.grad(lambda q: (gradient(q).astype(jnp.float32) ** 2).sum())(query)
+
+    got, want = (penalised(query, jnp.where(hidden, x, key)) for x in (jnp.nan, 0))
+    np.testing.assert_array_equal(got, want)
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+
+
+def test_a_nan_query_shows_in_the_gradients_of_no_value_that_it_does_not_see():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((512, 1, 8)), jnp.float32) for _ in "qkv")
+    query = query.at[100].set(jnp.nan)
+    for mask in (masks.causal(), masks.segments(jnp.arange(512) // 101)):
+        loss = lambda value, mask=mask: blockwise(query, key, value, mask=mask).sum()
+        spoiled = np.isnan(jax.jit(jax.grad(loss))(value)).any((1, 2))
+        np.testing.assert_array_equal(spoiled, mask.materialize(512, 512)[100])
+
+
 @pytest.mark.parametrize("size", [1, 15, 40, 400])
 @pytest.mark.parametrize("second", ["jvp of grad", "grad of grad"])
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])

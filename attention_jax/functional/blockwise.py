@@ -313,27 +313,33 @@ def blockwise_attention(
         drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
     inputs = jnp.result_type(scaled, key, value)
     plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, scale, inputs)
-    out, residual = _attend(plan, *_vary_alike((scaled, key, value, softcap, bias, mask, drop)))
+    arguments = _vary_alike((scaled, key, value, softcap, bias, mask, drop))
+    out, peak, log_total = _attend(plan, *arguments)
 
-    empty = residual == jnp.finfo(dtype).max
+    empty = peak == jnp.finfo(dtype).max
+    peak = lax.stop_gradient(jnp.where(empty, 0, peak))
     if sinks is not None:
         # A sink is one more key, and its value is zero.
-        with_sinks = jnp.logaddexp(residual, sinks.astype(dtype))
-        out *= jnp.exp(jnp.where(empty, 0, residual - with_sinks))[..., None]
-        residual = with_sinks
+        sinks = sinks.astype(dtype)
+        top = lax.stop_gradient(jnp.maximum(peak, sinks))
+        total = jnp.exp(log_total + (peak - top))
+        with_sinks = total + jnp.exp(sinks - top)
+        out *= (total / with_sinks)[..., None]
+        peak, log_total = top, jnp.log(with_sinks)
     if rate is not None:
         out /= 1 - rate
     out = out.astype(query.dtype)
-    return (out, jnp.where(empty, -jnp.inf, residual)) if return_residual else out
+    return (out, jnp.where(empty, -jnp.inf, peak + log_total)) if return_residual else out
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, query, key, value, softcap, bias, mask, drop):
-    """Output `[..., T, N, V]` and logsumexp `[..., T, N]`.
+    """Output `[..., T, N, V]`, and `[..., T, N]` two parts of the logsumexp: peak and the rest.
 
-    The logsumexp of a row that sees nothing is the largest number there is, so that the row has no
-    weights: exp(anything - largest) is 0.
+    They stay apart: beside a peak of -1e9, as some write "masked", a sum would lose the rest. The
+    peak counts as constant, derivatives are those of the rest. The peak of a row that sees nothing
+    is the largest number there is, so that the row has no weights: exp(anything - largest) is 0.
     """
     return _forward(plan, query, key, value, softcap, bias, mask, drop)[0]
 
@@ -369,7 +375,7 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
             total = jnp.where(empty, 1, total)
             peak = jnp.where(empty, largest, peak)
             out, *rest = results
-            out = rules.at.put(out, _unrows(plan, mixed / total[..., None]), "TNV")
+            out = rules.at.put(out, _unrows(plan, mixed), "TNV")
             rest = (
                 rules.at.put(x, _unrows(plan, row), "TN")
                 for x, row in zip(rest, (peak, total), strict=True)
@@ -381,17 +387,15 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
     shape = (*query.shape[:-1], value.shape[-1])
     results = (_full(query, 0, x, plan.dtype) for x in (shape, shape[:-1], shape[:-1]))
     out, peak, total = _loop(0, plan.groups, group, tuple(results))
-    # Peak and total apart: beside a peak of -1e9, as some write "masked", their sum has lost the
-    # total, and the weights that are computed from it do not sum to 1.
     saved = (query, key, value, softcap, bias, mask, drop, out, peak, total)
-    return (out, peak + jnp.log(total)), saved
+    return (out, peak, jnp.log(total)), saved
 
 
 @_as_precise
 def _backward(plan, saved, cotangents):
     plan = plan._replace(**plan.back._asdict())
     query, key, value, softcap, bias, mask, drop, out, peak, total = saved
-    d_out, d_residual = cotangents
+    d_out, _, d_residual = cotangents
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, carry):
@@ -431,6 +435,8 @@ def _backward(plan, saved, cotangents):
                 raw = here.products(here.keys(keys), queries_turned)
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
                 weights = jnp.exp(logits - peaks[..., None, :]) * inverses[..., None, :]
+                if here.visible is not None:  # The peak may be NaN.
+                    weights = jnp.where(here.visible, weights, 0)
                 d_value = _product(here.kept(weights).astype(plan.operand), d_outs)
                 d_weights = here.products(here.keys(values), d_outs_turned)
                 d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
@@ -490,7 +496,7 @@ class _Rows(NamedTuple):
     softcap: Array | None
 
     def attend(self):
-        """Values mixed by weights, peak and normaliser of each row.
+        """Values mixed by normalised weights, peak and normaliser of each row.
 
         The largest logit of a row is not looked for at first: where the sum of exp(logit) and what
         it mixes stay well inside of what floats hold, tiles are simply added, and no pass over the
@@ -498,19 +504,23 @@ class _Rows(NamedTuple):
         again.
         """
         if self.plan.halved:
-            mixed, total = self._attend_halved()
+            mixed, total, *rounded = self._attend_halved()
         else:
-            mixed, total = self.rules.over_keys(self._add, self._zeros, None)
+            mixed, total, *rounded = self.rules.over_keys(self._add, self._zeros, None)
         held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
+        total, *rounded = (jnp.where(held, x, 1) for x in (total, *rounded))
         # The normaliser is then 1, whose square, in derivatives of derivatives, is no trouble.
-        peak = lax.stop_gradient(jnp.log(jnp.where(held, total, 1)))
+        peak = lax.stop_gradient(jnp.log(total))
         shrink = jnp.exp(-peak)
+        total *= shrink
+        if rounded:  # What was multiplied sums to this.
+            shrink *= lax.stop_gradient(total / (rounded[0] * shrink))
 
         def again(*found):
             choices = held[..., None], held, held
             return tuple(map(jnp.where, choices, found, self.attend_online()))
 
-        found = mixed * shrink[..., None], peak, total * shrink
+        found = mixed * (shrink / total)[..., None], peak, total
         return lax.cond(_any_of_batch(~held), again, lambda *found: found, *found)
 
     def _attend_halved(self):
@@ -551,13 +561,21 @@ class _Rows(NamedTuple):
 
     def _zeros(self):
         rows = self.queries.shape[:-1]
-        shapes = (*rows, self.values.shape[-1]), rows
+        shapes = (*rows, self.values.shape[-1]), rows, *([rows] * self.plan.narrow)
         return [_full(self.queries, 0, shape, self.plan.dtype) for shape in shapes]
 
     def _add(self, here, carry):
-        """Mixed values and normalisers with one more tile, all peaks being 0."""
+        """Mixed values and normalisers with one more tile, all peaks being 0.
+
+        Where weights are rounded to be multiplied, also their sum as they are rounded: none of them
+        is the 1 that the largest one is beside its own peak, and that rounding spares.
+        """
         weights = _exp(self._logits(here))
-        found = [self._mix(here, weights), weights.sum(-1)]
+        totals = [weights.sum(-1)]
+        if self.plan.narrow:
+            weights = _settled(weights.astype(self.plan.operand))
+            totals.append(weights.astype(self.plan.dtype).sum(-1))
+        found = [self._mix(here, weights), *totals]
         return found if carry is None else jax.tree.map(jnp.add, carry, found)
 
     def attend_online(self):
@@ -565,7 +583,7 @@ class _Rows(NamedTuple):
         lowest = jnp.finfo(self.plan.dtype).min
 
         def start():
-            mixed, total = self._zeros()
+            mixed, total, *_ = self._zeros()
             return mixed, total + lowest, total
 
         def tile(here, carry):
@@ -574,13 +592,17 @@ class _Rows(NamedTuple):
             peak = logits.max(-1, initial=lowest)
             if carry is not None:
                 peak = jnp.maximum(peak, carry[1])
+            peak = lax.stop_gradient(peak)
             weights = jnp.exp(logits - peak[..., None])
             total = weights.sum(-1)
-            mixed = self._mix(here, weights)
             if carry is not None:
-                shrink = jnp.exp(carry[1] - peak)
-                mixed += carry[0] * shrink[..., None]
-                total += carry[2] * shrink
+                before = carry[2] * jnp.exp(carry[1] - peak)
+                total += before
+            # Of normalised weights: else the sum of large values would overflow.
+            inverse = 1 / jnp.where(total == 0, 1, total)
+            mixed = self._mix(here, weights * inverse[..., None])
+            if carry is not None:
+                mixed += carry[0] * (before * inverse)[..., None]
             return mixed, peak, total
 
         return self.rules.over_keys(tile, start, None)
@@ -766,19 +788,6 @@ def _plain(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _unspread(a, b):
-    """a b of each head, where a NaN is nobody else's."""
-    if not _is_dealt_out(a, b):
-        return _product(a, b)
-
-    def unless_spread(a, b):
-        product = _product(a, b)
-        spread = _any_of_batch(jnp.isnan(product[..., 0]))
-        return lax.cond(spread, lambda _: _plain(a, b), lambda x: x, product)
-
-    return lax.platform_dependent(a, b, cpu=unless_spread, default=_plain)
-
-
 @jax.custom_jvp
 def _product(a, b):
     """a b of each head, on every core of a CPU; there Inf may be NaN, and NaN spread over its row.
@@ -792,10 +801,34 @@ def _product(a, b):
     return lax.platform_dependent(product, cpu=_plus_nothing, default=lambda x: x)
 
 
-@_product.defjvp
-def _(primals, tangents):
-    (a, b), (d_a, d_b) = primals, tangents
-    return _product(a, b), _plain(_uneven(d_a), b) + _plain(a, _uneven(d_b))
+@jax.custom_jvp
+def _unspread(a, b):
+    """a b of each head, where a NaN is nobody else's."""
+    if not _is_dealt_out(a, b):
+        return _product(a, b)
+
+    def unless_spread(a, b):
+        product = _product(a, b)
+        spread = _any_of_batch(jnp.isnan(product[..., 0]))
+        return lax.cond(spread, lambda _: _plain(a, b), lambda x: x, product)
+
+    return lax.platform_dependent(a, b, cpu=unless_spread, default=_plain)
+
+
+def _tangents(product):
+    """The rule of derivatives of both."""
+
+    def rule(primals, tangents):
+        d_a, d_b = map(_uneven, tangents)
+        # What is no number is not visible, or shows in the product: here it would meet a zero.
+        a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
+        return product(*primals), _plain(d_a, b) + _plain(a, d_b)
+
+    product.defjvp(rule)
+
+
+_tangents(_product)
+_tangents(_unspread)
 
 
 @jax.custom_batching.custom_vmap
