@@ -6,7 +6,8 @@ Every cell of the grid (sizes, pattern, forward or forward and backward) first c
 peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
 the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least twice, and then
 the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
-matrix products, of the shapes that attention is made of, runs among them, to compare the rates.
+matrix products, of the shapes that attention is made of, runs among them, to compare the rates; on
+a CPU beside PyTorch its products too, to tell whose are the faster ones on this machine.
 The C library keeps what is freed of blocks below 32 MiB, for all peers alike: otherwise it depends
 on what the others left in the heap which of them pays for new pages at every call, and a short call
 may take twice its time. Larger blocks are new at every call, as in any process; `--keep-memory`
@@ -36,6 +37,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -71,6 +73,7 @@ GPU_PEERS = (
 HALF_ONLY = ("torch flash", "torch cudnn", "jax.nn cudnn")  # On a GPU.
 MASKLESS = ("torch flash", "torch cudnn")  # On a GPU: they take no mask for a window.
 MOST_LOGITS = 2**28  # A peer that stores more of them would measure the machine's memory.
+PRODUCTS = 64  # Pairs of them in a call.
 WARM_UP = 0.03  # Seconds that a peer runs for before the run that counts.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2}  # Of the largest entry, between two peers.
 
@@ -242,6 +245,8 @@ def measure(cell: Cell, names, seconds: float, least: int, most: int) -> dict:
                 raise SystemExit(f"{cell}: {name} and {reference} differ by {error:.1e}.")
     del results
     peers["products"], flops = products(cell)
+    if jax.default_backend() == "cpu" and any(name.startswith("torch") for name in names):
+        peers["torch products"] = torch_products(cell)
 
     times = {name: [] for name in (*peers, "handover")}
     begun = time.perf_counter()
@@ -295,7 +300,8 @@ def digest(row: dict, near: int | None = None) -> dict | None:
             return None
     handovers = [value for value in times["handover"] if value is not None]
     ms = {name: statistics.median(times[name]) for name in times if name != "handover"}
-    rate = row["products_gflop"] / ms.pop("products") * 1e3
+    rate = row["products_gflop"] / ms["products"] * 1e3
+    beside = ms.pop("products") / ms.pop("torch products", math.nan)
     quartiles = {name: np.percentile(times[name], [25, 75]) for name in ms}
     spread = {name: float(b - a) / ms[name] for name, (a, b) in quartiles.items()}
     return {
@@ -305,6 +311,7 @@ def digest(row: dict, near: int | None = None) -> dict | None:
         "spread": spread,
         "gflops": cell_of(row).flops / ms["ours"] / 1e6,
         "products_gflops": rate,
+        "torch_products": beside,
         "handover": round(statistics.median(handovers)) if handovers else None,
     }
 
@@ -452,7 +459,6 @@ def torch_peer(name: str, cell: Cell, arrays):
 def products(cell: Cell):
     """[512, H] [H, 512] and [512, 512] [512, H], again and again; and their FLOPs."""
     a, b = (jnp.ones(shape, cell.dtype) for shape in ((512, cell.H), (cell.H, 512)))
-    times = 64
 
     @jax.jit
     def run(a, b):
@@ -460,13 +466,28 @@ def products(cell: Cell):
             mixed = lax.dot(lax.dot(x, b), lax.optimization_barrier(a))
             return mixed / (512 * cell.H)  # Ones again.
 
-        return lax.fori_loop(0, times, both, a)
+        return lax.fori_loop(0, PRODUCTS, both, a)
 
     def call(fetch=True):
         jax.block_until_ready(run(a, b))
 
     call()
-    return call, 2 * times * 2 * 512 * 512 * cell.H
+    return call, 2 * PRODUCTS * 2 * 512 * 512 * cell.H
+
+
+def torch_products(cell: Cell):
+    """The same by PyTorch."""
+    import torch
+
+    dtype = getattr(torch, cell.dtype)
+    a, b = (torch.ones(shape, dtype=dtype) for shape in ((512, cell.H), (cell.H, 512)))
+
+    def call(fetch=True):
+        x = a
+        for _ in range(PRODUCTS):
+            x = x @ b @ a / (512 * cell.H)  # Ones again.
+
+    return call
 
 
 def run_long(T: int) -> None:
@@ -512,10 +533,12 @@ def line(row: dict) -> str:
     ms = row["ms"]
     others = [f"{name} {value / ms['ours']:.2f}x" for name, value in ms.items() if name != "ours"]
     cell = str(cell_of(row))
-    near = f", handover {row['handover']} ns" if row["handover"] else ""
+    beside, near = row["torch_products"], row["handover"]
+    notes = "" if math.isnan(beside) else f" (torch's: {beside:.2f}x as fast)"
+    notes += f", handover {near} ns" if near else ""
     return (
         f"{cell:58} {ms['ours']:9.2f} ms ±{row['spread']['ours']:.0%} of {row['rounds']:2} rounds, "
-        f"{row['gflops'] / row['products_gflops']:4.0%} of products{near} | " + ", ".join(others)
+        f"{row['gflops'] / row['products_gflops']:4.0%} of products{notes} | " + ", ".join(others)
     )
 
 
@@ -567,6 +590,11 @@ def summary(rows) -> list[str]:
                     mean = statistics.geometric_mean(ratios)
                     parts.append(f"{pattern} {mean:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
             lines.append(f"- {dtype}, H = {H}, time of {name} over ours: {'; '.join(parts)}")
+        beside = [x for x in (row["torch_products"] for row in mine) if not math.isnan(x)]
+        if beside:
+            ends = f"{min(beside):.2f} to {max(beside):.2f}"
+            rate = f"{statistics.geometric_mean(beside):.2f}x ({ends})"
+            lines.append(f"- {dtype}, H = {H}, rate of torch's plain products over jax's: {rate}")
     return lines
 
 
