@@ -567,8 +567,8 @@ class _Rows(NamedTuple):
     def _add(self, here, carry):
         """Mixed values and normalisers with one more tile, all peaks being 0.
 
-        Where weights are rounded to be multiplied, also their sum as they are rounded: none of them
-        is the 1 that the largest one is beside its own peak, and that rounding spares.
+        Where weights are rounded to be multiplied, also the sum of the rounded ones, to divide by:
+        the largest weight of a row is 1 beside its own peak, which rounding spares; here it is not.
         """
         weights = _exp(self._logits(here))
         totals = [weights.sum(-1)]
