@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from attention_jax.training import experiment
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
 from attention_jax.training.metrics import Console, JsonLines, TensorBoard
-from attention_jax.training.run_directory import claim, owned
+from attention_jax.training.run_directory import claim, owned, write_json
 
 LAUNCHERS = ["single", "pmap", "sharded"]
 
@@ -325,6 +326,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, 
         state, metrics = program.epoch(state, rows)
         if epoch == 4:
             metrics["loss"] = metrics["loss"].at[2].set(np.nan)
+            metrics["bad_steps"] = metrics["bad_steps"].at[2].set(1)
         return state, metrics
 
     config = tiny()
@@ -337,6 +339,103 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, 
         assert os.listdir(tmp_path / "checkpoints") == ["6"]
         assert [row["step"] for row in rows_of(tmp_path)][-1] == 9
         assert not (tmp_path / "result.json").exists()
+
+
+def sound_json(path):
+    """The objects of a file, in which NaN and Infinity are no numbers."""
+
+    def refuse(word):
+        raise ValueError(f"{path} holds {word}")
+
+    text = path.read_text()
+    texts = text.splitlines() if path.suffix == ".jsonl" else [text]
+    return [json.loads(line, parse_constant=refuse) for line in texts]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypatch):
+    """The row of a position that training never sees becomes infinite at step 10."""
+    make_optimizer = experiment.steps.make_optimizer
+
+    def break_last_row(updates, state, params=None):
+        embed = updates["positions_embed"]["embedding"]
+        rows = jnp.arange(len(embed))[:, None]
+        embed = jnp.where((state == 9) & (rows == len(embed) - 1), jnp.inf, embed)
+        return updates | {"positions_embed": {"embedding": embed}}, state + 1
+
+    def breaking(**settings):
+        broken = optax.GradientTransformation(lambda params: jnp.int32(0), break_last_row)
+        return optax.chain(make_optimizer(**settings), broken)
+
+    monkeypatch.setattr(experiment.steps, "make_optimizer", breaking)
+    config = default_config("copy")
+    config.update_from_flattened_dict(
+        {
+            "launcher": launcher,
+            "task.seq_length": 4,
+            "model.features": 4,
+            "model.num_layers": 1,
+            "model.positions": "learned",
+            "train.batch_size": 8,
+            "train.steps_per_epoch": 3,
+            "train.epochs": 6,
+            "eval.slices": "8",  # The table is made for it; it is not evaluated before step 18.
+            "eval.every_epochs": 6,
+            "eval.num_batches": 1,
+            "checkpoint.every_epochs": 2,
+        }
+    )
+    for _ in range(2):  # A rerun, which continues from the checkpoint, meets the same end.
+        with pytest.raises(experiment.Diverged, match="step 12: the parameters") as stop:
+            experiment.run(config, tmp_path)
+        assert stop.value.status == 1
+        assert os.listdir(tmp_path / "checkpoints") == ["6"]
+        assert [row["step"] for row in sound_json(tmp_path / "metrics.jsonl")] == [1, 3, 6, 9]
+        assert not (tmp_path / "result.json").exists()
+
+
+def test_a_last_update_that_goes_too_far_ends_the_run(tmp_path):
+    config = tiny(optimizer__name="sgd", optimizer__learning_rate=1e30)
+    config.train.epochs = config.train.steps_per_epoch = 1
+    with pytest.raises(experiment.Diverged, match=r"step 1: held-out loss is (nan|inf)"):
+        experiment.run(config, tmp_path)
+    assert not os.listdir(tmp_path / "checkpoints")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("part", ["slice", "baseline"])
+def test_a_number_to_report_that_is_not_finite_ends_the_run(part, tmp_path, monkeypatch):
+    program = experiment.build(tiny(eval__slices="11"))
+
+    def evaluate(params, rows):
+        found = program.evaluate(params, rows)
+        return found | ({"loss@11": jnp.float32(np.inf)} if part == "slice" else {})
+
+    baseline = (lambda: np.nan) if part == "baseline" else program.baseline
+    changed = program._replace(evaluate=evaluate, baseline=baseline)
+    monkeypatch.setattr(experiment, "build", lambda config: changed)
+    words, last = {
+        "slice": ("step 9: held-out loss@11 is inf", "6"),
+        "baseline": ("step 18: baseline_loss is nan", "18"),
+    }[part]
+    with pytest.raises(experiment.Diverged, match=words):
+        experiment.run(tiny(eval__slices="11"), tmp_path)
+    assert max(os.listdir(tmp_path / "checkpoints"), key=int) == last
+    assert sound_json(tmp_path / "metrics.jsonl")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_what_is_not_finite_is_never_written(tmp_path):
+    row = {"step": 3, "loss": float("nan"), "inner": {"norm": float("-inf"), "rate": 1.0}}
+    with contextlib.closing(JsonLines(tmp_path / "metrics.jsonl")) as lines:
+        lines.write({"step": 1, "loss": 0.5})
+        with pytest.raises(RunError, match=r"finite: loss is nan, inner\.norm is -inf\.$"):
+            lines.write(row)
+        assert [row["step"] for row in lines.rows] == [1]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+    with pytest.raises(RunError, match="loss is nan"):
+        write_json(tmp_path / "result.json", row)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_a_complete_run_is_told_not_repeated(tmp_path, capsys, monkeypatch):

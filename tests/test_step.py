@@ -74,7 +74,12 @@ def test_step_descends_the_gradient_of_the_weighted_mean():
     norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     assert_same(
         metrics,
-        {"loss": mean_loss(old), "weight": float(BATCH.weights.sum()), "grad_norm": norm},
+        {
+            "loss": mean_loss(old),
+            "weight": float(BATCH.weights.sum()),
+            "grad_norm": norm,
+            "bad_steps": 0,
+        },
         rtol=1e-5,
     )
     assert int(state.step) == 1
@@ -183,11 +188,39 @@ def test_divergence_is_named_and_never_hidden():
     state = new_state()._replace(params={"kernel": jnp.full((D, D), jnp.nan), "bias": jnp.ones(D)})
     state, metrics = jax.jit(make_train_step(squared_error(apply), SGD))(state, BATCH)
     assert np.isnan(metrics["loss"])
+    assert metrics["bad_steps"] == 1
     assert np.isnan(state.params["bias"]).all()
     metrics = {"loss": np.array([1.0, 2.0, np.nan]), "grad_norm": np.array([1.0, np.inf, np.nan])}
+    metrics["bad_steps"] = np.array([0, 1, 1])
     with pytest.raises(FloatingPointError, match="diverged at step 41: grad_norm is inf"):
         check_finite(metrics, first_step=40)
-    check_finite({"loss": np.ones(3)}, first_step=0)
+    check_finite({"loss": np.ones(3), "bad_steps": np.zeros(3)}, first_step=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_an_update_that_no_loss_can_tell_of_is_bad(part, accumulate):
+    """The last update breaks a parameter that no loss depends on, or the optimizer's state."""
+
+    def update(grads, state, params=None):
+        number, unused = state[0] + 1, jnp.where(state[0] == 2, jnp.inf, 0.0)
+        if part == "params":
+            grads, unused = grads | {"unused": unused}, state[1]
+        return grads, (number, unused)
+
+    optimizer = optax.GradientTransformation(lambda params: (jnp.int32(0), jnp.zeros(())), update)
+    optimizer = optax.chain(optimizer, optax.sgd(0.1))
+    start = new_state()
+    params = start.params | {"unused": jnp.ones(())}
+    start = TrainState(start.step, params, optimizer.init(params), start.rng)
+    step = make_train_step(squared_error(apply), optimizer, accumulate=accumulate)
+    rng, rows = jax.random.key(0), jnp.arange(4)
+    _, metrics = jax.jit(make_epoch(step, sample, 2, rng=rng))(start, rows)
+    check_finite(metrics, first_step=1)
+    _, metrics = jax.jit(make_epoch(step, sample, 3, rng=rng))(start, rows)
+    assert all(np.isfinite(values).all() for values in metrics.values()), "nor do the metrics tell"
+    with pytest.raises(FloatingPointError, match=r"step 3: the parameters or .* not finite"):
+        check_finite(metrics, first_step=1)
 
 
 def test_schedule_rises_stays_and_falls():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -11,6 +12,7 @@ import pytest
 
 from attention_jax import report
 from attention_jax.training import experiment, sweep
+from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, default_config, trials
 from attention_jax.training.launch import LAUNCHERS
 
@@ -179,6 +181,26 @@ def test_a_trial_that_diverges_stops_alone(tmp_path):
     assert "diverged_step" not in sound
     assert_alike(result.histories[0], experiment.run(trials(config, axes)[0]).history)
     assert [row["step"] for row in rows_of(tmp_path, "001")] == []
+
+
+def test_a_trial_that_diverges_in_evaluation_keeps_finite_parameters(tmp_path):
+    """Its step leads to parameters so large that only the held-out loss overflows."""
+    settings = {"optimizer__name": "sgd", "train__steps_per_epoch": 1, "eval__every_epochs": 1}
+    axes = {"optimizer.learning_rate": [0.03, 1e12, 0.01, 0.02, 0.04, 0.05, 0.06, 1e13]}
+    result = sweep.run(tiny(launcher="pmap", **settings), axes, tmp_path)
+    steps = [trial.get("diverged_step") for trial in result.metrics["trials"]]
+    assert steps == [None, 1, *[None] * 5, 1]
+    assert rows_of(tmp_path, "001") == []
+    for path in [*tmp_path.glob("*.json*"), *tmp_path.glob("trials/*/*.json*")]:
+        assert not re.search("NaN|Infinity", path.read_text()), path
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        arrays, _ = checkpoints._newest_whole()
+    assert all(np.isfinite(x).all() for x in arrays.values())
+    frozen = max(np.abs(x[1]).max() for path, x in arrays.items() if path.startswith("trials"))
+    assert frozen > 1e9, "as its first step left it"
+    (tmp_path / "result.json").unlink()
+    again = sweep.run(tiny(launcher="pmap", **settings), axes, tmp_path)
+    assert again.metrics["trials"] == result.metrics["trials"]
 
 
 def test_a_trial_that_reached_the_target_stays_as_it_was():

@@ -46,7 +46,7 @@ class Interrupted(RunError):
 
 
 class Diverged(RunError):
-    """The loss or a gradient is no longer a number."""
+    """The loss, a gradient, the parameters, or a number to report is NaN or infinite."""
 
 
 class Result(NamedTuple):
@@ -437,6 +437,7 @@ def _train(config, program, state, store, started, stop):
             steps.check_finite(metrics, first_step)
         except FloatingPointError as error:
             raise Diverged(str(error)) from error
+        check_metrics(held_out, epoch * num_steps, "held-out ")
         for row in rows_of_epoch(epoch, first_step, metrics, held_out):
             if row["step"] == epoch * num_steps:  # Nobody has seen the clock at the first step.
                 row["seconds"] = round(time.perf_counter() - started, 3)
@@ -507,6 +508,12 @@ class _FirstCallTimed:
         return result
 
 
+def check_metrics(metrics: Mapping[str, Any], step: int, prefix: str = "") -> None:
+    """Raises Diverged, naming the step, unless all the metrics are finite."""
+    if reasons := steps.not_finite(metrics, prefix):
+        raise Diverged(f"training diverged at step {step}: {reasons}.")
+
+
 def rows_of_epoch(epoch, first_step, metrics, held_out):
     """The rows of an epoch; every training metric is a mean over the steps since the row before."""
     num_steps = len(metrics["loss"])
@@ -522,8 +529,10 @@ def rows_of_epoch(epoch, first_step, metrics, held_out):
 
 
 def _loss_first(metrics):
-    """As a reader would put them; the weight is known beforehand."""
-    names = sorted(metrics.keys() - {"weight"}, key=lambda name: (name != "loss", name))
+    """As a reader would put them; the weight is known beforehand, and bad steps end the run."""
+    names = sorted(
+        metrics.keys() - {"weight", "bad_steps"}, key=lambda name: (name != "loss", name)
+    )
     return {name: metrics[name] for name in names}
 
 
@@ -574,8 +583,12 @@ def result_metrics(
         history: Its rows.
         baseline: The loss of the task's baseline.
         pace: Steps per second, when known better than from the rows.
+
+    Raises:
+        Diverged: The baseline is not finite.
     """
     last = history[-1]
+    check_metrics({"baseline_loss": float(baseline)}, last["step"])
     metrics = {
         "step": last["step"],
         "first_loss": history[0]["loss"],

@@ -7,12 +7,15 @@ Every writer has `write(row)` and `close()`.
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
+
+from attention_jax.training.config import RunError, flatten
 
 Row = Mapping[str, int | float]
 
@@ -33,6 +36,20 @@ _LABELS = {
     "best_eval_loss": "best held-out loss",
     "best_eval_accuracy": "best held-out accuracy",
 }
+
+
+def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """The text of an object. JSON has no word for NaN or infinity.
+
+    Raises:
+        RunError: Names what is NaN or infinite.
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        numbers = ((n, x) for n, x in flatten(dict(value)).items() if isinstance(x, float))
+        broken = ", ".join(f"{name} is {x}" for name, x in numbers if not math.isfinite(x))
+        raise RunError(f"a number to be written must be finite: {broken or error}.") from error
 
 
 class Writer(Protocol):
@@ -62,8 +79,9 @@ class JsonLines:
             on_error.pop_all()  # From here on close() closes it.
 
     def write(self, row: Row) -> None:
+        line = to_json(row)
         self.rows.append(row)
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.write(line.encode() + b"\n")
         # With the system, not only with this process: kill -9 cannot take it back.
         self._file.flush()
 

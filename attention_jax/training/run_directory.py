@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from attention_jax.training.checkpoint import DIRECTORY as CHECKPOINTS
 from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, RunError, flatten
-from attention_jax.training.metrics import JsonLines, Row, TensorBoard
+from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
 from attention_jax.types import TrainState
 
 MAX_NAMED = 5  # Fields that an error about another run names.
@@ -246,9 +246,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a file in one stroke: a reader, or a killed process, finds all of it or nothing."""
+    text = to_json(value, indent=2)
     with open(unfinished(path), "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished(path), path)

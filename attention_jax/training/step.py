@@ -8,8 +8,8 @@ where `rng` is the dropout key (None: no dropout), `loss` is a *sum* over the ba
 what it is a sum over, `"weight"`, and any further sums to report, such as `"accuracy"`. Sums can be
 added over micro-batches, devices and held-out batches; means cannot.
 
-Nothing here looks for NaN either: a loss or gradient that is not finite goes into the metrics and
-into the parameters as it is, and `check_finite` says at which step it happened.
+A step is bad when its loss or gradient is not finite, or the parameters or the optimizer's state
+that it leads to. It is not stopped here: its metrics say so, and `check_finite` raises.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,8 +98,11 @@ def make_train_step(
 
     Returns:
         `(state, batch) -> (state, metrics)`. The metrics are scalars: `"loss"`, `"weight"`, the
-        other sums of `loss_fn` as means, and `"grad_norm"`, before any clipping. The dropout key is
-        a function of `state.rng`, `state.step`, the device along `axis_name` and the micro-batch.
+        other sums of `loss_fn` as means, `"grad_norm"`, before any clipping, and `"bad_steps"`, 0
+        for a step whose other metrics are finite, else 1. The new parameters are not looked at
+        here, which would take time at every step; `make_epoch` looks at them after its last step.
+        The dropout key is a function of `state.rng`, `state.step`, the device along `axis_name` and
+        the micro-batch.
 
     Raises:
         ValueError: `accumulate` is below 1, or (on the first call) does not divide the batch.
@@ -137,9 +140,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads)}
+        metrics["bad_steps"] = 1 - all_finite(metrics).astype(jnp.int32)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return step
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether no array holds NaN or infinity, a boolean scalar; integers are finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
 
 
 def make_eval_step(
@@ -199,14 +209,18 @@ def make_epoch(
         constrain: `Launcher.constrain`, which says where the batch is to be made.
 
     Returns:
-        `(state, rows [B]) -> (state, metrics)`, every metric with an axis `[num_steps]`.
+        `(state, rows [B]) -> (state, metrics)`, every metric with an axis `[num_steps]`. The last
+        step counts as bad also if the state that it leads to is not finite.
     """
 
     def epoch(state: TrainState, rows: Array) -> tuple[TrainState, Sums]:
         def body(state: TrainState, _) -> tuple[TrainState, Sums]:
             return train_step(state, constrain(sample(jax.random.fold_in(rng, state.step), rows)))
 
-        return jax.lax.scan(body, state, length=num_steps)
+        state, metrics = jax.lax.scan(body, state, length=num_steps)
+        broken = ~all_finite((state.params, state.opt_state))
+        metrics["bad_steps"] = metrics["bad_steps"].at[-1].max(broken.astype(jnp.int32))
+        return state, metrics
 
     return epoch
 
@@ -243,26 +257,36 @@ def make_evaluation(
 
 
 def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
-    """Stops a run whose loss or gradient is no longer a number.
+    """Stops a run at a bad step.
 
     Args:
         metrics: `[num_steps]` arrays of one call of an epoch, fetched.
         first_step: The step that they begin with.
 
     Raises:
-        FloatingPointError: Names the first step and metric that is NaN or infinite.
+        FloatingPointError: Names the first bad step, and what is not finite there.
     """
-    step = first_broken_step(metrics, first_step)
+    step = first_bad_step(metrics, first_step)
     if step is not None:
         found = {name: values[step - first_step] for name, values in metrics.items()}
-        names = ", ".join(f"{name} is {x}" for name, x in found.items() if not np.isfinite(x))
-        raise FloatingPointError(f"training diverged at step {step}: {names}.")
+        update = "the parameters or the optimizer's state are not finite"
+        reasons = not_finite(found) or update
+        raise FloatingPointError(f"training diverged at step {step}: {reasons}.")
 
 
-def first_broken_step(metrics: Mapping[str, np.ndarray], first_step: int) -> int | None:
-    """The first step with a metric that is NaN or infinite, of arrays as for `check_finite`."""
-    finite = np.logical_and.reduce([np.isfinite(values) for values in metrics.values()])
-    return None if finite.all() else first_step + int(np.argmin(finite))
+def first_bad_step(metrics: Mapping[str, np.ndarray], first_step: int) -> int | None:
+    """The first bad step, of arguments as for `check_finite`; None: all are sound."""
+    broken = np.asarray(metrics["bad_steps"]) > 0
+    return first_step + int(np.argmax(broken)) if broken.any() else None
+
+
+def not_finite(metrics: Mapping[str, np.ndarray], prefix: str = "") -> str:
+    """Names the numbers that are NaN or infinite; "" where all are finite.
+
+    >>> not_finite({"loss": np.float32("nan"), "weight": np.float32(3)}, prefix="held-out ")
+    'held-out loss is nan'
+    """
+    return ", ".join(f"{prefix}{name} is {x}" for name, x in metrics.items() if not np.isfinite(x))
 
 
 def make_schedule(

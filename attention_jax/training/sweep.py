@@ -29,7 +29,7 @@ from attention_jax.training.config import ConfigError, Target, flatten, trials
 from attention_jax.training.launch import LAUNCHERS, Launcher
 from attention_jax.training.metrics import Console, JsonLines
 from attention_jax.training.run_directory import NoDirectory, write_json
-from attention_jax.training.step import first_broken_step
+from attention_jax.training.step import all_finite, first_bad_step, not_finite
 from attention_jax.types import Array, PyTree, TrainState
 
 # Fields that one program can have many values of, and their types in it.
@@ -72,7 +72,8 @@ class Group(NamedTuple):
         init: `(None, None, settings) -> state`, the state being `(params, opt_state)`.
         epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. A trial that is not
             active stays as it is, as does one that diverges, which is no longer active then.
-        evaluate: `(None, params, settings) -> metrics`.
+        evaluate: `(None, params, (settings, active)) -> (active, metrics)`. A trial with a metric
+            that is not finite is no longer active.
         baseline: `(None, None, settings) -> loss`.
         like: What `init` returns, as shapes.
     """
@@ -190,13 +191,14 @@ def _build(numbers, configs, traced, launcher):
         make = functions(given)
         # The step is the same for all trials: so are their batches, unless they have seeds.
         new, metrics = make.epoch(TrainState(step, *state, make.dropout_rng()), rows)
-        finite = [jnp.isfinite(values).all() for values in metrics.values()]
-        active &= jnp.stack(finite).all()
+        active &= (metrics["bad_steps"] == 0).all()
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new.params, new.opt_state), state)
         return new, active, metrics
 
-    def evaluate(_, params: PyTree, given: PyTree) -> dict:
-        return functions(given).evaluate(params, rows)
+    def evaluate(_, params: PyTree, given: PyTree) -> tuple[Array, dict]:
+        given, active = given
+        metrics = functions(given).evaluate(params, rows)
+        return active & all_finite(metrics), metrics
 
     def baseline(_, __, given: PyTree) -> Array:
         return functions(given).baseline()
@@ -217,7 +219,9 @@ def _build(numbers, configs, traced, launcher):
     )
     if config.train.target:
         over = jax.vmap(evaluate, in_axes=(None, 0, 0))
-        experiment.check_target(config, jax.eval_shape(over, None, like[0], given))
+        active = np.ones(len(numbers), bool)
+        _, held_out = jax.eval_shape(over, None, like[0], (given, active))
+        experiment.check_target(config, held_out)
     return group
 
 
@@ -385,7 +389,9 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                 if not log.active[number]:
                     continue
                 metrics, held_out = jax.tree.map(lambda x: x[i], found)  # noqa: B023
-                broken = first_broken_step(metrics, first_step)
+                broken = first_bad_step(metrics, first_step)
+                if broken is None and not_finite(held_out):
+                    broken = last_step
                 if broken is not None:
                     log.diverged[number] = broken
                     continue
@@ -420,7 +426,8 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                 states[i], active[i], metrics = group.epoch(np.int32(step), states[i], given)
                 held_out = {}
                 if evaluates:
-                    held_out = group.evaluate(None, states[i][0], group.settings)
+                    given = (group.settings, active[i])
+                    active[i], held_out = group.evaluate(None, states[i][0], given)
                 results.append((metrics, held_out))
             step = epoch * num_steps
             # One epoch late, as a run does.
@@ -464,6 +471,8 @@ def _summary(configs, axes, launcher, groups, states, log, step):
             own = jax.tree.map(lambda x: x[i], params)  # noqa: B023
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}
+            if not (log.diverged[number] or np.isfinite(baselines[i])):
+                log.diverged[number] = history[-1]["step"]
             if log.diverged[number]:
                 found = {"step": history[-1]["step"] if history else 0}
                 found["diverged_step"] = int(log.diverged[number])
