@@ -239,6 +239,19 @@ SCENARIOS = {
         bias=(2, N, T, S),
         settings=lambda a: {"bias": a["bias"] + HOLES.astype(a["bias"].dtype)},
     ),
+    "sinks alone": scenario(
+        sinks=(N,),
+        **both(
+            lambda a: {"mask": masks.key_lengths(LENGTHS)},
+            lambda a: {"mask": oracles.key_lengths(T, S, LENGTHS)},
+        ),
+    ),
+    "sinks alone, by the bias": scenario(
+        bias=(2, N, T, S),
+        sinks=(N,),
+        settings=lambda a: a | {"bias": a["bias"] + HOLES.astype(a["bias"].dtype)},
+    ),
+    "sinks without keys": scenario(Sizes(S=0), sinks=(N,)),
     "everything": scenario(
         bias=(N, T, S),
         sinks=(N,),

@@ -72,12 +72,13 @@ def softmax_row(query, key, t, n, *, mask, bias, scale, softcap, sinks):
         if softcap is not None:
             x = softcap * math.tanh(x / softcap)
         logits.append(x + bias[n, t, s])
-    if not seen:  # Nothing to attend to: no output, no gradient, also where there is a sink.
+    has_sink = sinks is not None and sinks[n] != -np.inf
+    everything = [*logits, float(sinks[n])] if has_sink else logits
+    if not everything:  # Nothing to attend to: no output, no gradient.
         return [], [], 0.0, -np.inf
-    everything = logits if sinks is None else [*logits, float(sinks[n])]
     top = max(everything)
     lse = top + math.log(sum(math.exp(x - top) for x in everything))
-    sink_weight = 0.0 if sinks is None else math.exp(float(sinks[n]) - lse)
+    sink_weight = math.exp(float(sinks[n]) - lse) if has_sink else 0.0
     return seen, [math.exp(x - lse) for x in logits], sink_weight, lse
 
 
@@ -139,7 +140,7 @@ def dot_product_gradients_one(
         ]
         # d weight_i / d logit_j = weight_i * ((i == j) - weight_j), for the sink too.
         mean = sum(w * d for w, d in zip(weights, d_weights, strict=True))
-        d_sinks[n] += sink_weight * (0 - mean) + sink_weight * (0 if sinks is None else d_lse[t, n])
+        d_sinks[n] += sink_weight * (0 - mean) + sink_weight * d_lse[t, n]
         for s, weight, x, d_weight in zip(seen, weights, dropped, d_weights, strict=True):
             d_value[s, k] += weight * x * d_out[t, n]
             d_logit = weight * (d_weight - mean) + weight * d_lse[t, n]

@@ -450,6 +450,53 @@ def test_two_halves_of_the_keys_merge_through_their_residuals(case):
     assert_close(merged, case.attend(query, key, value), 5e-6)
 
 
+@every_dot_product
+def test_two_parts_of_the_keys_merge_exactly_when_one_of_them_has_the_sinks(case):
+    """Causal: the first queries see nothing of the second part but its sinks."""
+    query, key, value = random_qkv(Sizes(T=7, S=7))
+    sinks = jnp.array([2.0, -3.0, 0.0, 100.0, -100.0, 1.0])
+
+    def merged(query, key, value, sinks):
+        parts = [
+            case.attend(
+                *(query, key[:, start:stop], value[:, start:stop]),
+                mask=masks.causal(offset=-start),
+                sinks=sinks if start else None,
+                return_residual=True,
+            )
+            for start, stop in ((0, 4), (4, 7))
+        ]
+        (left, left_lse), (right, right_lse) = parts
+        share = jax.nn.sigmoid(left_lse - right_lse)[..., None]
+        return share * left + (1 - share) * right
+
+    arrays = query, key, value, sinks
+    got, grads = value_and_pull(merged)(*arrays)
+    settings = {"mask": oracles.causal(7, 7), "sinks": np.asarray(sinks, np.float64)}
+    want, _ = oracles.dot_product(query, key, value, **settings)
+    assert_close(got, want, 2e-6)
+    d_out = np.random.default_rng(11).standard_normal(want.shape).astype(np.float32)
+    want_grads = oracles.dot_product_gradients(query, key, value, d_out, **settings)
+    want_grads["sinks"] = want_grads["sinks"].sum(0)
+    for grad, name in zip(grads, ("query", "key", "value", "sinks"), strict=True):
+        assert_close(grad, want_grads[name], 1e-5, name)
+
+
+@every_dot_product
+@pytest.mark.parametrize(
+    "mask", [masks.key_lengths(jnp.array(0)), masks.window(0, offset=9)], ids=["lengths", "window"]
+)
+def test_the_residual_of_a_row_that_sees_its_sink_alone_is_the_sink(case, mask, debug_nans):
+    qkv = tuple(x.astype(jnp.bfloat16) for x in random_qkv(Sizes(batch=())))
+    sinks = jnp.array([2.0, -3.0, 0.0, 1e4, -1e4, 1.0])
+    attend = lambda sinks: case.attend(*qkv, sinks=sinks, mask=mask, return_residual=True)
+    (out, residual), pull_back = jax.vjp(attend, sinks)
+    assert not out.any()
+    np.testing.assert_array_equal(residual, np.broadcast_to(sinks, residual.shape))
+    (d_sinks,) = pull_back((jnp.ones_like(out), jnp.ones_like(residual)))
+    np.testing.assert_array_equal(d_sinks, np.full(6, 5.0))  # T rows, each of slope 1.
+
+
 # Not here yet. Goes when they come.
 
 

@@ -317,13 +317,15 @@ def blockwise_attention(
     out, peak, log_total = _attend(plan, *arguments)
 
     empty = peak == jnp.finfo(dtype).max
-    peak = lax.stop_gradient(jnp.where(empty, 0, peak))
+    peak = lax.stop_gradient(jnp.where(empty, jnp.finfo(dtype).min, peak))
     if sinks is not None:
         # A sink is one more key, and its value is zero.
         sinks = sinks.astype(dtype)
         top = lax.stop_gradient(jnp.maximum(peak, sinks))
-        total = jnp.exp(log_total + (peak - top))
+        total = jnp.where(empty, 0, jnp.exp(log_total + (peak - top)))
         with_sinks = total + jnp.exp(sinks - top)
+        empty = with_sinks == 0  # Such a row has no sink either: it is minus infinity.
+        with_sinks = jnp.where(empty, 1, with_sinks)
         out *= (total / with_sinks)[..., None]
         peak, log_total = top, jnp.log(with_sinks)
     if rate is not None:

@@ -81,8 +81,8 @@ def dot_product_attention(
             with the Hessian, is for "blockwise" too.
         block_size: An integer or (query_block, key_block), for "blockwise" only.
         return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
-            (float64 for float64) `[..., T, N]`, differentiable, -inf for a query that may attend to
-            nothing.
+            (float64 for float64) `[..., T, N]`, differentiable. For a query that may attend to
+            nothing it is the sink, and -inf without sinks.
 
     Returns:
         `[..., T, N, V]` in the dtype of `query`; with `return_residual`, that and the residual.
@@ -245,8 +245,8 @@ def _dense(query, key, value, *, bias, mask, scale, softcap, sinks, rate, rng, r
     mixed = jnp.swapaxes(mixed.reshape(*batch, N, T, V), -2, -3).astype(query.dtype)
     if not return_residual:
         return mixed
-    seen = jnp.full(total.shape, S > 0) if visible is None else visible.any(-1, keepdims=True)
-    residual = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+    empty = total == 0
+    residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
     return mixed, jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
 
 
