@@ -44,7 +44,7 @@ def _train(argv):
     except BrokenPipeError:
         # The reader of our lines has left, `train.py | head` say; nor can the rest be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which Windows does not have.
     except config.RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attention_jax.training.config import default_config, flatten
+from attention_jax.training.paths import local_path
 
 SEED = "seed"
 MAX_LABELS = 12  # More lines of a legend hide the picture.
@@ -83,7 +84,7 @@ def load(directory: str | Path) -> list[Run]:
     Raises:
         ValueError: The directory holds neither, or one of its files is damaged.
     """
-    path = Path(directory)
+    path = local_path(directory, "RUN")
     trials = sorted(path.glob("trials/*/config.json"))
     if trials:
         return [run for file in trials for run in load(file.parent)]
@@ -409,7 +410,7 @@ def write(
     numbers = None if published is None else _published(published, x)
     if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
         raise ValueError(f"--published={published} has none of the values that {x} has here.")
-    out = Path(out)
+    out = local_path(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"curves.png": lambda path: draw_curves(found, path)}
     if x is not None:
@@ -429,7 +430,7 @@ def _published(file, x):
     if x is None:
         raise ValueError("--published needs --x: whose values its numbers belong to.")
     try:
-        numbers = json.loads(Path(file).read_text())
+        numbers = json.loads(local_path(file, "--published").read_text())
     except ValueError as error:
         raise ValueError(f"--published={file}: {error}") from error
     is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)

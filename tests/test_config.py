@@ -83,7 +83,27 @@ def test_each_flat_flag_sets_its_field(flag, path, value):
 def test_save_path_and_workdir_are_one():
     assert parse(["train.py", "--save_path=a"]).workdir == "a"
     assert parse(["train.py", "--workdir", "a", "--save_path", "a"]).workdir == "a"
+    assert parse(["train.py", "--workdir=a/", "--save_path=./a"]).workdir == "a"
     assert "a and b" in refusal("--save_path=a", "--workdir=b")
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--save_path", "--init_from", "--config"])
+def test_paths_are_local_and_begin_at_home(flag, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_config(tmp_path / "x.py", "config.seed = 5")
+    command = parse(["train.py", f"{flag}=~/x.py"])
+    if flag in ("--workdir", "--save_path"):
+        assert command.workdir == str(tmp_path / "x.py")
+    for wrong in ("", "gs://bucket/x", "hdfs://host/x", "file:///x", "~no_such_user/x", "x\0"):
+        message = refusal(f"{flag}={wrong}")
+        assert flag in message
+        assert repr(wrong) in message
+
+
+def test_an_answer_that_is_no_path_is_asked_again(answers, capsys):
+    answers(*[""] * 7, "gs://bucket/run", "run")
+    assert parse(["train.py", "--interactive"]).workdir == "run"
+    assert "'gs://bucket/run'" in capsys.readouterr().out
 
 
 def test_sweeps_are_read_by_the_types_of_their_fields():

@@ -1,6 +1,8 @@
 """A run is one run, however often it is interrupted, and leaves what it says it leaves."""
 
+import concurrent.futures
 import contextlib
+import errno
 import io
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,11 +19,12 @@ import numpy as np
 import optax
 import pytest
 
+from attention_jax import report
 from attention_jax.training import experiment
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
 from attention_jax.training.metrics import Console, JsonLines, TensorBoard
-from attention_jax.training.run_directory import claim, owned, write_json
+from attention_jax.training.run_directory import LOCK, claim, owned, write_json
 
 LAUNCHERS = ["single", "pmap", "sharded"]
 
@@ -599,6 +603,106 @@ def test_a_directory_has_one_owner(tmp_path):
         assert "in use by another process" in refusal(tiny(), tmp_path / "run")
     with owned(tmp_path / "run"):
         pass
+
+
+def test_a_killed_owner_leaves_nothing_in_the_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).touch()  # What kill -9 leaves; the kernel frees the lock itself.
+    with owned(tmp_path / "run") as path:
+        claim(path, tiny(), {})
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+def test_one_of_many_who_come_at_once_owns_a_directory(tmp_path):
+    """Each makes, locks and removes it over and over; two inside at once would be seen."""
+    inside, refused, most = [], [], 0
+
+    def visit(number):
+        nonlocal most
+        for _ in range(100):
+            try:
+                with owned(tmp_path / "above" / "run"):
+                    inside.append(number)
+                    most = max(most, len(inside))
+                    time.sleep(0.0001)
+                    inside.remove(number)
+            except ConfigError as error:
+                refused.append(str(error))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(visit, range(4)))
+    assert most == 1
+    assert 0 < len(refused) < 400
+    assert {message.partition(" is ")[2] for message in refused} == {"in use by another process."}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
+def test_a_file_system_without_locks_is_told_and_used(name, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    number = getattr(errno, name)
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    experiment.run(tiny(), tmp_path / "run")
+    assert capsys.readouterr().err.splitlines() == [
+        f"The file system of {tmp_path / 'run'} has no locks ({os.strerror(number)}): take care "
+        "that no other process writes there."
+    ]
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("", "got ''"),
+        ("a\0b", "NUL"),
+        ("gs://bucket/run", "URL"),
+        (Path("s3://bucket/run"), "URL"),
+        ("file:///tmp/run", "URL"),
+        ("~no_such_user/run", "user"),
+        ("made/also/" + "x" * 300, "name too long"),
+        ("made/" * 1000, "name too long"),
+        ("file/below/run", "Not a directory"),
+        ("file", "is a file"),
+        ("loop/run", "symbolic links"),
+        ("dangling", "cannot be used"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_and_nothing_made(place, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    message = refusal(tiny(), place)
+    assert "run directory" in message
+    assert words in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_must_not_be_written_is_refused_and_nothing_made(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("to this user every place may be written")
+    for place in ("locked", "locked/run"):
+        assert "Permission denied" in refusal(tiny(), tmp_path / place)
+    assert not list((tmp_path / "locked").iterdir())
+
+
+def test_home_is_expanded_and_links_are_followed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    experiment.run(tiny(), "~/runs/first")
+    assert not (tmp_path / "~").exists()
+    again = experiment.run(tiny(init_from="~/runs/first"))
+    assert again.metrics["first_loss"] < experiment.run(tiny()).metrics["first_loss"]
+    (tmp_path / "link").symlink_to("home/runs/first")
+    assert len(report.load("link")) == len(report.load("~/runs/first")) == 1
+    with owned("link"):
+        assert "in use" in refusal(tiny(), "~/runs/first")
 
 
 def test_only_the_lock_means_another_process(tmp_path):

@@ -93,6 +93,12 @@ def test_the_functions_need_jax_alone(path):
     assert foreign <= {"jax", "numpy", "attention_jax"}
 
 
+def test_no_module_needs_what_windows_lacks():
+    unix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    for path in [*(PACKAGE / path for path in MODULES), ROOT / "train.py"]:
+        assert not unix & set(roots(path)), path
+
+
 def test_the_step_knows_no_model():
     path = PACKAGE / "training" / "step.py"
     assert "flax" not in set(roots(path))

@@ -85,6 +85,15 @@ def test_a_refusal_is_one_line_and_status_2(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--init_from"])
+def test_a_url_is_refused_at_once_and_nothing_made(train, tmp_path, flag):
+    result = train(f"{flag}=gs://bucket/run")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert flag in result.stderr
+    assert not (tmp_path / "gs:").exists()
+
+
 def test_help_goes_to_stdout_with_status_0(train):
     result = train("--help")
     assert (result.returncode, result.stderr) == (0, "")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.training.paths import local_path
 from attention_jax.types import PyTree, TrainState
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
         if keep < 2:
             raise ValueError(f"keep must be at least 2 checkpoints: got {keep}.")
-        self.directory = Path(directory).absolute()
+        self.directory = local_path(directory, "directory").absolute()
         self._read_only = read_only
         self._manager = _open(self.directory, keep, read_only)
 
@@ -191,7 +192,7 @@ def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
         FileNotFoundError: There is no run or no checkpoint.
         ValueError: The parameters do not fit; names the first leaves that differ.
     """
-    directory = Path(run_directory) / DIRECTORY
+    directory = local_path(run_directory, "run_directory") / DIRECTORY
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint in {directory}.")
     with Checkpoints(directory, read_only=True) as checkpoints:

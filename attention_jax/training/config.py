@@ -20,6 +20,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from attention_jax.training.paths import local_path
+
 
 class RunError(Exception):
     """Ends a run with one line for the user; `status` is the exit status of the process."""
@@ -318,6 +320,11 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             slice_settings(config, section)
         except ConfigError as error:
             yield f"{section}.slices", str(error)
+    if config.init_from:
+        try:
+            local_path(config.init_from, _label("init_from"))
+        except ValueError as error:
+            yield "init_from", str(error)
     model, optimizer, train = config.model, config.optimizer, config.train
     if train.target:
         try:
@@ -530,10 +537,13 @@ def parse(argv: Sequence[str]) -> Command:
     workdir = None
     for name, text in given.items():
         if (path := _FLAT_FLAGS[name].path) is None:
-            if workdir not in (None, text):
-                raise ConfigError(f"--save_path and --workdir differ: got {workdir} and {text}.")
-            workdir = text
+            place = _path(text, f"--{name}")
+            if workdir not in (None, place):
+                raise ConfigError(f"--save_path and --workdir differ: got {workdir} and {place}.")
+            workdir = place
             continue
+        if name == "init_from":
+            _path(text, f"--{name}")  # Also where it is empty, which as a field means none.
         value = _convert(path, text)
         if path in overridden and overridden[path] != value:
             raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
@@ -548,7 +558,7 @@ def parse(argv: Sequence[str]) -> Command:
         trials(config, sweep)
     else:
         check(config)
-    return Command(config, workdir or None, sweep)
+    return Command(config, workdir, sweep)
 
 
 def _axes(texts, config):
@@ -621,7 +631,10 @@ def load(path: str) -> ConfigDict:
     Raises:
         ConfigError: There is no such file, or it fails; the line names where.
     """
-    file, *argument = path.split(":", 1)
+    _path(path, "--config")
+    drive, rest = os.path.splitdrive(path)
+    name, *argument = rest.split(":", 1)
+    file = os.path.expanduser(drive + name)
     if os.path.isdir(file) or not os.path.exists(file):
         raise ConfigError(f"--config must name a Python file: there is none at {file!r}.")
     try:
@@ -702,6 +715,13 @@ def _convert(path, text):
         raise ConfigError(f"{_label(path)} must be {_KINDS[kind]}: got {text!r}.") from error
 
 
+def _path(text, name):
+    try:
+        return str(local_path(text, name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _set(config, path, value):
     section, _, field = path.rpartition(".")
     target = config[section] if section else config
@@ -750,8 +770,12 @@ def _interview(config, workdir):
         if name == "num_heads" and config.model.name == "selfhead":
             continue
         if path is None:
-            answer = input(f"{name} [{workdir or 'none'}]: ").strip()
-            workdir = answer or workdir
+            while answer := input(f"{name} [{workdir or 'none'}]: ").strip():
+                try:
+                    workdir = _path(answer, name)
+                    break
+                except ConfigError as error:
+                    print(f"  {error}")
             continue
         before = flatten(config)[path]
         reason = _reason(config, path)

@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +104,7 @@ def in_directory(
     """What `work` returns, done in a run directory that is claimed for a config, or in none."""
     if workdir is None:
         return work(NoDirectory())
-    with owned(Path(workdir)) as path:
+    with owned(workdir) as path:
         claim(path, config, _versions())
         with contextlib.closing(RunDirectory(path, config)) as directory:
             return work(directory)
@@ -408,7 +407,7 @@ def _first_state(config, program):
     state = program.init()
     if config.init_from:
         try:
-            params = restore_params(Path(config.init_from), like=state.params)
+            params = restore_params(config.init_from, like=state.params)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--init_from={config.init_from}: {error}") from error
         state = state._replace(params=params)

@@ -13,49 +13,113 @@ behind the newest checkpoint are dropped and written again.
 """
 
 import contextlib
-import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import lock_descriptor
 from ml_collections import ConfigDict
 
 from attention_jax.training.checkpoint import DIRECTORY as CHECKPOINTS
 from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, RunError, flatten
 from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
+from attention_jax.training.paths import local_path
 from attention_jax.types import TrainState
 
+LOCK = ".lock"  # There as long as a process owns the directory.
+MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
 
 
 @contextlib.contextmanager
-def owned(path: Path) -> Iterator[Path]:
+def owned(path: str | os.PathLike) -> Iterator[Path]:
     """Makes the directory and keeps every other process out of it until the block ends.
 
-    The lock is the kernel's and on the directory itself: it leaves no file, and a killed process
-    leaves no lock.
+    The lock is the kernel's, on an empty file that the block's end removes; a killed process leaves
+    the file, but no lock. Directories that were made here and are empty are removed too. Where the
+    file system has no locks, a line on stderr says so.
 
     Raises:
-        ConfigError: The path is a file, cannot be made, or is owned by another process.
+        ConfigError: The path is not local, is a file, cannot be made or written, or is owned by
+            another process.
+        TypeError: It is no path.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY)
-    except FileExistsError as error:
-        raise ConfigError(f"the run directory {path} is a file.") from error
-    except OSError as error:
-        raise ConfigError(f"the run directory {path} cannot be used: {error.strerror}.") from error
+        path = local_path(path, "the run directory (--workdir)")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _own(path, stack, MAX_TRIES)
         except BlockingIOError as error:
             raise ConfigError(f"the run directory {path} is in use by another process.") from error
+        except OSError as error:
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise ConfigError(f"the run directory {path} is a file.") from error
+            raise ConfigError(
+                f"the run directory {path} cannot be used: {error.strerror}: {error.filename}."
+            ) from error
         yield path
+
+
+def _own(path, stack, tries):
+    try:
+        _make(path, stack)
+        _lock(path / LOCK, stack)
+    except FileNotFoundError:
+        # Another process has removed what it had made, between two of our lines.
+        if tries == 1:
+            raise
+        _own(path, stack, tries - 1)
+
+
+def _make(path, stack):
+    """Makes a directory and those above it; `stack` removes again what was made and is empty."""
+    missing = [place for place in (path, *path.parents) if not os.path.exists(place)]
+    for place in reversed(missing):
+        try:
+            place.mkdir()
+        except FileExistsError:
+            continue  # Another process was faster.
+        stack.callback(_try, os.rmdir, place)
+
+
+def _lock(file, stack):
+    """Locks a file until `stack` is closed, which removes it.
+
+    BlockingIOError: another process has the lock. FileNotFoundError: it has removed the file.
+    """
+    with contextlib.ExitStack() as opened:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT)
+        if os.name == "nt":  # No open file can be removed there.
+            opened.callback(_try, os.remove, file)
+        opened.callback(os.close, handle)
+        try:
+            is_ours = lock_descriptor(handle, blocking=False)
+        except OSError as error:
+            print(
+                f"The file system of {file.parent} has no locks ({error.strerror}): take care that "
+                "no other process writes there.",
+                file=sys.stderr,
+            )
+            is_ours = True
+        if not is_ours:
+            raise BlockingIOError
+        # The owner before removes the file, then lets go of it.
+        if not os.path.samestat(os.stat(file), os.fstat(handle)):
+            raise FileNotFoundError
+        opened.callback(_try, os.remove, file)
+        stack.enter_context(opened.pop_all())
+
+
+def _try(action, path):
+    with contextlib.suppress(OSError):
+        action(path)
 
 
 def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
@@ -68,7 +132,9 @@ def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
     ours, file = flatten(config), path / "config.json"
     found = read_json(file)
     if found is None:
-        strangers = sorted(x.name for x in path.iterdir() if x != unfinished(file))
+        strangers = sorted(
+            x.name for x in path.iterdir() if x not in (unfinished(file), path / LOCK)
+        )
         if strangers:
             raise ConfigError(
                 f"the run directory {path} is not empty and holds no run: got {strangers[0]}."
@@ -113,13 +179,14 @@ class RunDirectory:
     Every method raises RunError where the file system refuses.
 
     Attributes:
+        path: Of the directory.
         step: That of the checkpoint restored, 0 when there is none.
         rows: The rows of the steps up to it.
         result: What `result.json` holds. None: the run is not complete.
     """
 
     def __init__(self, path: Path, config: ConfigDict):
-        self._path = path
+        self.path = path
         self._config = config.to_dict()
         with _reported(path):
             self._checkpoints = Checkpoints(path / CHECKPOINTS, keep=config.checkpoint.keep)
@@ -138,7 +205,7 @@ class RunDirectory:
             ConfigError: The checkpoints do not fit what `init` would make, all are broken, or there
                 is none and yet a result; rows or result are not those of a run.
         """
-        result_file = self._path / "result.json"
+        result_file = self.path / "result.json"
         result = read_json(result_file)
         if result is not None and not isinstance(result.get("step"), int):
             raise ConfigError(f"{result_file} is not of a run: it holds no step.")
@@ -147,20 +214,20 @@ class RunDirectory:
             try:
                 state = self._checkpoints.restore(jax.eval_shape(init))
             except (RuntimeError, ValueError) as error:
-                raise ConfigError(f"the run directory {self._path}: {error}") from error
+                raise ConfigError(f"the run directory {self.path}: {error}") from error
             self.step = int(state.step)
         elif result is not None:
             raise ConfigError(
-                f"the run directory {self._path} is complete, but its checkpoints are gone: remove "
+                f"the run directory {self.path} is complete, but its checkpoints are gone: remove "
                 f"{result_file.name} to train again."
             )
-        with _reported(self._path):
+        with _reported(self.path):
             try:
-                self._lines = JsonLines(self._path / "metrics.jsonl", self.step)
+                self._lines = JsonLines(self.path / "metrics.jsonl", self.step)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
             self._writers.callback(self._lines.close)
-            self._events = TensorBoard(self._path / "tensorboard", self.step)
+            self._events = TensorBoard(self.path / "tensorboard", self.step)
             self._writers.callback(self._events.close)
             self.rows = list(self._lines.rows)
             if result is not None and result["step"] != self.step:
@@ -170,13 +237,13 @@ class RunDirectory:
         return state
 
     def write(self, row: Row) -> None:
-        with _reported(self._path):
+        with _reported(self.path):
             self._lines.write(row)
             self._events.write(row)
 
     def save(self, state: TrainState) -> None:
         """Saves the state; the rows up to its step must have been written."""
-        with _reported(self._path):
+        with _reported(self.path):
             self._lines.sync()
             self._checkpoints.save(state, self._config)
 
@@ -186,12 +253,12 @@ class RunDirectory:
         Returns:
             What was saved, in a line for the user.
         """
-        with _reported(self._path):
+        with _reported(self.path):
             self._checkpoints.wait()
-            write_json(self._path / "result.json", result)
+            write_json(self.path / "result.json", result)
         self.result = result
-        names = sorted(x.name + "/" * x.is_dir() for x in self._path.iterdir())
-        return f"saved in {self._path}: {', '.join(names)}"
+        names = sorted(x.name + "/" * x.is_dir() for x in self.path.iterdir() if x.name != LOCK)
+        return f"saved in {self.path}: {', '.join(names)}"
 
     def close(self) -> None:
         """Returns when what was saved is on the disk."""
@@ -199,12 +266,13 @@ class RunDirectory:
             self._checkpoints.close()
 
     def __str__(self) -> str:
-        return str(self._path)
+        return str(self.path)
 
 
 class NoDirectory:
     """Stands where a run writes nothing."""
 
+    path = None
     rows: tuple[Row, ...] = ()
     result = None
     step = 0

@@ -129,7 +129,7 @@ def run(
         groups = build(configs, axes, launcher)
 
     def work(store):
-        return _run(config, configs, axes, launcher, groups, store, workdir, started)
+        return _run(config, configs, axes, launcher, groups, store, started)
 
     return experiment.in_directory(workdir, noted, work)
 
@@ -228,8 +228,8 @@ def _build(numbers, configs, traced, launcher):
 # The loop ----------------------------------------------------------------------------------------
 
 
-def _run(config, configs, axes, launcher, groups, store, workdir, started):
-    directory = None if workdir is None else Path(workdir)
+def _run(config, configs, axes, launcher, groups, store, started):
+    directory = store.path
     with experiment.StopSignals() as stop, ExitStack() as files:
         state = store.restore(lambda: _like(groups))
         log = _Log(configs, axes, state, directory, files)
@@ -278,7 +278,7 @@ def _first_trials(group):
     if init_from:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group.like[0])
         try:
-            found = restore_params(Path(init_from), like=like)
+            found = restore_params(init_from, like=like)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--init_from={init_from}: {error}") from error
         spread = lambda x, old: jax.device_put(np.broadcast_to(x, old.shape), old.sharding)
