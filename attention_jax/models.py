@@ -243,7 +243,7 @@ class SequenceModel(nn.Module):
         self,
         inputs: Array,
         *,
-        positions: Array | None = None,
+        output_positions: Array | None = None,
         mask: Array | Mask | None = None,
         deterministic: bool = True,
         sow_weights: bool = False,
@@ -253,8 +253,9 @@ class SequenceModel(nn.Module):
 
         Args:
             inputs: Tokens `[..., T]`, or vectors `[..., T, D]` when `vocab_size` is None.
-            positions: `[..., P]` integers: where an output is wanted. None: at all T positions.
-                Logits over a large vocabulary are most of a small model's work.
+            output_positions: `[..., P]` integers: at which of the T places of the row an output is
+                wanted. None: at all of them. Logits over a large vocabulary are most of a small
+                model's work.
             mask: Who may attend to whom, beside what `causal`, `window` and `pattern` say.
             deterministic: Turns dropout off; otherwise an rng named "dropout" is needed.
             sow_weights, lengths: As in `MultiHeadAttention`.
@@ -268,7 +269,7 @@ class SequenceModel(nn.Module):
             NotImplementedError: The attention or the mechanism cannot honour a setting.
         """
         self.check()
-        self._check_inputs(inputs, positions, lengths)
+        self._check_inputs(inputs, output_positions, lengths)
         if self.short_conv and mask is not None:
             raise NotImplementedError(
                 f"short_conv={self.short_conv} has no mask: it sums what the mask would hide."
@@ -305,8 +306,8 @@ class SequenceModel(nn.Module):
                 name=f"block_{i}",
             )
             x = block(x, mask, deterministic, sow_weights, lengths, bias)
-        if positions is not None:
-            x = jnp.take_along_axis(x, positions[..., None], axis=-2)  # [..., P, D]
+        if output_positions is not None:
+            x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
         x = make_norm(self, "norm")(x)
 
         if self.vocab_size is None:
@@ -391,7 +392,7 @@ class SequenceModel(nn.Module):
                 if value == word if field == "positions" else value != defaults[field]:
                     raise NotImplementedError(f"{name}={choice!r} has no {field}={value!r}.")
 
-    def _check_inputs(self, inputs, positions, lengths) -> None:
+    def _check_inputs(self, inputs, output_positions, lengths) -> None:
         if self.vocab_size is not None:
             batch = as_integers("inputs", inputs, axes=1).shape[:-1]
         elif inputs.ndim < 2 or inputs.shape[-1] != self.features:
@@ -401,12 +402,12 @@ class SequenceModel(nn.Module):
             )
         else:
             batch = inputs.shape[:-2]
-        if positions is not None:
-            shape = as_integers("positions", positions, axes=1).shape
+        if output_positions is not None:
+            shape = as_integers("output_positions", output_positions, axes=1).shape
             if shape[:-1] != batch:
                 raise ValueError(
-                    f"positions must be [..., P] with the batch axes {batch} of inputs, got shape "
-                    f"{shape}."
+                    f"output_positions must be [..., P] with the batch axes {batch} of inputs, got "
+                    f"shape {shape}."
                 )
         if lengths is not None and not self.decode:
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")

@@ -64,9 +64,9 @@ def test_logits_come_at_the_asked_positions_alone(tie_embedding):
     every = run(model, params, TOKENS)
     assert every.shape == (2, 7, VOCAB)
     assert every.dtype == jnp.float32
-    positions = jnp.array([[1, 6, 6], [0, 3, 2]])
-    some = run(model, params, TOKENS, positions=positions)
-    assert_close(some, np.take_along_axis(np.asarray(every), positions[..., None], axis=1), 1e-6)
+    asked = jnp.array([[1, 6, 6], [0, 3, 2]])
+    some = run(model, params, TOKENS, output_positions=asked)
+    assert_close(some, np.take_along_axis(np.asarray(every), asked[..., None], axis=1), 1e-6)
 
 
 def test_continuous_outputs_have_the_asked_width():
@@ -407,10 +407,10 @@ def test_a_model_that_cannot_be_is_refused(options, inputs, error, word):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"positions": jnp.zeros((2, 3))}, TypeError, "positions.*float32"),
-        ({"positions": jnp.array(3)}, ValueError, "positions"),
-        ({"positions": jnp.zeros(3, int)}, ValueError, r"positions.*\(2,\).*\(3,\)"),
-        ({"positions": jnp.zeros((3, 1), int)}, ValueError, r"positions.*\(2,\).*\(3, 1\)"),
+        ({"output_positions": jnp.zeros((2, 3))}, TypeError, "output_positions.*float32"),
+        ({"output_positions": jnp.array(3)}, ValueError, "output_positions"),
+        ({"output_positions": jnp.zeros(3, int)}, ValueError, r"output_pos.*\(2,\).*\(3,\)"),
+        ({"output_positions": jnp.zeros((3, 1), int)}, ValueError, r"output_pos.*\(2,\).*\(3, 1\)"),
         ({"lengths": jnp.array([3, 4])}, ValueError, "lengths.*decode"),
     ],
 )

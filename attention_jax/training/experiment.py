@@ -255,7 +255,7 @@ def make_functions(
             return model.apply(
                 {"params": params},
                 batch.inputs,
-                positions=batch.positions,
+                output_positions=batch.positions,
                 mask=task.mask,
                 deterministic=rng is None,
                 rngs=None if rng is None else {"dropout": rng},
@@ -285,7 +285,7 @@ def make_functions(
     def init() -> TrainState:
         example = task.sample(stream(_TRAIN), jnp.arange(1))
         variables = model.init(
-            stream(_PARAMS), example.inputs, positions=example.positions, mask=task.mask
+            stream(_PARAMS), example.inputs, output_positions=example.positions, mask=task.mask
         )
         params = variables["params"]
         return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
