@@ -24,71 +24,6 @@ from attention_jax import (
 )
 
 
-class Case(NamedTuple):
-    """One way to compute one mechanism.
-
-    Attributes:
-        mechanism: Its key in `ATTENTION_FNS`.
-        name: How the tests call it.
-        attend: `(query, key, value, **settings) -> [..., T, N, V]`.
-        oracle: `(query, key, value, *, mask, ...) -> [..., T, N, V]`, in float64.
-        dot_product: Whether it owes the whole contract of scaled dot-product attention.
-        set_of_keys: Whether it takes keys of any size H as a set, without an order of its own. Else
-            the promises that it makes are tested in a file of its own.
-    """
-
-    mechanism: str
-    name: str
-    attend: Callable
-    oracle: Callable
-    dot_product: bool = True
-    set_of_keys: bool = True
-
-
-CASES = [
-    Case(
-        "dot_product",
-        "dense",
-        functools.partial(dot_product_attention, implementation="dense"),
-        lambda *args, **settings: oracles.dot_product(*args, **settings)[0],
-    ),
-    Case(
-        "dot_product",
-        "blockwise",
-        functools.partial(dot_product_attention, implementation="blockwise", block_size=(2, 3)),
-        lambda *args, **settings: oracles.dot_product(*args, **settings)[0],
-    ),
-    Case("linear", "linear", linear_attention, oracles.linear, dot_product=False),
-    Case(
-        "differential",
-        "differential",
-        differential_attention,
-        oracles.differential,
-        dot_product=False,
-        set_of_keys=False,
-    ),
-    Case(
-        "gated_delta",
-        "gated_delta",
-        gated_delta_attention,
-        oracles.gated_delta,
-        dot_product=False,
-        set_of_keys=False,
-    ),
-]
-DOT_PRODUCT = [case for case in CASES if case.dot_product]
-LINEAR = [case for case in CASES if case.mechanism == "linear"]
-SETS = [case for case in CASES if case.set_of_keys]
-
-
-def _over(cases):
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
-
-
-every_row, every_case = _over(CASES), _over(SETS)
-every_dot_product, every_linear = _over(DOT_PRODUCT), _over(LINEAR)
-
-
 class Sizes(NamedTuple):
     """Distinct where they can be, so that no axis passes for another."""
 
@@ -122,6 +57,133 @@ class Sizes(NamedTuple):
 
 
 SMALL = Sizes()
+SIZES = (
+    SMALL,
+    Sizes(batch=(), T=7, S=5, N=3, K=1),
+    Sizes(batch=(2, 2), T=4, S=4, N=2, K=2),
+)
+
+
+def random_mask(*shape, seed=3):
+    """About half of it True; the first query of the first head sees nothing."""
+    mask = np.random.default_rng(seed).random(shape) < 0.6
+    mask.reshape(-1, *shape[-2:])[0, 0] = False
+    return mask
+
+
+def lengths_of(sizes):
+    """A number of keys for each batch row, from 0 to S."""
+    rows = np.arange(np.prod(sizes.batch, dtype=int)).reshape(sizes.batch)
+    return rows * 3 % (sizes.S + 1)
+
+
+# Each as the package says it and as the oracle does, for inputs of some sizes.
+MASKS = {
+    "none": lambda s: (None, None),
+    "causal": lambda s: (masks.causal(), oracles.causal(s.T, s.S)),
+    "causal, later": lambda s: (masks.causal(1), oracles.causal(s.T, s.S, 1)),
+    "window": lambda s: (masks.window(2, 1), oracles.window(s.T, s.S, 2, 1)),
+    "not causal": lambda s: (~masks.causal(), ~oracles.causal(s.T, s.S)),
+    "causal and lengths": lambda s: (
+        masks.causal() & masks.key_lengths(lengths_of(s)),
+        oracles.causal(s.T, s.S) & oracles.key_lengths(s.T, s.S, lengths_of(s)),
+    ),
+    "array": lambda s: (random_mask(*s.logits), random_mask(*s.logits)),
+}
+
+
+class Case(NamedTuple):
+    """One way to compute one mechanism, and what it takes.
+
+    Attributes:
+        mechanism: Its key in `ATTENTION_FNS`.
+        name: How the tests call it.
+        attend: `(query, key, value, *, mask, **arrays) -> [..., T, N, V]`.
+        oracle: The same in float64, one query at a time.
+        masks: Those of `MASKS` that it takes. It refuses the others.
+        sizes: Some that it takes; the first are the sizes of most tests.
+        arrays: Further inputs with gradients, by name: `sizes -> shape`, and the range of their
+            numbers.
+        key_scale: The length of the keys in these tests, against those of standard normal numbers.
+        dot_product: Whether it owes the whole contract of scaled dot-product attention.
+        set_of_keys: Whether it takes keys as a set, without an order of its own.
+    """
+
+    mechanism: str
+    name: str
+    attend: Callable
+    oracle: Callable
+    masks: tuple[str, ...] = tuple(MASKS)
+    sizes: tuple[Sizes, ...] = SIZES
+    arrays: dict[str, tuple[Callable, float, float]] = {}  # noqa: RUF012  (a constant)
+    key_scale: float = 1.0
+    dot_product: bool = False
+    set_of_keys: bool = True
+
+    @property
+    def small(self) -> Sizes:
+        return self.sizes[0]
+
+
+def _dot_product(*inputs, **settings):
+    return oracles.dot_product(*inputs, **settings)[0]
+
+
+CASES = [
+    Case(
+        "dot_product",
+        "dense",
+        functools.partial(dot_product_attention, implementation="dense"),
+        _dot_product,
+        dot_product=True,
+    ),
+    Case(
+        "dot_product",
+        "blockwise",
+        functools.partial(dot_product_attention, implementation="blockwise", block_size=(2, 3)),
+        _dot_product,
+        dot_product=True,
+    ),
+    Case(
+        "linear",
+        "linear",
+        functools.partial(linear_attention, chunk_size=3),
+        oracles.linear,
+        masks=("none", "causal"),
+    ),
+    Case(
+        "differential",
+        "differential",
+        differential_attention,
+        oracles.differential,
+        sizes=tuple(sizes._replace(H=10) for sizes in SIZES),
+        arrays={"lambda_full": (lambda sizes: (sizes.N,), -0.5, 0.9)},
+    ),
+    Case(
+        "gated_delta",
+        "gated_delta",
+        functools.partial(gated_delta_attention, chunk_size=3),
+        oracles.gated_delta,
+        masks=("causal",),
+        arrays={
+            "log_decay": (lambda sizes: sizes.key[:-1], -2.0, 0.0),
+            "beta": (lambda sizes: sizes.key[:-1], 0.0, 1.0),
+        },
+        key_scale=0.3,  # Longer than 1 they would let the memory grow without bound.
+        set_of_keys=False,
+    ),
+]
+DOT_PRODUCT = [case for case in CASES if case.dot_product]
+LINEAR = [case for case in CASES if case.mechanism == "linear"]
+SETS = [case for case in CASES if case.set_of_keys]
+
+
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+every_case, every_set_of_keys = over(CASES), over(SETS)
+every_dot_product, every_linear = over(DOT_PRODUCT), over(LINEAR)
 
 
 def random_qkv(sizes=SMALL, dtype=np.float32, seed=0):
@@ -130,6 +192,21 @@ def random_qkv(sizes=SMALL, dtype=np.float32, seed=0):
         jnp.asarray(rng.standard_normal(shape), dtype)
         for shape in (sizes.query, sizes.key, sizes.value)
     )
+
+
+def qkv_of(case, sizes=None, dtype=np.float32, seed=0):
+    """Queries, keys and values that suit a case."""
+    query, key, value = random_qkv(case.small if sizes is None else sizes, dtype, seed)
+    return query, case.key_scale * key, value
+
+
+def inputs_of(case, sizes=None, dtype=np.float32, seed=0):
+    """All arrays that a case takes, by name."""
+    sizes, rng = case.small if sizes is None else sizes, np.random.default_rng(seed + 1)
+    inputs = dict(zip(("query", "key", "value"), qkv_of(case, sizes, dtype, seed), strict=True))
+    for name, (shape, low, high) in case.arrays.items():
+        inputs[name] = jnp.asarray(rng.uniform(low, high, shape(sizes)), dtype)
+    return inputs
 
 
 def value_and_pull(attend, seed=11):
@@ -167,13 +244,6 @@ def scenario(sizes=SMALL, settings=None, oracle=None, magnitude=1.0, **arrays):
     return Scenario(sizes, settings, oracle or settings, arrays, magnitude)
 
 
-def random_mask(*shape, seed=3):
-    """About half of it True; the first query of the first head sees nothing."""
-    mask = np.random.default_rng(seed).random(shape) < 0.6
-    mask.reshape(-1, *shape[-2:])[0, 0] = False
-    return mask
-
-
 N, T, S = SMALL.N, SMALL.T, SMALL.S
 LENGTHS = np.array([3, 0])
 IDS_T, IDS_S = np.array([[0, 0, 1, 1, 2], [4, 3, 3, 0, 0]]), np.array([[0, 1, 1, 2, 2, 2, 9]] * 2)
@@ -205,13 +275,11 @@ SCENARIOS = {
     "bias": scenario(bias=(2, N, T, S)),
     "bias over heads": scenario(bias=(N, 1, S)),
     "bias over batch and queries": scenario(bias=(2, 1, T, 1)),
-    "mask array": scenario(**masked(lambda: MASK, MASK)),
     "mask over heads": scenario(**masked(lambda: MASK[:, :1], MASK[:, :1])),
     "causal": scenario(**masked(masks.causal, oracles.causal(T, S))),
     "causal, end": scenario(
         Sizes(T=7, S=5), **masked(lambda: masks.causal("end"), oracles.causal(7, 5, "end"))
     ),
-    "window": scenario(**masked(lambda: masks.window(1, 2), oracles.window(T, S, 1, 2))),
     "segments": scenario(
         **masked(lambda: masks.segments(IDS_T, IDS_S), oracles.segments(IDS_T, IDS_S))
     ),

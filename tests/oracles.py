@@ -373,10 +373,14 @@ def differential(query, key, value, *, lambda_full=0.8, **settings):
 
 
 def gated_delta(query, key, value, *, log_decay=None, beta=None, mask=None):
-    """Yang et al. 2024, equation 10, position by position with the paper's `[V, H]` state S."""
+    """Yang et al. 2024, equation 10, position by position with the paper's `[V, H]` state S.
+
+    A recurrence sees its past: the mask is the causal one.
+    """
     query, key, value = f64(query), f64(key), f64(value)
     *batch, T, N, H = query.shape
     S, K, V = value.shape[-3:]
+    assert mask is None or (mask == causal(T, S)).all()
     decay = np.exp(np.zeros((*batch, S, K)) if log_decay is None else f64(log_decay))
     beta = np.ones((*batch, S, K)) if beta is None else f64(beta)
     out = np.zeros((*batch, T, N, V))

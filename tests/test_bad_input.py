@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from cases import DOT_PRODUCT, Sizes, every_dot_product, every_row, random_qkv
+from cases import DOT_PRODUCT, Sizes, every_case, every_dot_product, random_qkv
 
 from attention_jax import masks
 
@@ -95,7 +95,7 @@ def one_line(error):
     assert "\n" not in str(error.value)
 
 
-@every_row
+@every_case
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_that_do_not_fit_are_a_value_error(case, name):
     qkv, words = SHAPES[name]
@@ -104,12 +104,20 @@ def test_shapes_that_do_not_fit_are_a_value_error(case, name):
     one_line(error)
 
 
-@every_row
+@every_case
 @pytest.mark.parametrize("name", TYPES)
 def test_what_is_no_float_array_is_a_type_error(case, name):
     qkv, words = TYPES[name]
     with pytest.raises(TypeError, match=words) as error:
         case.attend(*qkv)
+    one_line(error)
+
+
+@every_case
+@pytest.mark.parametrize("mask", ["causal", np.ones((5, 7)), 3], ids=["text", "numbers", "number"])
+def test_what_is_no_mask_is_a_type_error(case, mask):
+    with pytest.raises(TypeError, match="mask") as error:
+        case.attend(*random_qkv(case.small), mask=mask)
     one_line(error)
 
 

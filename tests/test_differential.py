@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import Sizes, assert_close, random_qkv, value_and_pull
+from cases import Sizes, assert_close, random_qkv
 
 from attention_jax import biases, differential_attention, dot_product_attention, masks
 
@@ -18,7 +18,6 @@ LAMBDAS = np.linspace(-0.5, 0.9, SIZES.N)
 @pytest.mark.parametrize(
     ("settings", "oracle"),
     [
-        ({}, {}),
         ({"implementation": "blockwise", "lambda_full": 0.3}, {"lambda_full": 0.3}),
         (
             {"mask": masks.window(2), "bias": biases.alibi(6), "lambda_full": LAMBDAS},
@@ -33,34 +32,12 @@ LAMBDAS = np.linspace(-0.5, 0.9, SIZES.N)
             {"scale": 0.7, "softcap": 1.5, "sinks": np.arange(6.0)},
         ),
     ],
-    ids=["plain", "blockwise", "mask, bias, lambdas", "scale, softcap, sinks"],
+    ids=["blockwise", "mask, bias, lambdas", "scale, softcap, sinks"],
 )
 def test_it_is_the_difference_of_two_attentions(settings, oracle):
     qkv = random_qkv(SIZES)
     out = jax.jit(lambda *qkv: differential_attention(*qkv, **settings))(*qkv)
     assert_close(out, oracles.differential(*qkv, **oracle), 4e-6)
-
-
-def test_gradients_are_slopes_also_of_lambda(x64):
-    sizes = Sizes(batch=(), T=4, S=4, N=2, K=1, H=6, V=2)
-    inputs = (*random_qkv(sizes, dtype=np.float64), jnp.array([0.3, -0.2]))
-    attend = lambda q, k, v, share: differential_attention(
-        q, k, v, mask=masks.causal(), lambda_full=share
-    )
-    out, grads = value_and_pull(attend)(*inputs)
-    cotangent = np.random.default_rng(11).standard_normal(out.shape)
-    for i, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
-        direction = np.random.default_rng(i).standard_normal(x.shape)
-
-        def loss(x, i=i):
-            q, k, v, share = (x if j == i else np.asarray(y) for j, y in enumerate(inputs))
-            return (
-                oracles.differential(q, k, v, mask=oracles.causal(4, 4), lambda_full=share)
-                * cotangent
-            ).sum()
-
-        slope = oracles.central_difference(loss, np.asarray(x), direction)
-        assert_close((grad * direction).sum(), slope, 1e-8)
 
 
 def test_what_both_maps_agree_on_cancels():
@@ -95,13 +72,6 @@ def test_dropout_drops_weights_of_the_difference():
     kept = dropped != 0
     assert 5 < kept.sum() < 30
     assert_close(dropped, np.where(kept, 2 * weights, 0), 1e-5)
-
-
-def test_half_precision_subtracts_in_float32():
-    qkv = tuple(x.astype(jnp.bfloat16) for x in random_qkv(SIZES))
-    out = differential_attention(*qkv)
-    assert out.dtype == jnp.bfloat16
-    assert_close(out, oracles.differential(*qkv), 2**-6)
 
 
 @pytest.mark.parametrize(

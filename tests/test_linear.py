@@ -14,15 +14,6 @@ from attention_jax import linear_attention, masks
 
 @every_linear
 @pytest.mark.parametrize(
-    "sizes", [Sizes(), Sizes(batch=(), N=3, K=1), Sizes(batch=(2, 2), N=2, K=2)]
-)
-def test_every_query_averages_all_values(case, sizes):
-    qkv = random_qkv(sizes)
-    assert_close(jax.jit(case.attend)(*qkv), case.oracle(*qkv), 2e-6)
-
-
-@every_linear
-@pytest.mark.parametrize(
     ("T", "S"), [(7, 7), (5, 7), (7, 5), (131, 131), (131, 67), (67, 131), (128, 128)]
 )
 def test_causal_in_chunks_is_the_sum_over_the_past(case, T, S):
@@ -32,46 +23,12 @@ def test_causal_in_chunks_is_the_sum_over_the_past(case, T, S):
 
 
 @every_linear
-@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["bidirectional", "causal"])
-def test_gradients_are_slopes(case, mask, x64):
-    sizes = Sizes(batch=(), T=5, S=5, N=2, K=1, H=3, V=2)
-    qkv = random_qkv(sizes, dtype=np.float64)
-    visible = None if mask is None else oracles.causal(5, 5)
-    attend = lambda *qkv: case.attend(*qkv, mask=mask)
-    out, grads = value_and_pull(attend)(*qkv)
-    assert out.dtype == np.float64
-    cotangent = np.random.default_rng(11).standard_normal(out.shape)
-    directions = random_qkv(sizes, dtype=np.float64, seed=1)
-    for i, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
-
-        def loss(x, i=i):
-            arguments = [x if j == i else np.asarray(y) for j, y in enumerate(qkv)]
-            return (case.oracle(*arguments, mask=visible) * cotangent).sum()
-
-        slope = oracles.central_difference(loss, np.asarray(qkv[i]), np.asarray(direction))
-        assert_close((grad * direction).sum(), slope, 1e-8)
-
-
-@every_linear
 def test_the_length_of_a_chunk_is_no_part_of_the_result(case):
     qkv = random_qkv(Sizes(batch=(), T=13, S=13, N=2, K=1, H=3, V=2))
     want = case.oracle(*qkv, mask=oracles.causal(13, 13))
     for chunk_size in (1, 4, 13, 99):
-        out = case.attend(*qkv, mask=masks.causal(), chunk_size=chunk_size)
-        assert_close(out, want, 2e-6)
-
-
-@every_linear
-def test_the_future_cannot_leak_across_or_within_chunks(case):
-    query, key, value = random_qkv(Sizes(batch=(), T=7, S=7, N=2, K=1, H=3, V=2))
-
-    def attend(key, value):
-        return case.attend(query, key, value, mask=masks.causal(), chunk_size=3).sum(axis=(1, 2))
-
-    for jacobian in jax.jit(jax.jacobian(attend, argnums=(0, 1)))(key, value):
-        influence = np.abs(jacobian).sum(axis=(2, 3))
-        assert not np.triu(influence, 1).any()
-        assert (np.diag(influence)[1:] > 0).all()
+        attend = functools.partial(case.attend, mask=masks.causal(), chunk_size=chunk_size)
+        assert_close(jax.jit(attend)(*qkv), want, 2e-6)
 
 
 @every_linear

@@ -12,6 +12,8 @@ from cases import (
     Sizes,
     assert_close,
     every_case,
+    inputs_of,
+    qkv_of,
     random_mask,
     random_qkv,
     value_and_pull,
@@ -50,9 +52,11 @@ def test_jit_changes_nothing(case, settings):
 
 @every_case
 def test_vmap_over_a_batch_is_the_batch(case):
-    qkv = random_qkv(Sizes(batch=(3,)))
+    inputs = qkv_of(case, case.small._replace(batch=(3,)))
     attend = lambda *qkv: case.attend(*qkv, mask=masks.causal())
-    (out, grads), (want, want_grads) = (value_and_pull(f)(*qkv) for f in (jax.vmap(attend), attend))
+    (out, grads), (want, want_grads) = (
+        value_and_pull(f)(*inputs) for f in (jax.vmap(attend), attend)
+    )
     assert_close(out, want, 1e-6)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         assert_close(grad, want_grad, 1e-5)
@@ -60,10 +64,10 @@ def test_vmap_over_a_batch_is_the_batch(case):
 
 @every_case
 def test_vmap_over_any_axis_of_one_argument(case):
-    query, key, value = random_qkv()
+    query, key, value = qkv_of(case)
     values = jnp.stack([value, 2 * value], axis=2)
     out = jax.jit(jax.vmap(case.attend, in_axes=(None, None, 2), out_axes=1))(query, key, values)
-    want = case.attend(query, key, value)
+    want = jax.jit(case.attend)(query, key, value)
     assert_close(out, np.stack([want, 2 * want], axis=1), 1e-5)
 
 
@@ -90,7 +94,7 @@ def test_vmap_over_a_mask_and_a_bias():
 
 @every_case
 def test_scan_and_checkpoint_are_the_loop(case):
-    query, key, value = random_qkv(Sizes(T=7, S=7, N=3, K=3, H=5, V=5))
+    query, key, value = qkv_of(case, Sizes(T=7, S=7, N=3, K=3, H=4, V=4))
     mask = masks.causal()
 
     def layer(x, _):
@@ -112,23 +116,27 @@ def test_scan_and_checkpoint_are_the_loop(case):
 @every_case
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 def test_pmap_and_shard_map_split_the_batch_and_change_nothing(case):
-    qkv = random_qkv(Sizes(batch=(8,), T=7, N=2, K=1, H=3, V=5))
+    inputs = inputs_of(case, Sizes(batch=(8,), T=7, N=2, K=1, H=4, V=5))
+    # What has no batch axis is the same on every device.
+    rows = {name: P("data") if len(x) == 8 else P() for name, x in inputs.items()}
 
-    def value_and_grad(query, key, value):
-        out, pull_back = jax.vjp(
-            lambda *qkv: case.attend(*qkv, mask=masks.causal()), query, key, value
-        )
-        return out, pull_back(out)
+    def run(inputs):
+        attend = lambda inputs: case.attend(**inputs, mask=masks.causal())
+        out, pull_back = jax.vjp(attend, inputs)
+        (grads,) = pull_back(out)
+        return out, {name: grads[name] for name in rows if rows[name]}
 
-    want = jax.jit(value_and_grad)(*qkv)
+    want = jax.jit(run)(inputs)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     # The default checks: a scan whose carry starts as a constant does not pass them.
-    mapped = jax.shard_map(value_and_grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(rows,), out_specs=P("data"))
     for got, right in zip(
-        jax.tree.leaves(jax.jit(mapped)(*qkv)), jax.tree.leaves(want), strict=True
+        jax.tree.leaves(jax.jit(mapped)(inputs)), jax.tree.leaves(want), strict=True
     ):
         assert_close(got, right, 1e-5)
-    parts = jax.pmap(value_and_grad)(*(x[:, None] for x in qkv))
+    split = {name: x[:, None] if rows[name] else x for name, x in inputs.items()}
+    axes = ({name: 0 if rows[name] else None for name in rows},)
+    parts = jax.pmap(run, in_axes=axes)(split)
     for got, right in zip(jax.tree.leaves(parts), jax.tree.leaves(want), strict=True):
         assert_close(got[:, 0], right, 1e-5)
 

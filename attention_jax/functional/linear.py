@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from attention_jax.checks import as_size, check_qkv
-from attention_jax.functional.masks import Band, Mask
+from attention_jax.functional.masks import Mask, as_mask, is_causal
 from attention_jax.types import Array
 
 
@@ -53,11 +53,8 @@ def linear_attention(
     """
     query, key, value = check_qkv(query, key, value)
     chunk_size = as_size("chunk_size", chunk_size)
-    causal = (
-        isinstance(mask, Band)
-        and isinstance(mask.offset, int)
-        and (mask.left, mask.right, mask.offset) == (None, 0, 0)
-    )
+    mask = None if mask is None else as_mask(mask)
+    causal = is_causal(mask)
     if mask is not None and not causal:
         raise NotImplementedError(
             f"linear_attention takes mask=None or masks.causal(), got {mask!r}: "
