@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attention_jax.training.config import default_config, flatten
-from attention_jax.training.paths import local_path
+from attention_jax.training.files import local_path
 
 SEED = "seed"
 MAX_LABELS = 12  # More lines of a legend hide the picture.

@@ -1,6 +1,7 @@
 """The command line keeps its word: what it accepts, what it refuses, and in which words."""
 
 import inspect
+import json
 import sys
 
 import pytest
@@ -72,7 +73,6 @@ def test_defaults_are_those_of_the_original():
         ("--launcher=pmap", "launcher", "pmap"),
         ("--seed=7", "seed", 7),
         ("--target=loss=1e-3", "train.target", "loss=1e-3"),
-        ("--init_from=runs/a", "init_from", "runs/a"),
     ],
 )
 def test_each_flat_flag_sets_its_field(flag, path, value):
@@ -91,6 +91,9 @@ def test_save_path_and_workdir_are_one():
 def test_paths_are_local_and_begin_at_home(flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_config(tmp_path / "x.py", "config.seed = 5")
+    if flag == "--init_from":
+        (tmp_path / "x.py").unlink()
+        write_run(tmp_path / "x.py", default_config())
     command = parse(["train.py", f"{flag}=~/x.py"])
     if flag in ("--workdir", "--save_path"):
         assert command.workdir == str(tmp_path / "x.py")
@@ -156,6 +159,102 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
 def test_a_config_file_takes_an_argument(tmp_path):
     path = write_config(tmp_path / "x.py")
     assert config_of(f"--config={path}:copy").task.name == "copy"
+
+
+def write_run(path, config):
+    """The note of a run, which is all that is read of it here."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    return str(path)
+
+
+@pytest.fixture
+def recall(tmp_path):
+    """A run that is no default of anything."""
+    config = default_config("recall")
+    config.update_from_flattened_dict(
+        {
+            "task.vocab_size": 64,
+            "task.seq_length": 32,
+            "model.features": 32,
+            "model.num_layers": 3,
+            "model.num_kv_heads": 1,
+            "model.softcap": 20.0,
+            "optimizer.learning_rate": 0.5,
+            "seed": 7,
+        }
+    )
+    write_run(tmp_path / "recall", config)
+    return config
+
+
+@pytest.mark.parametrize("flag", ["--init_from=", "--config.init_from=", "--config.init_from "])
+def test_init_from_brings_the_model_and_its_task(flag, recall, tmp_path):
+    config = config_of(*f"{flag}{tmp_path / 'recall'}".split())
+    assert config.init_from == str(tmp_path / "recall")
+    assert (config.model, config.task) == (recall.model, recall.task)
+    # The rest begins anew, with the defaults of the task.
+    assert config.optimizer == default_config("recall").optimizer
+    assert config.seed == 0
+
+
+def test_what_is_said_wins_over_init_from(recall, tmp_path):
+    run = f"--init_from={tmp_path / 'recall'}"
+    config = config_of(run, "--embed_dim=16", "--config.model.num_kv_heads=None", "--seq_length=48")
+    assert (config.model.features, config.model.num_kv_heads) == (16, None)
+    assert (config.task.seq_length, config.task.vocab_size) == (48, 64)
+    # Of another task the vocabulary, which the embedding depends on, and nothing else.
+    config = config_of(run, "--task=copy")
+    assert config.model == recall.model
+    assert config.task.to_dict() == {"name": "copy", "vocab_size": 64, "seq_length": 32}
+    assert config_of(run, "--task=induction").task.seq_length == 64
+    assert config_of(run, "--task=teacher").task.to_dict() == {"name": "teacher", "seq_length": 10}
+    # A file says what differs from the defaults.
+    file = write_config(tmp_path / "x.py", "config.model.features = 8", "config.model.window = 4")
+    config = config_of(run, f"--config={file}:recall")
+    assert (config.model.features, config.model.window, config.model.num_layers) == (8, 4, 3)
+    assert config.task == recall.task
+    write_config(tmp_path / "x.py", f"config.init_from = {str(tmp_path / 'recall')!r}")
+    assert config_of(f"--config={file}:recall").model == recall.model
+    assert config_of(f"--config={file}:recall", "--config.init_from=").model != recall.model
+
+
+def test_a_continued_run_keeps_the_model_that_it_took(recall, tmp_path):
+    flags = [f"--init_from={tmp_path / 'recall'}", f"--workdir={tmp_path / 'second'}"]
+    first = config_of(*flags)
+    write_run(tmp_path / "second", first)
+    recall.model.features = 64
+    write_run(tmp_path / "recall", recall)
+    assert config_of(*flags) == first
+    (tmp_path / "recall" / "config.json").unlink()
+    assert config_of(*flags) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["config.json is missing"]),
+        ("mine", ["config.json is not of a run"]),
+        ("[" * 100_000, ["config.json is not of a run"]),
+        ('{"config": 3}', ["holds no config"]),
+        ('{"config": {}}', ["task must be one of", "got None"]),
+        ('{"config": {"task": {"name": "juggle"}}}', ["task must be one of", "got 'juggle'"]),
+        (
+            '{"config": {"task": {"name": "copy"}, "model": {"legs": 8}}}',
+            ["config.model.legs=8 is unknown"],
+        ),
+        (
+            '{"config": {"task": {"name": "copy"}, "model": {"features": "8"}}}',
+            ["config.model.features must be an integer", "got '8'"],
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_begun_from_is_named(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    message = refusal(f"--init_from={tmp_path}")
+    assert message.startswith(f"--init_from={tmp_path}: ")
+    assert not [word for word in words if word not in message], message
 
 
 def test_naming_a_task_brings_its_defaults(tmp_path):

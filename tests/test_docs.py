@@ -8,6 +8,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -106,8 +107,9 @@ def test_the_programs_run_and_print_what_the_page_shows(page, tmp_path, monkeypa
 
 
 @every_page
-def test_the_commands_are_understood(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_commands_are_understood(page, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda question: "")
     for line, words in commands(page):
         where = f"{page.name}:{line}: {' '.join(words)}"
@@ -123,9 +125,13 @@ def test_the_commands_are_understood(page, monkeypatch):
                 config.parse(argv)
             continue
         try:
-            config.parse(argv)
+            command = config.parse(argv)
         except config.ConfigError as error:
             pytest.fail(f"{where}: {error}")
+        if command.workdir:  # A command below may start from this run.
+            Path(command.workdir).mkdir(parents=True, exist_ok=True)
+            note = json.dumps({"config": command.config.to_dict()})
+            (Path(command.workdir) / "config.json").write_text(note)
 
 
 @every_page

@@ -402,9 +402,8 @@ def test_a_last_update_that_goes_too_far_ends_the_run(tmp_path):
     config = tiny(optimizer__name="sgd", optimizer__learning_rate=1e30)
     config.train.epochs = config.train.steps_per_epoch = 1
     with pytest.raises(experiment.Diverged, match=r"step 1: held-out loss is (nan|inf)"):
-        experiment.run(config, tmp_path)
-    assert not os.listdir(tmp_path / "checkpoints")
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+        experiment.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("part", ["slice", "baseline"])
@@ -595,6 +594,7 @@ def test_another_config_is_refused_by_the_fields_that_differ(tmp_path):
     assert "train.epochs is 6 there and 7 here" in message
     assert "launcher is 'single' there and 'pmap' here" in message
     assert "seed" not in message
+    assert f"--init_from={tmp_path} --workdir=NEW" in message
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -664,7 +664,6 @@ def test_a_file_system_without_locks_is_told_and_used(name, tmp_path, monkeypatc
         ("file:///tmp/run", "URL"),
         ("~no_such_user/run", "user"),
         ("made/also/" + "x" * 300, "name too long"),
-        ("made/" * 1000, "name too long"),
         ("file/below/run", "Not a directory"),
         ("file", "is a file"),
         ("loop/run", "symbolic links"),
@@ -783,6 +782,58 @@ def test_init_from_names_what_is_missing_or_misfits(tmp_path):
     message = refusal(tiny(init_from=str(tmp_path / "first"), model__features=8))
     assert "[6, 2, 3]" in message
     assert "[8, 2, 4]" in message
+
+
+def test_what_fails_before_the_first_step_leaves_nothing(tmp_path, finished, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "deep/run"):
+        refusal(tiny(init_from=str(tmp_path / "nowhere")), tmp_path / place)
+        refusal(tiny(init_from=str(finished), model__features=8), tmp_path / place)
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "_train", fail)
+            with pytest.raises(MemoryError):
+                experiment.run(tiny(), tmp_path / place)
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    result = experiment.run(tiny(init_from=str(finished)), tmp_path / "empty")
+    assert result.metrics["step"] == 18
+
+
+def test_a_run_that_diverges_at_once_leaves_its_directory_to_another(tmp_path):
+    with pytest.raises(experiment.Diverged):
+        experiment.run(tiny(optimizer__name="sgd", optimizer__learning_rate=1e30), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert experiment.run(tiny(), tmp_path / "run").metrics["step"] == 18
+
+
+def test_a_run_killed_before_its_first_step_leaves_its_directory_to_another(tmp_path):
+    def begin(config, *rows):
+        """What there is when kill -9 comes."""
+        claim(tmp_path, config, {})
+        with contextlib.closing(experiment.RunDirectory(tmp_path, config)) as directory:
+            directory.restore(lambda: None)
+            for row in rows:
+                directory.write(row)
+
+    begin(tiny())
+    begin(tiny(seed=1), {"step": 1, "epoch": 1, "loss": 0.5})
+    with pytest.raises(ConfigError, match="holds another run"):
+        begin(tiny())
+    begin(tiny(seed=1))
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "result.json"])
+def test_a_run_without_its_config_is_refused_by_the_name_of_the_file(copy, left):
+    for path in list(copy.iterdir()):
+        if path.name != left:
+            (shutil.rmtree if path.is_dir() else os.remove)(path)
+    before = sorted(copy.rglob("*"))
+    message = refusal(tiny(), copy)
+    assert f"{copy / 'config.json'} is missing" in message
+    assert left in message
+    assert sorted(copy.rglob("*")) == before
 
 
 # The writers -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.training.paths import local_path
+from attention_jax.training.files import local_path
 from attention_jax.types import PyTree, TrainState
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ runs with equal configs are the same run. Later entries win: the defaults of the
 file, the flags.
 """
 
+import contextlib
 import copy
 import difflib
 import itertools
@@ -14,13 +15,14 @@ import re
 import runpy
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from attention_jax.training.paths import local_path
+from attention_jax.training.files import local_path, read_config
 
 
 class RunError(Exception):
@@ -33,6 +35,15 @@ class ConfigError(RunError, ValueError):
     """A flag, a field or a config file asks for something that cannot be."""
 
     status = 2
+
+
+@contextlib.contextmanager
+def refused(prefix: str = "") -> Iterator[None]:
+    """Turns what is wrong with a file or a path into a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 DEFAULTS = {
@@ -527,23 +538,22 @@ def parse(argv: Sequence[str]) -> Command:
         raise SystemExit(0)
 
     given = {name: values[name].value for name in _FLAT_FLAGS if values[name].value is not None}
-    task = given.get("task", "teacher")
-    config = default_config(task) if values.config is None else load(values.config)
-    if "task" in given and config.task.name != task:
-        with config.unlocked():
-            config.task = default_config(task).task
+    places = {name: given.pop(name) for name in ("save_path", "workdir") if name in given}
+    places = {_path(text, f"--{name}") for name, text in places.items()}
+    if len(places) > 1:
+        raise ConfigError(f"--save_path and --workdir differ: got {' and '.join(sorted(places))}.")
+    workdir = places.pop() if places else None
+    config = None if values.config is None else load(values.config)
+    if init_from := _init_from(given, overrides, config):
+        config = _with_model_of(init_from, workdir, config, given.get("task"))
+    elif config is None:
+        config = default_config(given.get("task", "teacher"))
+    else:
+        config = _with_task(config, given.get("task"))
     config, overridden = _override(config, overrides)
 
-    workdir = None
     for name, text in given.items():
-        if (path := _FLAT_FLAGS[name].path) is None:
-            place = _path(text, f"--{name}")
-            if workdir not in (None, place):
-                raise ConfigError(f"--save_path and --workdir differ: got {workdir} and {place}.")
-            workdir = place
-            continue
-        if name == "init_from":
-            _path(text, f"--{name}")  # Also where it is empty, which as a field means none.
+        path = _FLAT_FLAGS[name].path
         value = _convert(path, text)
         if path in overridden and overridden[path] != value:
             raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
@@ -559,6 +569,77 @@ def parse(argv: Sequence[str]) -> Command:
     else:
         check(config)
     return Command(config, workdir, sweep)
+
+
+def _with_task(config, task):
+    """A config file's config with the task of `--task`, if that names another."""
+    if task is not None and config.task.name != task:
+        with config.unlocked():
+            config.task = default_config(task).task
+    return config
+
+
+def _init_from(given, overrides, config):
+    """The run that the flags, or else the config file, say to start from; "" for none."""
+    if "init_from" in given:
+        _path(given["init_from"], "--init_from")  # Empty is no way to say none here.
+        return given["init_from"]
+    found = "" if config is None else config.init_from
+    for argument, following in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
+        if match := re.fullmatch(r"--?config\.init_from(=(.*))?", argument):
+            found = following if match[1] is None else match[2]
+    return found
+
+
+def _with_model_of(init_from, workdir, config, task):
+    """A config with the model of another run, and what its vocabulary depends on.
+
+    Args:
+        init_from: The directory of that run.
+        workdir: That of the run to be, or None. What it has noted of the model counts, so that it
+            can be continued when the other run is gone or is another.
+        config: From a config file, whose fields count where they differ from the defaults; or None.
+        task: What `--task` says, or None. With neither, it is the task of that run.
+
+    Raises:
+        ConfigError: The other run has no config, or one with fields or values unknown here.
+    """
+    if config is None:
+        said = set()
+    else:
+        defaults = flatten(default_config(config.task.get("name")))
+        said = {path for path, value in flatten(config).items() if value != defaults.get(path)}
+        config = _with_task(config, task)
+    with refused(f"--init_from={init_from}: "):
+        theirs = _noted(init_from, workdir)
+        their_task = theirs.pop("task.name", None)
+        if config is None:
+            config = default_config(their_task if task is None else task)
+        known = flatten(config)
+        for path, value in theirs.items():
+            is_known = path in known
+            if path.startswith("task."):
+                wanted = config.task.name == their_task or (path == "task.vocab_size" and is_known)
+            else:
+                wanted = path.startswith("model.")
+            if not wanted or path in said:
+                continue
+            if not is_known:
+                raise ConfigError(f"its config.{path}={value!r} is unknown here.")
+            kind = _kind(path, known[path])
+            if not (_is_a(kind, value) or (value is None and path in _OPTIONAL)):
+                raise ConfigError(f"its config.{path} must be {_KINDS[kind]}: got {value!r}.")
+            _set(config, path, value)
+    return config
+
+
+def _noted(init_from, workdir):
+    """The fields of the run to start from."""
+    if workdir is not None and os.path.exists(Path(workdir) / "config.json"):
+        ours = flatten(read_config(Path(workdir)))
+        if ours.get("init_from") == init_from:
+            return ours
+    return flatten(read_config(local_path(init_from, "it")))
 
 
 def _axes(texts, config):
@@ -716,10 +797,8 @@ def _convert(path, text):
 
 
 def _path(text, name):
-    try:
+    with refused():
         return str(local_path(text, name))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _set(config, path, value):

@@ -29,7 +29,14 @@ from attention_jax.training.checkpoint import fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.metrics import Console, metrics_line
-from attention_jax.training.run_directory import NoDirectory, RunDirectory, claim, owned
+from attention_jax.training.run_directory import (
+    NoDirectory,
+    RunDirectory,
+    claim,
+    clear,
+    is_begun,
+    owned,
+)
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 # The streams of randomness, each `fold_in(key(seed), stream)`.
@@ -101,13 +108,20 @@ def in_directory(
     config: ConfigDict,
     work: Callable[[RunDirectory | NoDirectory], Any],
 ) -> Any:
-    """What `work` returns, done in a run directory that is claimed for a config, or in none."""
+    """What `work` returns, done in a run directory that is claimed for a config, or in none.
+
+    What fails before anything of a step is written leaves the directory as it was.
+    """
     if workdir is None:
         return work(NoDirectory())
     with owned(workdir) as path:
         claim(path, config, _versions())
-        with contextlib.closing(RunDirectory(path, config)) as directory:
-            return work(directory)
+        try:
+            with contextlib.closing(RunDirectory(path, config)) as directory:
+                return work(directory)
+        finally:
+            if not is_begun(path):
+                clear(path)
 
 
 # What is run -------------------------------------------------------------------------------------

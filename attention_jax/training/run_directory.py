@@ -13,8 +13,8 @@ behind the newest checkpoint are dropped and written again.
 """
 
 import contextlib
-import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,12 +26,16 @@ from ml_collections import ConfigDict
 
 from attention_jax.training.checkpoint import DIRECTORY as CHECKPOINTS
 from attention_jax.training.checkpoint import Checkpoints
-from attention_jax.training.config import ConfigError, RunError, flatten
+from attention_jax.training.config import ConfigError, RunError, flatten, refused
+from attention_jax.training.files import local_path, read_config, read_json
 from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
-from attention_jax.training.paths import local_path
 from attention_jax.types import TrainState
 
 LOCK = ".lock"  # There as long as a process owns the directory.
+WRITTEN = (
+    *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
+    *("trials", "sweep.png", "result.json", "result.json.tmp"),
+)
 MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
 
@@ -49,10 +53,8 @@ def owned(path: str | os.PathLike) -> Iterator[Path]:
             another process.
         TypeError: It is no path.
     """
-    try:
+    with refused():
         path = local_path(path, "the run directory (--workdir)")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     with contextlib.ExitStack() as stack:
         try:
             _own(path, stack, MAX_TRIES)
@@ -125,40 +127,74 @@ def _try(action, path):
 def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
     """Notes the config in a fresh directory; in a used one, makes sure that it is the same.
 
+    A directory is fresh too when its run has been killed before anything of a step was written.
+
     Raises:
         ConfigError: The directory holds another run (the line names the first fields that differ),
             or something that is no run, or it cannot be written.
     """
-    ours, file = flatten(config), path / "config.json"
-    found = read_json(file)
-    if found is None:
-        strangers = sorted(
-            x.name for x in path.iterdir() if x not in (unfinished(file), path / LOCK)
-        )
-        if strangers:
+    file = path / "config.json"
+    with refused():
+        theirs = flatten(read_config(path)) if os.path.lexists(file) else None
+    if theirs is None:
+        _check_empty(path, file)
+    elif differing := _differing(theirs, flatten(config)):
+        if is_begun(path):
             raise ConfigError(
-                f"the run directory {path} is not empty and holds no run: got {strangers[0]}."
+                f"the run directory {path} holds another run: {differing}. To go on from its "
+                f"parameters in a new one: --init_from={path} --workdir=NEW."
             )
+        clear(path)
+        theirs = None
+    if theirs is None:
         try:
             write_json(file, {"config": config.to_dict(), "versions": dict(versions)})
         except OSError as error:
             raise ConfigError(
                 f"the run directory {path} cannot be written: {error.strerror}."
             ) from error
-        return
-    if not isinstance(found.get("config"), dict):
-        raise ConfigError(f"{file} is not of a run: it holds no config.")
-    theirs = flatten(found["config"])
-    differing = [
+
+
+def _check_empty(path, file):
+    strangers = sorted(x.name for x in path.iterdir() if x not in (unfinished(file), path / LOCK))
+    if known := [name for name in strangers if name in WRITTEN]:
+        raise ConfigError(f"{file} is missing, but {path} holds {known[0]} of a run.")
+    if strangers:
+        raise ConfigError(
+            f"the run directory {path} is not empty and holds no run: got {strangers[0]}."
+        )
+
+
+def _differing(theirs, ours):
+    found = [
         f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
-    if differing:
-        more = f", and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
-        raise ConfigError(
-            f"the run directory {path} holds another run: {', '.join(differing[:MAX_NAMED])}{more}."
+    more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return ", ".join(found[:MAX_NAMED]) + more
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a run directory holds anything of a step: a row, a checkpoint, or a result."""
+    rows, checkpoints = path / "metrics.jsonl", path / CHECKPOINTS
+    try:
+        return (
+            (path / "result.json").exists()
+            or (rows.exists() and rows.stat().st_size > 0)
+            or (checkpoints.exists() and any("tmp" not in name for name in os.listdir(checkpoints)))
         )
+    except OSError:
+        return True  # What cannot be read is not to be cleared.
+
+
+def clear(path: Path) -> None:
+    """Removes what a run writes before its first step, and leaves the rest."""
+    for name in WRITTEN:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name, ignore_errors=True)
+        else:
+            _try(os.remove, path / name)
 
 
 @contextlib.contextmanager
@@ -206,7 +242,8 @@ class RunDirectory:
                 is none and yet a result; rows or result are not those of a run.
         """
         result_file = self.path / "result.json"
-        result = read_json(result_file)
+        with refused():
+            result = read_json(result_file)
         if result is not None and not isinstance(result.get("step"), int):
             raise ConfigError(f"{result_file} is not of a run: it holds no step.")
         state = None
@@ -291,25 +328,6 @@ class NoDirectory:
 
     def close(self) -> None:
         pass
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file. None: there is no such file.
-
-    Raises:
-        ConfigError: The file holds something else, or cannot be read.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not of a run: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is not of a run: it holds no object.")
-    return found
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

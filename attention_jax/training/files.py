@@ -1,8 +1,10 @@
-"""Paths as a user writes them. Nothing here imports jax."""
+"""Files of runs: paths as a user writes them, JSON, and where a trial is. No jax is imported."""
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -35,3 +37,37 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     if path.parts[0].startswith("~") and text.startswith("~"):
         raise ValueError(f"{name} begins with a user that there is not: got {text!r}.")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file. None: there is no such file.
+
+    Raises:
+        ValueError: The file holds something else, or cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not of a run: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not of a run: it holds no object.")
+    return found
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The config that a run noted in its directory, or a sweep, or a trial of one.
+
+    Raises:
+        ValueError: There is none, or none that can be read.
+    """
+    file = run / "config.json"
+    found = read_json(file)
+    if found is None:
+        raise ValueError(f"{file} is missing: there is no run.")
+    if not isinstance(found.get("config"), dict):
+        raise ValueError(f"{file} is not of a run: it holds no config.")
+    return found["config"]
