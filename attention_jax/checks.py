@@ -1,6 +1,7 @@
 """The errors that a caller can cause, each said once and in the caller's words."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -146,17 +147,29 @@ def check_rate(name: str, rate: float | Array) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
 
 
+_RAW_KEYS = [(1,), (2,), (4,)]  # Shapes of the data of keys; 2 words are of threefry, 4 of rbg.
+
+
 def as_rng(name: str, rng: Array) -> Array:
-    """One typed PRNG key, also of the raw uint32 data of one, or the error that says why not."""
+    """One threefry key, made of one PRNG key of any kind, or the error that says why not.
+
+    Also of the raw uint32 data of a key. A threefry key stays as it is; of others all words are
+    hashed. Their own numbers are not used: under `vmap`, rbg draws those of all rows from the key
+    of the first row, and unsafe_rbg folds the same number into all keys.
+    """
     dtype = getattr(rng, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not is_typed and dtype != jnp.uint32:
         came = type(rng).__name__ if dtype is None else f"an array of {dtype}"
         raise TypeError(f"{name} must be a PRNG key, as jax.random.key(0) is, got {came}.")
-    shape = () if is_typed else jax.eval_shape(jax.random.key_data, jax.random.key(0)).shape
-    if rng.shape != shape:
+    if rng.shape not in ([()] if is_typed else _RAW_KEYS):
+        shape = "()" if is_typed else "(2,)"
         raise ValueError(f"{name} must be one PRNG key, of shape {shape}, got shape {rng.shape}.")
-    return rng if is_typed else jax.random.wrap_key_data(rng)
+    words = jax.random.key_data(rng) if is_typed else jnp.asarray(rng)
+    threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
+    if words.shape == (2,):
+        return threefry(words)
+    return functools.reduce(jax.random.fold_in, words, threefry(jnp.zeros(2, jnp.uint32)))
 
 
 def as_size(name: str, value: int, minimum: int = 1, maximum: int | None = None) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_size, check_flags
+from attention_jax.checks import as_integers, as_rng, as_size, check_flags
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.gated_delta import causal_convolution
@@ -44,7 +44,9 @@ EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positio
 
 
 class Dropout(nn.Module):
-    """`flax.linen.Dropout`, bit for bit, whose rate may also be traced.
+    """`flax.linen.Dropout` whose rate may also be traced, and whose key may be of any kind.
+
+    With a threefry key, and what JAX is set to by default, it is the same bit for bit.
 
     Attributes:
         rate: The probability with which a number is dropped, in [0, 1).
@@ -56,7 +58,10 @@ class Dropout(nn.Module):
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         if deterministic or (not isinstance(self.rate, jax.core.Tracer) and self.rate == 0):
             return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        rng = as_rng("dropout", self.make_rng("dropout"))
+        # As is the default: which numbers are kept does not depend on what JAX is set to.
+        with jax.threefry_partitionable(True):
+            kept = jax.random.bernoulli(rng, jnp.float32(1 - self.rate), x.shape)
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 

@@ -174,6 +174,61 @@ def test_raw_and_typed_keys_drop_the_same_weights(case):
     np.testing.assert_array_equal(typed, raw)
 
 
+KINDS = ["rbg", "unsafe_rbg"]  # Beside threefry; of four words each.
+
+
+def keep_of(rng):
+    return np.asarray(keep_mask(rng, 0.5, (3,), 4, 5, 64))
+
+
+@every_dot_product
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_independent_with_a_key_of_any_kind(case, kind):
+    rng = jax.random.key(0, impl=kind)
+    zeros = jnp.zeros((3, 5, 4, 2)), jnp.zeros((3, 64, 1, 2))
+    value = jnp.broadcast_to(jnp.eye(64)[:, None], (3, 64, 1, 64))
+    out = case.attend(*zeros, value, dropout_rate=0.5, dropout_rng=rng)
+    kept = np.moveaxis(out, -2, -3) > 0
+    np.testing.assert_array_equal(kept, keep_of(rng))
+    assert len(np.unique(kept.reshape(-1, 64), axis=0)) == 3 * 4 * 5
+    assert_fair(kept, 0.5)
+    for axis in range(3):
+        left, right = (np.delete(kept, end, axis) for end in (0, -1))
+        assert_fair(left == right, 0.5)
+    assert_fair(kept == keep_of(jax.random.key(1, impl=kind)), 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_words_of_a_key_count(kind):
+    words = np.arange(4, dtype=np.uint32)
+    keeps = [
+        keep_of(jax.random.wrap_key_data(words + change, impl=kind))
+        for change in np.eye(5, 4, dtype=np.uint32)  # The last one is none.
+    ]
+    for a, b in itertools.combinations(keeps, 2):
+        assert_fair(a == b, 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_under_vmap_are_keys_one_by_one(kind):
+    rngs = jax.random.split(jax.random.key(0, impl=kind), 3)
+    alone = [keep_of(rng) for rng in rngs]
+    mapped = jax.vmap(lambda rng: keep_mask(rng, 0.5, (3,), 4, 5, 64))(rngs)
+    np.testing.assert_array_equal(mapped, alone)
+    assert_fair(alone[0] == alone[1], 0.5)
+
+
+@pytest.mark.parametrize("default", ["threefry2x32", *KINDS])
+def test_defaults_of_jax_change_no_mask_and_raw_keys_of_any_kind_are_keys(default):
+    keys = [jax.random.key(3, impl=kind) for kind in ("threefry2x32", *KINDS)]
+    want = [keep_of(key) for key in keys]
+    raw = [np.asarray(jax.random.key_data(key)) for key in keys]
+    with jax.default_prng_impl(default), jax.threefry_partitionable(False):
+        assert jax.random.PRNGKey(3).shape == {"threefry2x32": (2,)}.get(default, (4,))
+        for given in (keys, raw):
+            np.testing.assert_array_equal([keep_of(key) for key in given], want)
+
+
 @every_dot_product
 def test_an_empty_row_stays_empty_under_dropout(case):
     qkv = random_qkv()

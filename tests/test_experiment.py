@@ -598,6 +598,50 @@ def test_another_config_is_refused_by_the_fields_that_differ(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (lambda: jax.enable_x64(True), "jax_enable_x64 is False there and True here"),
+        (
+            lambda: jax.default_matmul_precision("highest"),
+            "jax_default_matmul_precision is None there and 'highest' here",
+        ),
+    ],
+    ids=["x64", "precision"],
+)
+def test_other_settings_of_jax_are_refused_by_name(setting, words, tmp_path):
+    claim(tmp_path, tiny(), {})
+    (tmp_path / "metrics.jsonl").write_text("{}")  # The run has begun.
+    before = (tmp_path / "config.json").read_text()
+    with setting(), pytest.raises(ConfigError, match=words):
+        claim(tmp_path, tiny(), {})
+    assert (tmp_path / "config.json").read_text() == before
+    claim(tmp_path, tiny(), {})
+
+
+def test_settings_that_were_not_noted_are_not_compared(tmp_path):
+    write_json(tmp_path / "config.json", {"config": tiny().to_dict()})
+    claim(tmp_path, tiny(), {})
+
+
+def test_the_default_kind_of_keys_changes_no_number():
+    want = experiment.run(tiny()).metrics["fingerprint"]
+    with jax.default_prng_impl("unsafe_rbg"), jax.threefry_partitionable(False):
+        assert experiment.run(tiny()).metrics["fingerprint"] == want
+
+
+def test_trials_do_not_depend_on_one_another_under_any_default():
+    def start(seed):
+        functions = experiment.make_functions(tiny(), {"seed": seed})
+        return functions.init().params, functions.baseline()
+
+    alone = [jax.jit(start)(seed) for seed in range(2)]
+    with jax.default_prng_impl("unsafe_rbg"), jax.threefry_partitionable(False):
+        together = jax.jit(jax.vmap(start))(jnp.arange(2))
+    for both, *each in zip(*map(jax.tree.leaves, (together, *alone)), strict=True):
+        np.testing.assert_allclose(both, each, rtol=1e-5, atol=1e-6)
+
+
 def test_a_directory_has_one_owner(tmp_path):
     with owned(tmp_path / "run"):
         assert "in use by another process" in refusal(tiny(), tmp_path / "run")

@@ -8,8 +8,10 @@ import numpy as np
 import oracles
 import pytest
 from cases import assert_close
+from flax import linen as nn
 
 from attention_jax import MultiHeadAttention, SequenceModel, SingleHeadAttention, masks, models
+from attention_jax.models import Dropout
 from attention_jax.training.config import check, default_config, problems
 from attention_jax.training.experiment import make_model, make_task
 
@@ -314,6 +316,26 @@ def test_dropout_is_off_unless_asked_for():
     np.testing.assert_array_equal(dropped[0], dropped[1])
     assert abs(dropped[0] - dropped[2]).max() > 1e-3
     assert abs(dropped[0] - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_dropout_is_drawn_for_every_number_with_a_key_of_any_kind(kind):
+    def kept(rng, rows=4):
+        layer = Dropout(0.5)
+        return layer.apply({}, jnp.ones((rows, 5, 64)), deterministic=False, rngs={"dropout": rng})
+
+    keys = jax.random.split(jax.random.key(0, impl=kind), 2)
+    alone = [kept(key) for key in keys]
+    # Keys beside a key, rows beside a row, and defaults of JAX make no difference.
+    np.testing.assert_array_equal(jax.vmap(kept)(keys), alone)
+    np.testing.assert_array_equal(kept(keys[0], rows=2), alone[0][:2])
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(kept(keys[0]), alone[0])
+    assert len(np.unique(np.reshape(alone, (-1, 64)), axis=0)) == 2 * 4 * 5
+    if kind == "threefry2x32":
+        theirs = nn.Dropout(0.5, deterministic=False)
+        want = theirs.apply({}, jnp.ones((4, 5, 64)), rngs={"dropout": keys[0]})
+        np.testing.assert_array_equal(alone[0], want)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,29 @@ def test_row_depends_on_its_number_and_the_key_alone(name):
     assert not np.array_equal(batch.inputs[:9], batch.inputs[9:18])
 
 
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("name", ["copy", "teacher"])
+def test_rows_are_strangers_with_a_key_of_any_kind(name, kind):
+    sample, rng = jax.jit(build(name).sample), jax.random.key(7, impl=kind)
+    batch = sample(rng, np.array([3, 1, 4], np.int32))
+    alone = [sample(rng, np.array([row], np.int32)) for row in (3, 1, 4)]
+    for array, *parts in zip(*map(jax.tree.leaves, (batch, *alone)), strict=True):
+        np.testing.assert_allclose(array, np.concatenate(parts), rtol=0, atol=1e-5)
+    assert len(np.unique(batch.inputs.reshape(3, -1), axis=0)) == 3
+    other = sample(jax.random.key(8, impl=kind), np.array([3, 1, 4], np.int32))
+    assert not np.array_equal(batch.inputs, other.inputs)
+
+
+@pytest.mark.parametrize("name", ["copy", "recall"])  # Of one draw, and of several.
+def test_defaults_of_jax_and_raw_keys_change_no_row(name):
+    want = draw(name)
+    raw = jax.random.key_data(jax.random.key(7, impl="threefry2x32"))
+    with jax.default_prng_impl("unsafe_rbg"), jax.threefry_partitionable(False):
+        got = jax.jit(build(name).sample)(raw, np.arange(NUM_ROWS))
+    for array, other in zip(*map(jax.tree.leaves, (want, got)), strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [

@@ -30,7 +30,7 @@ def row_words(rng: Array, batch_shape: Sequence[int], num_heads: int, num_querie
     for size in shape:
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         rows = jax.vmap(fold, (0, None))(rows, jnp.arange(size)).reshape(rows.shape[0] * size)
-    return jax.random.key_data(rows)[:, :2].reshape(*shape, 2)
+    return jax.random.key_data(rows).reshape(*shape, 2)
 
 
 def keep_tile(words: Array, rate: float | Array, at: Tile) -> Array:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from attention_jax.checks import as_rng
 from attention_jax.types import Array, Batch, PyTree
 
 
@@ -16,7 +17,7 @@ class Task(NamedTuple):
     Attributes:
         name: Its name in `TASKS`.
         sample: `(rng, rows [B] int32) -> Batch`. Row r of the batch is a function of `(rng, r)`
-            alone, so the rows may be split over devices in any way.
+            alone, so the rows may be split over devices in any way. `rng` is a key of any kind.
         loss: `"squared_error"` (continuous targets) or `"cross_entropy"` (tokens).
         inputs: Width D of continuous inputs. None: the inputs are tokens.
         vocab_size: Number of tokens. None: the inputs are continuous.
@@ -46,7 +47,10 @@ def per_row(make_row: Callable[[Array], PyTree]) -> Callable[[Array, Array], PyT
     """
 
     def sample(rng: Array, rows: Array) -> PyTree:
-        return jax.vmap(lambda row: make_row(jax.random.fold_in(rng, row)))(rows)
+        rng = as_rng("rng", rng)
+        # As is the default: the numbers are the same whatever JAX is set to.
+        with jax.threefry_partitionable(True):
+            return jax.vmap(lambda row: make_row(jax.random.fold_in(rng, row)))(rows)
 
     return sample
 

@@ -294,13 +294,18 @@ def make_functions(
 
     # The keys are made inside the programs: outside, each operation would be a program of its own.
     def stream(number: int) -> Array:
-        return jax.random.fold_in(jax.random.key(seed), number)
+        # Of one kind, whatever the default is: the numbers are the same under each.
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
 
     def init() -> TrainState:
         example = task.sample(stream(_TRAIN), jnp.arange(1))
-        variables = model.init(
-            stream(_PARAMS), example.inputs, output_positions=example.positions, mask=task.mask
-        )
+        with jax.threefry_partitionable(True):
+            variables = model.init(
+                stream(_PARAMS),
+                example.inputs,
+                output_positions=example.positions,
+                mask=task.mask,
+            )
         params = variables["params"]
         return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
 

@@ -1,7 +1,8 @@
 """The directory of a run: who owns it, what run it holds, and what has been written so far.
 
     workdir/
-        config.json       the complete config of the run, and the versions it ran on
+        config.json       the complete config of the run, the versions it ran on, and settings of
+                          JAX that decide its numbers
         checkpoints/      the newest complete one is what the next process continues from
         metrics.jsonl     one object per logged step
         tensorboard/      event files, when tensorboardX is there
@@ -38,6 +39,8 @@ WRITTEN = (
 )
 MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
+# What JAX may be set to that decides the numbers of a run, beside its config.
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_random_seed_offset")
 
 
 @contextlib.contextmanager
@@ -125,7 +128,7 @@ def _try(action, path):
 
 
 def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
-    """Notes the config in a fresh directory; in a used one, makes sure that it is the same.
+    """Notes config and settings in a fresh directory; in a used one, sees that they are the same.
 
     A directory is fresh too when its run has been killed before anything of a step was written.
 
@@ -133,12 +136,12 @@ def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
         ConfigError: The directory holds another run (the line names the first fields that differ),
             or something that is no run, or it cannot be written.
     """
-    file = path / "config.json"
+    file, settings = path / "config.json", {name: getattr(jax.config, name) for name in SETTINGS}
     with refused():
-        theirs = flatten(read_config(path)) if os.path.lexists(file) else None
+        theirs = settings | _noted(path) if os.path.lexists(file) else None
     if theirs is None:
         _check_empty(path, file)
-    elif differing := _differing(theirs, flatten(config)):
+    elif differing := _differing(theirs, flatten(config) | settings):
         if is_begun(path):
             raise ConfigError(
                 f"the run directory {path} holds another run: {differing}. To go on from its "
@@ -148,11 +151,20 @@ def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
         theirs = None
     if theirs is None:
         try:
-            write_json(file, {"config": config.to_dict(), "versions": dict(versions)})
+            noted = {"config": config.to_dict(), "versions": dict(versions), "settings": settings}
+            write_json(file, noted)
         except OSError as error:
             raise ConfigError(
                 f"the run directory {path} cannot be written: {error.strerror}."
             ) from error
+
+
+def _noted(path):
+    """The config of a run, and the settings of JAX that it was under, where it has noted them."""
+    config, settings = read_config(path), read_json(path / "config.json").get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path / 'config.json'} is not of a run: its settings are no object.")
+    return flatten(config) | settings
 
 
 def _check_empty(path, file):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from attention_jax.checks import as_rng
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 Sums = dict[str, Array]
@@ -127,7 +128,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, micros)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        rng = jax.random.fold_in(state.rng, state.step)
+        rng = jax.random.fold_in(as_rng("state.rng", state.rng), state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         compute = sums_and_grads if accumulate == 1 else accumulated
