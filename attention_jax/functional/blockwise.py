@@ -36,6 +36,7 @@ from jax import lax
 
 from attention_jax.functional.dropout import keep_tile, row_words
 from attention_jax.functional.masks import Keys
+from attention_jax.functional.mesh import axes_of, on_each_device
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
@@ -85,7 +86,6 @@ class Plan(NamedTuple):
             one of the two is 1. Queries where that rounds nothing, for it is less work.
         dtype: The type of logits, softmax and sums.
         operand: The type of what is multiplied; `dtype` but for bfloat16.
-        precision: The default precision of products when the attention was called.
     """
 
     t: int
@@ -101,7 +101,6 @@ class Plan(NamedTuple):
     scales: tuple[float, float]
     dtype: jnp.dtype
     operand: jnp.dtype
-    precision: str | None
 
     @property
     def heads(self) -> int:
@@ -250,8 +249,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
 
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
-    precision = jax.config.jax_default_matmul_precision
-    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand, precision)
+    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand)
 
 
 def _is_triangle(mask, T, S):
@@ -299,7 +297,6 @@ def blockwise_attention(
 ) -> Array | tuple[Array, Array]:
     """`dot_product_attention` for arguments that are checked, and sizes none of which is 0."""
     *batch, T, N, H = query.shape
-    S, K, _ = value.shape[-3:]
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     scale = H**-0.5 if scale is None else _number(scale, dtype)
     scaled = query
@@ -311,10 +308,9 @@ def blockwise_attention(
     drop = None
     if rate is not None:
         drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
-    inputs = jnp.result_type(scaled, key, value)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, scale, inputs)
+    request = Request(block_size, scale, jax.config.jax_default_matmul_precision)
     arguments = _vary_alike((scaled, key, value, softcap, bias, mask, drop))
-    out, peak, log_total = _attend(plan, *arguments)
+    out, peak, log_total = _attend(request, *arguments)
 
     empty = peak == jnp.finfo(dtype).max
     peak = lax.stop_gradient(jnp.where(empty, jnp.finfo(dtype).min, peak))
@@ -334,31 +330,74 @@ def blockwise_attention(
     return (out, jnp.where(empty, -jnp.inf, peak + log_total)) if return_residual else out
 
 
+class Request(NamedTuple):
+    """What is static in a call, beside shapes and rules.
+
+    Attributes:
+        block_size: (queries, keys) in a tile; None: the plan's own.
+        scale: What logits are multiplied by.
+        precision: The default precision of products when the attention was called.
+    """
+
+    block_size: tuple[int, int] | None
+    scale: float
+    precision: str | None
+
+    def plan(self, query, key, value, mask) -> Plan:
+        *batch, T, N, H = query.shape
+        S, K, _ = value.shape[-3:]
+        inputs = jnp.result_type(query, key, value)
+        lead = (*batch, K)
+        return make_plan(lead, N // K, T, S, H, mask, self.block_size, self.scale, inputs)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, softcap, bias, mask, drop):
+def _attend(request, query, key, value, softcap, bias, mask, drop):
     """Output `[..., T, N, V]`, and `[..., T, N]` two parts of the logsumexp: peak and the rest.
 
     They stay apart: beside a peak of -1e9, as some write "masked", a sum would lose the rest. The
     peak counts as constant, derivatives are those of the rest. The peak of a row that sees nothing
     is the largest number there is, so that the row has no weights: exp(anything - largest) is 0.
     """
-    return _forward(plan, query, key, value, softcap, bias, mask, drop)[0]
+    return _forward(request, query, key, value, softcap, bias, mask, drop)[0]
 
 
 def _as_precise(rule):
     """`rule` in the precision of the call: jax traces it later, maybe outside of that context."""
 
     @functools.wraps(rule)
-    def traced(plan, *arguments):
-        with jax.default_matmul_precision(plan.precision):
-            return rule(plan, *arguments)
+    def traced(request, *arguments):
+        with jax.default_matmul_precision(request.precision):
+            return rule(request, *arguments)
 
     return traced
 
 
+def _axes(query, key, value, softcap, bias, mask, drop):
+    """What the axes of every array in these run over, for `on_each_device`."""
+    arrays = [(query, "TNH"), (key, "SKH"), (value, "SKV")]
+    if softcap is not None:
+        arrays.append((softcap, ""))
+    for rule in (bias, mask):
+        if rule is not None:
+            arrays += rule.arrays()
+    if drop is not None:
+        arrays += zip(drop, ("NT2", ""), strict=True)
+    return [axes_of(x, letters, query.ndim - 3) for x, letters in arrays]
+
+
+def _forward(request, *arguments):
+    axes = _axes(*arguments)
+    out, row = axes[0], axes[0][:-1]
+    tiles = functools.partial(_forward_tiles, request)
+    out, peak, total = on_each_device(tiles, arguments, axes, [out, row, row])
+    return (out, peak, jnp.log(total)), (*arguments, out, peak, total)
+
+
 @_as_precise
-def _forward(plan, query, key, value, softcap, bias, mask, drop):
+def _forward_tiles(request, query, key, value, softcap, bias, mask, drop):
+    plan = request.plan(query, key, value, mask)
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, results):
@@ -388,16 +427,36 @@ def _forward(plan, query, key, value, softcap, bias, mask, drop):
 
     shape = (*query.shape[:-1], value.shape[-1])
     results = (_full(query, 0, x, plan.dtype) for x in (shape, shape[:-1], shape[:-1]))
-    out, peak, total = _loop(0, plan.groups, group, tuple(results))
-    saved = (query, key, value, softcap, bias, mask, drop, out, peak, total)
-    return (out, peak, jnp.log(total)), saved
+    return _loop(0, plan.groups, group, tuple(results))
+
+
+def _backward(request, saved, cotangents):
+    *arguments, out, peak, total = saved
+    d_out, _, d_residual = cotangents
+    axes = _axes(*arguments)
+    by_query, by_row = axes[0], axes[0][:-1]
+    learnt = tuple(arguments[:5])  # All but mask and dropout.
+    of_learnt = zip(jax.tree.leaves(learnt), axes, strict=False)
+    gradients = on_each_device(
+        functools.partial(_backward_tiles, request),
+        (*arguments, out, peak, total, d_out, d_residual),
+        [*axes, by_query, by_row, by_row, by_query, by_row],
+        [names for x, names in of_learnt if _is_float(x)],
+    )
+    gradients = iter(gradients)
+
+    def cotangent(x):
+        return next(gradients) if _is_float(x) else np.zeros(x.shape, jax.dtypes.float0)
+
+    return *jax.tree.map(cotangent, learnt), None, None
 
 
 @_as_precise
-def _backward(plan, saved, cotangents):
+def _backward_tiles(
+    request, query, key, value, softcap, bias, mask, drop, out, peak, total, d_out, d_residual
+):
+    plan = request.plan(query, key, value, mask)
     plan = plan._replace(**plan.back._asdict())
-    query, key, value, softcap, bias, mask, drop, out, peak, total = saved
-    d_out, _, d_residual = cotangents
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, carry):
@@ -474,13 +533,12 @@ def _backward(plan, saved, cotangents):
     def zeros(x):
         return _full(query, 0, x.shape, plan.dtype) if _is_float(x) else x
 
-    def cotangent(x, total):
-        return total.astype(x.dtype) if _is_float(x) else np.zeros(x.shape, jax.dtypes.float0)
-
     totals = jax.tree.map(zeros, (softcap, bias))
     carry = (*(_full(x, 0, x.shape) for x in (query, key, value)), totals)
     *gradients, totals = _loop(0, plan.groups, group, carry)
-    return *gradients, *jax.tree.map(cotangent, (softcap, bias), totals), None, None
+    learnt = filter(_is_float, jax.tree.leaves((softcap, bias)))
+    sums = filter(_is_float, jax.tree.leaves(totals))
+    return *gradients, *(x.astype(like.dtype) for x, like in zip(sums, learnt, strict=True))
 
 
 _attend.__wrapped__.defvjp(_forward, _backward)

@@ -121,6 +121,17 @@ class Rule:
 
         return self._over_arrays(add, part)
 
+    def arrays(self) -> list[tuple[Array, str]]:
+        """Every array in the rule with the letters of its axes, in the order of the pytree."""
+        found = []
+
+        def note(x, axes):
+            found.append((x, axes))
+            return x
+
+        self._over_arrays(note)
+        return found
+
     def _over_arrays(self, f, *others):
         """`f(array, axes, arrays of the others)` for every array in the rule."""
         changed = {}

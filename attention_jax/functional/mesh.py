@@ -1,0 +1,270 @@
+"""Work on a mesh of devices: each device computes the batch rows and heads that it holds.
+
+XLA splits plain operations over devices by itself. It cannot split a loop that takes one batch row
+after another: each device would gather the whole batch. `on_each_device` runs such a loop on each
+device's own rows and heads. `in_auto` serves meshes with Explicit axes, on which every operation
+has to say how its result is split: inside of it the compiler finds that out.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attention_jax.types import Array, PyTree
+
+# What an axis of an array runs over: an integer i is batch axis i, "N" query heads, "K" key heads.
+# All else is whole on every device.
+Axes = tuple[int | str | None, ...]
+
+
+def in_auto(compute: Callable[[PyTree], PyTree], arrays: PyTree, results: PyTree) -> PyTree:
+    """`compute(arrays)`, where the compiler splits the work also over Explicit axes of a mesh.
+
+    Args:
+        compute: Uses no array beside its argument.
+        arrays: Any tree of arrays; some may be split over Explicit axes.
+        results: The partition of each result of `compute` on such a mesh, as `P`.
+    """
+    mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(arrays))), None)
+    if mesh is None:
+        return compute(arrays)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results)
+    return jax.sharding.auto_axes(compute, out_sharding=shardings)(arrays)
+
+
+def partition(x: Array) -> P:
+    """How `x` is split over Explicit axes, with an entry for every axis of `x`."""
+    if _explicit_mesh(x) is None:
+        return P(*[None] * x.ndim)
+    spec = jax.typeof(x).sharding.spec
+    return P(*spec, *[None] * (x.ndim - len(spec)))
+
+
+def _explicit_mesh(x):
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    has_explicit = mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ())
+    return mesh if has_explicit else None
+
+
+def axes_of(x: Array, letters: str, num_batch: int) -> Axes:
+    """The `Axes` of an array whose last axes are those of `letters`, after some of the batch axes.
+
+    An axis of one entry serves all rows or heads, so it runs over nothing.
+    """
+    names = (*range(num_batch), *(name if name in "NK" else None for name in letters))
+    names = names[len(names) - x.ndim :]
+    return tuple(None if n == 1 else name for n, name in zip(x.shape, names, strict=True))
+
+
+def on_each_device(
+    body: Callable[..., Sequence[Array]],
+    arguments: PyTree,
+    axes: Sequence[Axes],
+    result_axes: Sequence[Axes],
+) -> Sequence[Array]:
+    """`body(*arguments)`, in which each device computes the batch rows and heads that it holds.
+
+    Where query heads are split over more devices than there are key heads, each device takes the
+    key head that its query heads read. The compiler alone knows how many devices there are, so
+    `body` must work for arrays of any number of rows and heads.
+
+    Args:
+        body: Makes a list of arrays. Query head n must read key head n // (N / K).
+        arguments: Trees of arrays. How the first array is split says how the work is; it has all
+            batch axes and query heads.
+        axes: What the axes of each array in `arguments` run over.
+        result_axes: The same for the results. A result that lacks some of the batch axes or query
+            heads must be a sum over them.
+    """
+    if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return body(*arguments)  # `shard_map` and `pmap` have split the arrays already.
+    operands, tree = jax.tree.flatten(arguments)
+
+    def flat(*operands):
+        return tuple(body(*jax.tree.unflatten(tree, operands)))
+
+    @jax.custom_jvp
+    def call(*operands):
+        return mapped(*operands)
+
+    @call.defjvp
+    def _(primals, tangents):
+        return jax.jvp(flat, primals, tangents)
+
+    @custom_vmap
+    def mapped(*operands):
+        return _partitioned(flat, operands, axes, result_axes)
+
+    @mapped.def_vmap
+    def _(size, batched, *operands):
+        # The new axis is a batch axis of every operation: the compiler can split that one.
+        found = jax.vmap(flat, [0 if one else None for one in batched], axis_size=size)(*operands)
+        return found, (True,) * len(found)
+
+    return call(*operands)
+
+
+def _partitioned(body, operands, axes, result_axes):
+    """`on_each_device`, for devices that the compiler will name."""
+    program = jax.make_jaxpr(body)(*operands)
+    constants = [jnp.asarray(x) for x in program.consts]
+    # The compile cache does not see what the call computes: this tells one program from another.
+    digest = hashlib.sha256(str(program.jaxpr).encode()).digest()
+    extra = [*constants, jnp.asarray(np.frombuffer(digest, np.uint32))]
+    all_axes = [*axes, *((None,) * x.ndim for x in extra)]
+    sizes = {
+        name: size
+        for x, names in zip(operands, axes, strict=True)
+        for size, name in zip(x.shape, names, strict=True)
+    }
+
+    def whole(*arrays):
+        arrays, constants = arrays[: len(operands)], arrays[len(operands) : -1]
+        return tuple(jax.core.eval_jaxpr(program.jaxpr, constants, *arrays))
+
+    def partition(mesh, shapes, results):
+        split = _Split.of(shapes[0].sharding, mesh, axes[0], sizes)
+
+        def own(*arrays):
+            arrays = map(split.own_key_head, arrays[: len(operands)], axes)
+            return tuple(map(split.summed, body(*arrays), result_axes))
+
+        places = (tuple(map(split.sharding, names)) for names in (result_axes, all_axes))
+        return split.mesh, own, *places
+
+    def infer(mesh, shapes, results):  # Where jax's older partitioner is asked for.
+        return partition(mesh, shapes, results)[2]
+
+    call = custom_partitioning(whole)
+    rule = _rule(all_axes, result_axes, merged=sizes.get("N") == sizes.get("K"))
+    call.def_partition(partition, infer, decode_shardings=False, sharding_rule=rule)
+    return call(*operands, *extra)
+
+
+def _rule(axes, result_axes, merged):
+    """Tells the compiler which axes are split alike; `merged`: as many key heads as query heads."""
+    numbers = itertools.count()
+    unsplit = []
+
+    def factor(name):
+        if name is None:
+            unsplit.append(f"whole{next(numbers)}")
+            return unsplit[-1]
+        return "axisN" if merged and name == "K" else f"axis{name}"
+
+    mappings = [
+        tuple(ArrayMapping(*map(factor, names)) for names in group) for group in (axes, result_axes)
+    ]
+    return SdyShardingRule(*mappings, need_replication_factors=tuple(unsplit))
+
+
+class _Split(NamedTuple):
+    """How rows and heads are split over devices.
+
+    Attributes:
+        mesh: Its axes are as fine as they can be, for one axis of a mesh may split two of an array.
+        used: The axes of the mesh over which batch axis i, "N" and "K" are split.
+        num_key_heads: K.
+    """
+
+    mesh: Mesh
+    used: dict[int | str, tuple[str, ...]]
+    num_key_heads: int
+
+    @classmethod
+    def of(cls, sharding, mesh, names, sizes) -> "_Split":
+        """The split that `sharding` of an array with axes `names` comes to."""
+        K = sizes.get("K", 1)
+        if mesh.empty:  # The order of the devices is not known: each computes all.
+            return cls(Mesh(np.array([*sharding.device_set]), ("devices",)), {}, K)
+        mesh, used = _finest(mesh), {}
+        for name, found in zip(names, _mesh_axes(sharding, mesh, len(names)), strict=True):
+            parts = math.prod(mesh.shape[axis] for axis in found)
+            if name is not None and sizes[name] % parts == 0:
+                used[name] = found
+        heads = math.prod(mesh.shape[axis] for axis in used.get("N", ()))
+        if K % heads == 0:
+            used["K"] = used.get("N", ())
+        elif heads % K:  # The query heads of one device would read several, and not all of each.
+            del used["N"]
+        return cls(mesh, used, K)
+
+    def sharding(self, names: Axes) -> NamedSharding:
+        return NamedSharding(self.mesh, P(*(self.used.get(name) or None for name in names)))
+
+    @property
+    def one_key_head(self) -> bool:
+        """Whether each device takes one of the key heads, all of which it holds."""
+        return "N" in self.used and "K" not in self.used
+
+    def own_key_head(self, x: Array, names: Axes) -> Array:
+        if not self.one_key_head or "K" not in names:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self._key_head(), 1, names.index("K"))
+
+    def summed(self, x: Array, names: Axes) -> Array:
+        """A result of one device as all of them hold it."""
+        if self.one_key_head and "K" in names:
+            axis = names.index("K")
+            shape = (*x.shape[:axis], self.num_key_heads, *x.shape[axis + 1 :])
+            zeros = jnp.zeros(shape, x.dtype)
+            x = jax.lax.dynamic_update_slice_in_dim(zeros, x, self._key_head(), axis)
+        kept = {axis for name in names for axis in self.used.get(name, ())}
+        over = {axis for found in self.used.values() for axis in found} - kept
+        return jax.lax.psum(x, tuple(sorted(over))) if over else x
+
+    def _key_head(self):
+        heads = self.used["N"]
+        parts = math.prod(self.mesh.shape[axis] for axis in heads)
+        return jax.lax.axis_index(heads) * self.num_key_heads // parts
+
+
+def _finest(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, with an axis for every prime factor of each axis."""
+    sizes = {
+        f"{name}/{i}": prime
+        for name, size in mesh.shape.items()
+        for i, prime in enumerate(_primes(size))
+    }
+    return Mesh(mesh.devices.reshape(*sizes.values()), tuple(sizes))
+
+
+def _primes(n: int) -> list[int]:
+    found = next((p for p in range(2, n + 1) if n % p == 0), None)
+    return [] if found is None else [found, *_primes(n // found)]
+
+
+def _mesh_axes(sharding, mesh: Mesh, ndim: int) -> list[tuple[str, ...]]:
+    """Over which axes of the mesh each axis of an array is split, the coarsest first.
+
+    Read off the place of each device's part: jax has no public way to ask for it.
+    """
+    parts = sharding.devices_indices_map((mesh.size,) * ndim)  # Any size that can be split.
+    starts = {device: [s.start or 0 for s in part] for device, part in parts.items()}
+    found = [[] for _ in range(ndim)]
+    origin = starts[mesh.devices.flat[0]]
+    for number, name in enumerate(mesh.axis_names):
+        place = [0] * mesh.devices.ndim
+        place[number] = 1
+        for axis, (start, first) in enumerate(
+            zip(starts[mesh.devices[*place]], origin, strict=True)
+        ):
+            if start != first:
+                found[axis].append((first - start, name))
+    axes = [tuple(name for _, name in sorted(steps)) for steps in found]
+    same = NamedSharding(mesh, P(*(names or None for names in axes)))
+    return axes if same.is_equivalent_to(sharding, ndim) else [()] * ndim
