@@ -27,6 +27,7 @@ from attention_jax.functional.choice import IMPLEMENTATIONS, Choice, choose, cos
 from attention_jax.functional.cudnn import cudnn_attention, refusal
 from attention_jax.functional.dropout import keep_mask
 from attention_jax.functional.masks import Mask, as_mask
+from attention_jax.functional.mesh import attended, in_auto, partition_of
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
@@ -116,13 +117,18 @@ def dot_product_attention(
         block_size=block_size,
         return_residual=return_residual,
     )
+    compute = functools.partial(_compute, name, block_size=options.pop("block_size"))
+    results = attended(arrays[0]), partition_of(arrays[0], *range(arrays[0].ndim - 1))
+    return in_auto(compute, (*arrays, options), results if return_residual else results[0])
+
+
+def _compute(name, query, key, value, options, *, block_size):
     if name == "cudnn":
-        return cudnn_attention(*arrays, mask=options["mask"], scale=scale)
-    block_size = options.pop("block_size")
+        return cudnn_attention(query, key, value, mask=options["mask"], scale=options["scale"])
     if name == "dense" or not (query.size and value.size):
-        return _dense(*arrays, **options)
-    jax.eval_shape(_rules, options["bias"], options["mask"], *arrays[:2])  # For its errors.
-    return blockwise_attention(*arrays, **options, block_size=block_size)
+        return _dense(query, key, value, **options)
+    jax.eval_shape(_rules, options["bias"], options["mask"], query, key)  # For its errors.
+    return blockwise_attention(query, key, value, **options, block_size=block_size)
 
 
 def explain(*arguments, **options) -> Choice:
@@ -224,8 +230,13 @@ def attention_weights(
     mask = None if mask is None else as_mask(mask)
     bias = None if bias is None else as_bias(bias)
     sinks = _check_options(query, scale, softcap, sinks)
-    logits, visible = _logits(query, key, bias, mask, scale, softcap)
-    return _softmax(logits, visible, sinks)[0]
+
+    def compute(query, key, bias, mask, scale, softcap, sinks):
+        logits, visible = _logits(query, key, bias, mask, scale, softcap)
+        return _softmax(logits, visible, sinks)[0]
+
+    weights = partition_of(query, *range(query.ndim - 3), -2, -3, None)
+    return in_auto(compute, (query, key, bias, mask, scale, softcap, sinks), weights)
 
 
 def _dense(query, key, value, *, bias, mask, scale, softcap, sinks, rate, rng, return_residual):

@@ -3,11 +3,14 @@
 The recurrence is computed in chunks, of which each is a few matrix products.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.checks import as_size, check_floating, check_qkv
 from attention_jax.functional.masks import Mask, as_mask, causal, is_causal
+from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
 
 
@@ -61,13 +64,17 @@ def gated_delta_attention(
             f"gated_delta_attention takes mask=masks.causal() alone, got {mask!r}: "
             "use dot_product_attention."
         )
-    *batch, T, N, H = query.shape
-    S, K, V = value.shape[-3:]
-    out_dtype = query.dtype
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     log_decay = _gate("log_decay", log_decay, 0.0, key).astype(dtype)
     beta = _gate("beta", beta, 1.0, key).astype(dtype)
+    compute = functools.partial(_compute, chunk_size=chunk_size)
+    return in_auto(compute, (query, key, value, log_decay, beta), attended(query))
 
+
+def _compute(query, key, value, log_decay, beta, *, chunk_size):
+    *batch, T, N, H = query.shape
+    S, K, V = value.shape[-3:]
+    out_dtype, dtype = query.dtype, beta.dtype
     length = max(T, S, 1)
     c = min(chunk_size, length)  # Positions i, j within a chunk.
     chunks = -(-length // c)

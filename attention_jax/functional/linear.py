@@ -3,12 +3,14 @@
 A mechanism of its own, not a faster softmax. This file is the pattern for adding the next one.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from attention_jax.checks import as_size, check_qkv
 from attention_jax.functional.masks import Mask, as_mask, is_causal
+from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
 
 
@@ -60,7 +62,13 @@ def linear_attention(
             f"linear_attention takes mask=None or masks.causal(), got {mask!r}: "
             "use dot_product_attention."
         )
+    compute = functools.partial(
+        _compute, causal=causal, feature_map=feature_map, chunk_size=chunk_size
+    )
+    return in_auto(compute, (query, key, value), attended(query))
 
+
+def _compute(query, key, value, *, causal, feature_map, chunk_size):
     *batch, T, N, _ = query.shape
     S, K, V = value.shape[-3:]
     out_dtype = query.dtype

@@ -31,33 +31,44 @@ from attention_jax.types import Array, PyTree
 Axes = tuple[int | str | None, ...]
 
 
-def in_auto(compute: Callable[[PyTree], PyTree], arrays: PyTree, results: PyTree) -> PyTree:
-    """`compute(arrays)`, where the compiler splits the work also over Explicit axes of a mesh.
+def in_auto(compute: Callable, arguments: Sequence[PyTree], results: PyTree) -> PyTree:
+    """`compute(*arguments)`, in which the compiler splits the work over Explicit axes of a mesh.
 
     Args:
-        compute: Uses no array beside its argument.
-        arrays: Any tree of arrays; some may be split over Explicit axes.
+        compute: Uses no array of jax beside its arguments.
+        arguments: Trees of arrays, some of which may be split over Explicit axes, and of anything.
         results: The partition of each result of `compute` on such a mesh, as `P`.
     """
-    mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(arrays))), None)
+    leaves, tree = jax.tree.flatten(arguments)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    mesh = next(filter(None, map(_explicit_mesh, arrays.values())), None)
     if mesh is None:
-        return compute(arrays)
+        return compute(*arguments)
+
+    def on_arrays(arrays):
+        return compute(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results)
-    return jax.sharding.auto_axes(compute, out_sharding=shardings)(arrays)
+    return jax.sharding.auto_axes(on_arrays, out_sharding=shardings)(arrays)
 
 
-def partition(x: Array) -> P:
-    """How `x` is split over Explicit axes, with an entry for every axis of `x`."""
+def partition_of(x: Array, *axes: int | None) -> P:
+    """How these axes of `x` are split over Explicit axes of a mesh; None is an axis that is not."""
     if _explicit_mesh(x) is None:
-        return P(*[None] * x.ndim)
+        return P(*[None] * len(axes))
     spec = jax.typeof(x).sharding.spec
-    return P(*spec, *[None] * (x.ndim - len(spec)))
+    spec = (*spec, *[None] * (x.ndim - len(spec)))
+    return P(*(None if axis is None else spec[axis] for axis in axes))
+
+
+def attended(query: Array) -> P:
+    """The partition of an attention's output `[..., T, N, V]`: that of its queries."""
+    return partition_of(query, *range(query.ndim - 1), None)
 
 
 def _explicit_mesh(x):
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    has_explicit = mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ())
-    return mesh if has_explicit else None
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
 def axes_of(x: Array, letters: str, num_batch: int) -> Axes:

@@ -63,7 +63,8 @@ def rotary(
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x[..., :rotated].astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., rotated:]], axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if rotated == H else jnp.concatenate([turned, x[..., rotated:]], axis=-1)
 
 
 def sinusoidal(num_positions: int, features: int) -> Array:
