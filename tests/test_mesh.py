@@ -151,7 +151,7 @@ def test_each_device_reads_the_key_head_of_its_queries():
 
 
 def test_memory_of_a_device_falls_with_the_devices():
-    shape = Sizes(batch=(512,), T=256, S=256, N=8, K=8, H=64, V=64)
+    shape = Sizes(batch=(256,), T=128, S=128, N=8, K=8, H=16, V=16)
     run = with_gradients(functools.partial(dot_product_attention, implementation="blockwise"))
 
     def temporaries(devices):

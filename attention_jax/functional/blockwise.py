@@ -191,7 +191,19 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
     so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found
     on a CPU (docs/performance.md).
+
+    Of sizes that an export leaves open nothing is known: a length is one tile, and an axis of the
+    batch or of heads is taken one by one.
     """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
+    exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
+    scales = (scale, 1.0) if exact else (1.0, scale)
+    rest = tuple(lead), G, T, S, scales, wide, operand
+    if not (isinstance(T, int) and isinstance(S, int)):
+        whole = Cut(T, S, (1,) * len(lead), unrolled=False)
+        return Plan(*whole, whole, *rest)
+
     some = min(256, -(-T // 2))
 
     def keys(i):
@@ -204,9 +216,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     known = all(isinstance(x, int) for x in (*first, *last))
     shift = max(b - a for a, b in zip(first, last, strict=True)) if known else S
     alike = S <= _GRAIN or 8 * shift <= S  # Hardly anything would be skipped.
-    heads = math.prod(lead)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
+    heads = math.prod(size for size in lead if isinstance(size, int))
 
     def cut(t, s, room=_ROOM, unrolled=False):
         if block_size is None:
@@ -246,10 +256,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     elif block_size is None and _is_triangle(mask, T, S):
         t = min(T, max(_LEAST_TRIANGLE, 2 * side // G // _GRAIN * _GRAIN))
         forward = cut(G * t, min(t, 1024), 2 * _ROOM)._replace(halved=True)
-
-    exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
-    scales = (scale, 1.0) if exact else (1.0, scale)
-    return Plan(*forward, back, tuple(lead), G, T, S, scales, wide, operand)
+    return Plan(*forward, back, *rest)
 
 
 def _is_triangle(mask, T, S):
@@ -274,7 +281,8 @@ def _box(lead, room):
     """How many of each leading axis, for no more than `room` heads at once."""
     box = ()
     for size in reversed(lead):
-        part = max(n for n in range(1, min(size, max(1, room)) + 1) if size % n == 0)
+        fits = range(1, min(size, max(1, room)) + 1) if isinstance(size, int) else ()
+        part = max((n for n in fits if size % n == 0), default=1)
         box = (part, *box)
         room = room // size if part == size else 1
     return box
@@ -695,6 +703,8 @@ class _Rules(NamedTuple):
         The carry is `start()` at first, and `alone` where there is just one tile.
         """
         S, s = self.plan.S, self.plan.s
+        if not isinstance(S, int):
+            return tile(self.here(0, S, masked=True), alone)
         keys = Keys((0, S), (0, S))
         if self.mask is not None:
             keys = self.mask.cut(self.at).keys(self.at) or Keys((0, S), (0, 0))
@@ -839,6 +849,8 @@ def _unkeys(plan, x):
 
 def _is_dealt_out(a, b):
     """Whether `_product` has many small products before it and a compiler that needs help."""
+    if not all(isinstance(n, int) for n in (*a.shape, b.shape[-1])):
+        return False  # Left open by an export.
     small = a.shape[-2] * max(a.shape[-1], b.shape[-1]) <= 2**16
     return _ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
 

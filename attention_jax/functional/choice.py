@@ -59,7 +59,9 @@ def choose(query: Array, key: Array, value: Array, **options) -> tuple[str, str]
     if refused is None:
         return "cudnn", "the fused kernel serves this"
     not_cudnn = f", and cudnn will not do: {refused}" if jax.default_backend() == "gpu" else ""
-    logits = math.prod(query.shape[:-1]) * key.shape[-3]
+    # A size that an export leaves open counts as 1.
+    sizes = [n for n in (*query.shape[:-1], key.shape[-3]) if isinstance(n, int)]
+    logits = math.prod(sizes)
     if logits < _CROSSOVER:
         return "dense", f"{logits:,} logits, too few to gain from tiles{not_cudnn}"
     return "blockwise", f"{logits:,} logits, never all in memory{not_cudnn}"

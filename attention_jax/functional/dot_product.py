@@ -125,7 +125,7 @@ def dot_product_attention(
 def _compute(name, query, key, value, options, *, block_size):
     if name == "cudnn":
         return cudnn_attention(query, key, value, mask=options["mask"], scale=options["scale"])
-    if name == "dense" or not (query.size and value.size):
+    if name == "dense" or 0 in (*query.shape, *value.shape):
         return _dense(query, key, value, **options)
     jax.eval_shape(_rules, options["bias"], options["mask"], query, key)  # For its errors.
     return blockwise_attention(query, key, value, **options, block_size=block_size)
