@@ -151,7 +151,7 @@ def test_each_device_reads_the_key_head_of_its_queries():
 
 
 def test_memory_of_a_device_falls_with_the_devices():
-    shape = Sizes(batch=(256,), T=128, S=128, N=8, K=8, H=16, V=16)
+    shape = Sizes(batch=(256,), T=128, S=128, N=8, K=8, H=64, V=64)
     run = with_gradients(functools.partial(dot_product_attention, implementation="blockwise"))
 
     def temporaries(devices):
@@ -159,7 +159,8 @@ def test_memory_of_a_device_falls_with_the_devices():
         like = jax.ShapeDtypeStruct(shape.query, jnp.float32, sharding=split)
         return jax.jit(run).lower(like, like, like).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) < 0.2 * temporaries(1)  # 1 / 8, and one tile.
+    tiles = 16 * 2**20  # Those of one turn, which do not depend on the rows.
+    assert temporaries(8) < temporaries(1) / 8 + tiles
 
 
 def test_gradients_of_what_all_rows_share_are_sums_over_the_devices():
