@@ -11,13 +11,37 @@ import numpy as np
 
 from attention_jax.types import Array
 
+# The types to compute in. Narrower ones, as float8_e4m3fn, are for storage: cast them first.
+FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64")))
+
 
 def check_floating(name: str, array: Array) -> None:
-    """Raises TypeError unless `array` holds real floating-point numbers."""
+    """Raises TypeError unless `array` holds floating-point numbers of a type to compute in."""
     if not is_array(array):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {array.dtype}.")
+    if array.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {_or(FLOATS)}, got {array.dtype}.")
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """Raises TypeError unless `dtype` names a floating-point type to compute in."""
+    try:
+        fits = jnp.dtype(dtype) in FLOATS
+    except TypeError:
+        fits = False
+    if not fits:
+        came = getattr(dtype, "__name__", dtype)
+        raise TypeError(f"{name} must be {_or(FLOATS)}, got {came}.")
+
+
+def is_real(dtype: jnp.dtype) -> bool:
+    """Whether it is a type of integers, or a floating-point type to compute in."""
+    return dtype in FLOATS or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _or(words: Sequence[object]) -> str:
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}"
 
 
 def is_array(x: object) -> bool:
@@ -32,10 +56,16 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_flags(layer: object) -> None:
-    """Raises TypeError unless every field of a dataclass that is declared `bool` is one."""
+    """Raises TypeError unless what a layer declares `bool` is one; the same for its types.
+
+    They are `param_dtype`, a floating-point type to compute in, and `dtype`, one too or None.
+    """
     for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
         if field.type is bool:
-            check_flag(field.name, getattr(layer, field.name))
+            check_flag(field.name, value)
+        elif field.name == "param_dtype" or (field.name == "dtype" and value is not None):
+            check_dtype(field.name, value)
 
 
 def as_floating(name: str, array: Array) -> Array:
@@ -128,10 +158,10 @@ def check_alike(name: str, left: Sequence[int], right: Sequence[int]) -> None:
 def check_number(name: str, x: float | Array) -> None:
     """Raises unless `x` is one real number; an array of one entry and no axes is one."""
     if is_array(x):
-        is_real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+        fits = is_real(x.dtype)
     else:
-        is_real = isinstance(x, int | float) and not isinstance(x, bool)
-    if not is_real:
+        fits = isinstance(x, int | float) and not isinstance(x, bool)
+    if not fits:
         came = x.dtype if is_array(x) else repr(x)
         raise TypeError(f"{name} must be a real number, got {came}.")
     if np.ndim(x) > 0:

@@ -1,11 +1,28 @@
 """A mistake is answered at the door: the right type of error, the argument's name, one line."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import DOT_PRODUCT, Sizes, every_case, every_dot_product, random_qkv
 
-from attention_jax import masks
+from attention_jax import (
+    Block,
+    DifferentialAttention,
+    GatedDeltaAttention,
+    MultiHeadAttention,
+    SequenceModel,
+    SingleHeadAttention,
+    attention_weights,
+    biases,
+    differential_attention,
+    dot_product_attention,
+    gated_delta_attention,
+    masks,
+    positions,
+)
 
 QUERY, KEY, VALUE = random_qkv()  # [2, 5, 6, 11], [2, 7, 3, 11], [2, 7, 3, 13]
 
@@ -110,6 +127,81 @@ def test_what_is_no_float_array_is_a_type_error(case, name):
     qkv, words = TYPES[name]
     with pytest.raises(TypeError, match=words) as error:
         case.attend(*qkv)
+    one_line(error)
+
+
+# Floating-point to jax, but for storage: nothing is computed in them. The last two are no floats.
+STORED = ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "complex64", "bool"]
+every_stored_type = pytest.mark.parametrize("dtype", STORED)
+
+
+@every_case
+@every_stored_type
+@pytest.mark.parametrize("argument", ["query", "key", "value"])
+def test_a_type_that_is_not_computed_in_is_named(case, argument, dtype):
+    arrays = dict(zip(("query", "key", "value"), random_qkv(case.small), strict=True))
+    arrays[argument] = jnp.ones(arrays[argument].shape, dtype)
+    with pytest.raises(TypeError, match=f"{argument} must be .*float32.*, got {dtype}") as error:
+        case.attend(**arrays)
+    one_line(error)
+
+
+# Of every other argument that takes an array: the call with one of ones, its name and its shape.
+TYPED = {
+    "bias": (lambda x: dot_product_attention(QUERY, KEY, VALUE, bias=x), (5, 7)),
+    "bias ": (lambda x: biases.alibi(6) + x, (5, 7)),
+    "sinks": (lambda x: dot_product_attention(QUERY, KEY, VALUE, sinks=x), (6,)),
+    "scale": (lambda x: dot_product_attention(QUERY, KEY, VALUE, scale=x), ()),
+    "softcap": (lambda x: attention_weights(QUERY, KEY, softcap=x), ()),
+    "dropout_rate": (
+        lambda x: differential_attention(
+            *(QUERY[..., :10], KEY[..., :10], VALUE),
+            dropout_rate=x,
+            dropout_rng=jax.random.key(0),
+        ),
+        (),
+    ),
+    "lambda_full": (
+        lambda x: differential_attention(QUERY[..., :10], KEY[..., :10], VALUE, lambda_full=x),
+        (6,),
+    ),
+    "log_decay": (lambda x: gated_delta_attention(QUERY, KEY, VALUE, log_decay=x), (2, 7, 3)),
+    "beta": (lambda x: gated_delta_attention(QUERY, KEY, VALUE, beta=x), (2, 7, 3)),
+    "slopes": (biases.alibi, (6,)),
+    "table": (biases.relative, (32, 6)),
+    "x": (positions.rotary, (2, 5, 6, 8)),
+    "positions": (lambda x: positions.rotary(QUERY[..., :10], x), (5,)),
+    "base": (lambda x: positions.rotary(QUERY[..., :10], base=x), ()),
+}
+
+
+@every_stored_type
+@pytest.mark.parametrize("argument", TYPED)
+def test_a_type_that_is_not_computed_in_is_named_in_every_argument(argument, dtype):
+    call, shape = TYPED[argument]
+    with pytest.raises(TypeError, match=f"^{argument.strip()} must be .*, got {dtype}") as error:
+        call(jnp.ones(shape, dtype))
+    one_line(error)
+    jax.eval_shape(call, jnp.ones(shape, "float16"))
+
+
+@pytest.mark.parametrize("dtype", [*STORED, "int32", "half a float"])
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (SingleHeadAttention, (2, 8)),
+        (functools.partial(MultiHeadAttention, 2), (2, 8)),
+        (functools.partial(DifferentialAttention, 2), (2, 8)),
+        (functools.partial(GatedDeltaAttention, 2), (2, 8)),
+        (functools.partial(SequenceModel, 8, num_heads=2), (2, 8)),
+        (functools.partial(Block, MultiHeadAttention(2)), (2, 8)),
+    ],
+    ids=["single", "multi", "differential", "gated_delta", "model", "block"],
+)
+def test_a_layer_refuses_a_type_that_is_not_computed_in(layer, inputs, field, dtype):
+    with pytest.raises(TypeError, match=f"^{field} must be .*float32.*, got {dtype}") as error:
+        layer(**{field: dtype}).init(jax.random.key(0), jnp.ones(inputs))
     one_line(error)
 
 

@@ -109,6 +109,12 @@ def test_dtype_is_the_type_of_the_computation_and_the_output():
     assert ours(X).dtype == theirs(X).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, "int32"])
+def test_a_dtype_that_is_not_computed_in_is_refused(dtype):
+    with pytest.raises(TypeError, match=r"^dtype must be .*float32"):
+        attention_fn(*random_qkv(), dtype=dtype)
+
+
 def test_precision_reaches_the_products():
     qkv = random_qkv()
     for precision in ("highest", jax.lax.Precision.HIGHEST):

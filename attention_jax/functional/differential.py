@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from attention_jax.checks import check_qkv
+from attention_jax.checks import as_floating, check_number, check_qkv
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
@@ -61,7 +61,10 @@ def differential_attention(
     N, H = query.shape[-2:]
     if H % 2:
         raise ValueError(f"head size H must be even, got query shape {query.shape}.")
-    lambda_full = jnp.asarray(lambda_full)
+    if isinstance(lambda_full, int | float):
+        check_number("lambda_full", lambda_full)
+        lambda_full = float(lambda_full)
+    lambda_full = as_floating("lambda_full", lambda_full)
     if lambda_full.shape not in ((), (N,)):
         raise ValueError(
             f"lambda_full must be one number or [N] with {N=}, got shape {lambda_full.shape}."

@@ -17,6 +17,7 @@ from attention_jax.checks import (
     as_size,
     check_broadcastable,
     check_flag,
+    check_floating,
     check_number,
     check_qkv,
     check_rate,
@@ -302,6 +303,7 @@ def _rules(bias, mask, query, key) -> tuple[Array | None, Array | None]:
     if bias is not None:
         bias.check(T, S)
         bias = bias.tile(whole)
+        check_floating("bias", bias)
         check_broadcastable("bias", bias.shape, shape)
     return bias, mask
 

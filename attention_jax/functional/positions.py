@@ -1,8 +1,9 @@
 """Where a token stands: rotations of queries and keys, and vectors to add to the inputs."""
 
+import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import as_size, check_floating
+from attention_jax.checks import as_size, check_floating, check_number, is_real
 from attention_jax.types import Array
 
 
@@ -29,6 +30,7 @@ def rotary(
 
     Raises:
         ValueError: R is odd, or `fraction` is not in [0, 1], or shapes do not fit.
+        TypeError: An argument has the wrong type.
 
     Reference:
         Su et al. 2021, "RoFormer", equation 34. https://arxiv.org/abs/2104.09864
@@ -36,9 +38,11 @@ def rotary(
     check_floating("x", x)
     if x.ndim < 3:
         raise ValueError(f"x must be [..., T, N, H], got shape {x.shape}.")
+    check_number("fraction", fraction)
+    check_number("base", base)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}.")
-    if not base > 0:
+    if not isinstance(base, jax.core.Tracer) and not base > 0:
         raise ValueError(f"base must be positive, got {base}.")
     T, H = x.shape[-3], x.shape[-1]
     rotated = round(fraction * H)
@@ -47,6 +51,8 @@ def rotary(
             f"rotary needs an even number of rotated coordinates, got {rotated} of head size {H}."
         )
     positions = jnp.arange(T) if positions is None else jnp.asarray(positions)
+    if not is_real(positions.dtype):
+        raise TypeError(f"positions must be real numbers, got {positions.dtype}.")
     batch = x.shape[:-3]
     fits = positions.ndim > 0 and positions.shape[-1] in (1, T) and positions.ndim <= len(batch) + 1
     if not fits or any(

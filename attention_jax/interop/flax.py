@@ -5,7 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import check_flag
+from attention_jax.checks import check_dtype, check_flag
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -60,6 +60,7 @@ def attention_fn(
             "they are independent: give the layer broadcast_dropout=False."
         )
     if dtype is not None:
+        check_dtype("dtype", dtype)
         query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
     if mask is not None and not isinstance(mask, Mask):
         mask = masks.dense(jnp.asarray(mask) != 0)
