@@ -85,6 +85,7 @@ def test_save_path_and_workdir_are_one():
     assert parse(["train.py", "--workdir", "a", "--save_path", "a"]).workdir == "a"
     assert parse(["train.py", "--workdir=a/", "--save_path=./a"]).workdir == "a"
     assert "a and b" in refusal("--save_path=a", "--workdir=b")
+    assert parse(["train.py", "--workdir=."]).workdir == "."
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--save_path", "--init_from", "--config"])

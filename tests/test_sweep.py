@@ -12,8 +12,8 @@ import pytest
 
 from attention_jax import report
 from attention_jax.training import experiment, sweep
-from attention_jax.training.checkpoint import Checkpoints
-from attention_jax.training.config import ConfigError, default_config, trials
+from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
+from attention_jax.training.config import ConfigError, default_config, parse, trials
 from attention_jax.training.launch import LAUNCHERS
 
 
@@ -141,14 +141,22 @@ def test_every_number_that_is_traced_is_honoured():
     assert len(losses) == 64, "each of the numbers matters"
 
 
-def test_what_changes_shapes_is_a_program_of_its_own():
+def test_what_changes_shapes_is_a_program_of_its_own(tmp_path):
     axes = {"model.num_kv_heads": [None, 1], "seed": [0, 5]}
     groups = sweep.build(trials(tiny(), axes), axes, LAUNCHERS["single"]())
     assert [group.numbers for group in groups] == [[0, 1], [2, 3]]
-    result = sweep.run(tiny(), axes)
+    result = sweep.run(tiny(), axes, tmp_path)
     assert_alike(result.histories[1], experiment.run(trials(tiny(), axes)[1]).history)
+    # The parameters of each are found in the one checkpoint.
+    for number, params in enumerate(result.params):
+        found = restore_params(tmp_path / "trials" / f"{number:03}", like=params)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(ValueError, match=r"wanted float32\[6, 2, 3\], found float32\[6, 1, 3\]"):
+        restore_params(tmp_path / "trials" / "003", like=result.params[0])
     sizes = [trial["num_params"] for trial in result.metrics["trials"]]
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
+    for params, trial in zip(result.params, result.metrics["trials"], strict=True):
+        assert fingerprint(params) == trial["fingerprint"]
 
 
 def test_trials_over_devices_are_the_same_trials(tmp_path):
@@ -181,6 +189,11 @@ def test_a_trial_that_diverges_stops_alone(tmp_path):
     assert "diverged_step" not in sound
     assert_alike(result.histories[0], experiment.run(trials(config, axes)[0]).history)
     assert [row["step"] for row in rows_of(tmp_path, "001")] == []
+    assert result.params[1] is None
+    step = broken["diverged_step"]
+    with pytest.raises(ValueError, match=f"^trial 1 diverged at step {step}: "):
+        restore_params(tmp_path / "trials" / "001", like=result.params[0])
+    assert result.metrics["best"] == 0
 
 
 def test_a_trial_that_diverges_in_evaluation_keeps_finite_parameters(tmp_path):
@@ -234,6 +247,9 @@ def test_a_sweep_whose_trials_all_diverge_ends_and_is_read_back(tmp_path):
     axes = {"optimizer.learning_rate": [1e20, 1e21]}
     result = sweep.run(config, axes, tmp_path)
     assert all("diverged_step" in trial for trial in result.metrics["trials"])
+    assert result.metrics["best"] is None
+    with pytest.raises(ValueError, match="without a best trial: name a trial, as "):
+        restore_params(tmp_path, like={})
     assert sweep.run(config, axes, tmp_path).metrics == result.metrics
 
 
@@ -331,6 +347,49 @@ def test_init_from_starts_every_trial_where_the_other_run_ended(tmp_path):
     result = sweep.run(tiny(init_from=str(tmp_path)), {"optimizer.learning_rate": [0.03, 0.01]})
     for trial in result.metrics["trials"]:
         assert trial["first_loss"] < 0.5 * first.metrics["first_loss"]
+
+
+def test_a_run_starts_from_a_trial_and_a_sweep_is_its_best_trial(whole, tmp_path, monkeypatch):
+    directory, result = whole
+    losses = [trial["eval_loss"] for trial in result.metrics["trials"]]
+    best = losses.index(min(losses))
+    assert (result.metrics["best"], result.metrics["best_by"]) == (best, "eval_loss")
+    program = experiment.build(tiny())
+
+    def first_params(init_from):
+        config = parse(["train.py", f"--init_from={init_from}"]).config
+        assert config.model == tiny().model
+        assert config.task == tiny().task
+        return fingerprint(experiment._first_state(tiny(init_from=str(init_from)), program).params)
+
+    prints = [trial["fingerprint"] for trial in result.metrics["trials"]]
+    assert first_params(directory / "trials" / "002") == prints[2] != prints[best]
+    assert first_params(directory) == prints[best]
+    # By any name of the place.
+    monkeypatch.chdir(directory / "trials" / "001")
+    assert first_params(".") == prints[1]
+    (tmp_path / "link").symlink_to(directory / "trials" / "003")
+    assert first_params(tmp_path / "link") == prints[3]
+    for wrong in (directory / "trials" / "004", directory / "trials"):
+        with pytest.raises(ConfigError, match=f"--init_from={wrong}: "):
+            parse(["train.py", f"--init_from={wrong}"])
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            restore_params(wrong, like={})
+
+
+def test_the_best_trial_is_told_by_the_target(tmp_path, capsys):
+    config = tiny(train__target="loss@11=1e-9", eval__slices="11", train__epochs=1)
+    result = sweep.run(config, GRID, tmp_path)
+    losses = [trial["eval_loss@11"] for trial in result.metrics["trials"]]
+    best = losses.index(min(losses))
+    assert (result.metrics["best"], result.metrics["best_by"]) == (best, "eval_loss@11")
+    line = f"best by eval_loss@11, {min(losses):.4g}: trial {best}: {tmp_path}/trials/00{best}"
+    assert line in capsys.readouterr().out
+    # As long as it is not complete there is none, though there are trials.
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match="without a best trial"):
+        restore_params(tmp_path, like=result.params[0])
+    restore_params(tmp_path / "trials" / "000", like=result.params[0])
 
 
 # The report --------------------------------------------------------------------------------------

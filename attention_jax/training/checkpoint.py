@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.training.files import local_path
+from attention_jax.training.files import CHECKPOINTS, local_path, locate
 from attention_jax.types import PyTree, TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-DIRECTORY = "checkpoints"  # Inside a run's directory.
 MAX_NAMED = 3  # Leaves that an error about a misfit names.
 
 
@@ -107,16 +106,25 @@ class Checkpoints:
         found = self._newest_whole()
         return None if found is None else _from_arrays(*found, like, prefix="")
 
-    def restore_params(self, like: PyTree) -> PyTree:
+    def restore_params(self, like: PyTree, trial: int | None = None) -> PyTree:
         """Restores the parameters alone, as `restore` does.
+
+        Args:
+            like: As for `restore`.
+            trial: Of a sweep, the number of the trial.
 
         Raises:
             FileNotFoundError: There is no checkpoint.
+            ValueError: The parameters and `like` do not fit, the sweep has no such trial, or the
+                trial has diverged.
         """
         found = self._newest_whole()
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}.")
-        return _from_arrays(*found, like, prefix="params.")
+        arrays, about = found
+        if trial is not None:
+            arrays = _params_of_trial(arrays, trial)
+        return _from_arrays(arrays, about, like, prefix="params.")
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
@@ -185,18 +193,21 @@ def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
     """Reads the newest parameters of another run, without touching it.
 
     Args:
-        run_directory: The workdir of that run.
+        run_directory: The workdir of that run; or of a trial, `sweep/trials/001` say; or of a
+            complete sweep, for its best trial.
         like: Parameters of the structure, shapes and dtypes to restore.
 
     Raises:
         FileNotFoundError: There is no run or no checkpoint.
-        ValueError: The parameters do not fit; names the first leaves that differ.
+        ValueError: The parameters do not fit, naming the first leaves that differ; the trial has
+            diverged; or the sweep has no best trial.
     """
-    directory = local_path(run_directory, "run_directory") / DIRECTORY
+    run, trial = locate(local_path(run_directory, "run_directory"))
+    directory = run / CHECKPOINTS
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint in {directory}.")
     with Checkpoints(directory, read_only=True) as checkpoints:
-        return checkpoints.restore_params(like)
+        return checkpoints.restore_params(like, trial)
 
 
 def fingerprint(tree: PyTree) -> str:
@@ -249,6 +260,24 @@ def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             leaf = jax.random.key_data(leaf)
         arrays[path] = np.array(leaf)
     return arrays, key_types
+
+
+def _params_of_trial(arrays: Mapping[str, np.ndarray], trial: int) -> dict[str, np.ndarray]:
+    """`{"params.*": array}` of a trial, from the arrays of a `sweep.SweepState`."""
+    for group in (path for path in arrays if path.startswith("numbers.")):
+        (place,) = np.nonzero(arrays[group] == trial)
+        if len(place):
+            break
+    else:
+        raise ValueError(f"the sweep has no trial {trial}.")
+    if step := int(arrays["diverged"][trial]):
+        raise ValueError(f"trial {trial} diverged at step {step}: it has no final parameters.")
+    start = f"trials.{group.removeprefix('numbers.')}.0."
+    return {
+        f"params.{path.removeprefix(start)}": array[place[0]]
+        for path, array in arrays.items()
+        if path.startswith(start)
+    }
 
 
 def _from_arrays(

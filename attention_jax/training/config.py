@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from attention_jax.training.files import local_path, read_config
+from attention_jax.training.files import local_path, locate, read_config, trial_directory
 
 
 class RunError(Exception):
@@ -639,7 +639,8 @@ def _noted(init_from, workdir):
         ours = flatten(read_config(Path(workdir)))
         if ours.get("init_from") == init_from:
             return ours
-    return flatten(read_config(local_path(init_from, "it")))
+    run, trial = locate(local_path(init_from, "it"))
+    return flatten(read_config(run if trial is None else trial_directory(run, trial)))
 
 
 def _axes(texts, config):

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
+
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -33,10 +35,10 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
         raise ValueError(f"{name} must be a path, which holds no NUL: got {text!r}.")
     if _URL.match(text):
         raise ValueError(f"{name} must be on a local file system, not a URL: got {text!r}.")
-    path = Path(os.path.expanduser(text))
-    if path.parts[0].startswith("~") and text.startswith("~"):
+    expanded = os.path.expanduser(text)
+    if expanded == text and text.startswith("~"):
         raise ValueError(f"{name} begins with a user that there is not: got {text!r}.")
-    return path
+    return Path(expanded)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -71,3 +73,30 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(found.get("config"), dict):
         raise ValueError(f"{file} is not of a run: it holds no config.")
     return found["config"]
+
+
+def trial_directory(sweep: Path, number: int) -> Path:
+    """Where a trial of a sweep keeps its config, rows and result, as a run does."""
+    return sweep / TRIALS / f"{number:03}"
+
+
+def locate(run: Path) -> tuple[Path, int | None]:
+    """The directory whose checkpoints hold the parameters of a run, and of a trial its number.
+
+    A trial of a sweep is in the sweep's checkpoints. A sweep stands for its best trial.
+
+    Raises:
+        ValueError: A sweep has no best trial: it is not complete, or all have diverged.
+    """
+    place = run.resolve()
+    if not (place / CHECKPOINTS).is_dir():
+        is_trial = place.parent.name == TRIALS and place.name.isdigit() and place.is_dir()
+        return (place.parent.parent, int(place.name)) if is_trial else (run, None)
+    if "sweep" not in ((read_json(run / "config.json") or {}).get("config") or {}):
+        return run, None
+    best = (read_json(run / "result.json") or {}).get("best")
+    if not isinstance(best, int):
+        raise ValueError(
+            f"{run} is a sweep without a best trial: name a trial, as {trial_directory(run, 0)}."
+        )
+    return run, best

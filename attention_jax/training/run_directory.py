@@ -25,17 +25,16 @@ import jax
 from filelock import lock_descriptor
 from ml_collections import ConfigDict
 
-from attention_jax.training.checkpoint import DIRECTORY as CHECKPOINTS
 from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, RunError, flatten, refused
-from attention_jax.training.files import local_path, read_config, read_json
+from attention_jax.training.files import CHECKPOINTS, TRIALS, local_path, read_config, read_json
 from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
 from attention_jax.types import TrainState
 
 LOCK = ".lock"  # There as long as a process owns the directory.
 WRITTEN = (
     *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
-    *("trials", "sweep.png", "result.json", "result.json.tmp"),
+    *(TRIALS, "sweep.png", "result.json", "result.json.tmp"),
 )
 MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.

@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import experiment
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, Target, flatten, trials
+from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS, Launcher
 from attention_jax.training.metrics import Console, JsonLines
 from attention_jax.training.run_directory import NoDirectory, write_json
@@ -50,6 +50,7 @@ class SweepState(NamedTuple):
 
     Attributes:
         step: Steps done so far, by the trials that are not frozen.
+        numbers: For each program which trials it has, `[trials]`.
         trials: For each program the parameters and optimizer states of its trials,
             `[trials, ...]`.
         diverged: The step at which each trial met a NaN or infinity, `[all trials]`; 0: it has not.
@@ -57,6 +58,7 @@ class SweepState(NamedTuple):
     """
 
     step: np.ndarray
+    numbers: tuple[np.ndarray, ...]
     trials: tuple[tuple[PyTree, PyTree], ...]
     diverged: np.ndarray
     reached: np.ndarray
@@ -92,13 +94,16 @@ class Result(NamedTuple):
     """What a complete sweep leaves.
 
     Attributes:
-        metrics: What `result.json` holds: `step`, `seconds`, `sweep` and, under `trials`, for each
-            trial its number, the values swept, and the metrics of a run.
+        metrics: What `result.json` holds: `step`, `seconds`, `trial_steps_per_second`; `best`, the
+            number of the best trial, None where all diverged, by the metric `best_by`; and under
+            `trials` for each trial its number, the values swept, and the metrics of a run.
         histories: The rows of each trial.
+        params: The trained parameters of each trial; None where it diverged.
     """
 
     metrics: dict[str, Any]
     histories: list[list[dict[str, Any]]]
+    params: list[PyTree | None]
 
 
 def run(
@@ -237,19 +242,40 @@ def _run(config, configs, axes, launcher, groups, store, started):
             experiment.say(
                 f"{store} holds this sweep, complete, nothing to do.", log.table(store.result)
             )
-            return Result(store.result, log.histories)
+            params = _params(groups, [params for params, _ in state.trials], log)
+            return Result(store.result, log.histories, params)
         _announce(config, axes, groups, len(configs), store.step)
         if state is None:
             states = [_first_trials(group) for group in groups]
         else:
             states = [launcher.put_trials(trials) for trials in state.trials]
         step = _train(config, launcher, groups, states, log, store, started, stop)
-        metrics = _summary(configs, axes, launcher, groups, states, log, step)
-    experiment.say(log.table(metrics))
+        params = _params(groups, [launcher.get_trials(params) for params, _ in states], log)
+        metrics = _summary(configs, axes, launcher, groups, params, log, step)
+    experiment.say(log.table(metrics), *_best_line(metrics, directory))
     if directory is not None:
         log.draw(metrics, directory / "sweep.png")
     experiment.say(store.complete(metrics))
-    return Result(metrics, log.histories)
+    return Result(metrics, log.histories, params)
+
+
+def _params(groups, stacked, log):
+    """The parameters of each trial that has not diverged, in host memory, by its number."""
+    params = [None] * len(log.configs)
+    for group, tree in zip(groups, stacked, strict=True):
+        for i, number in enumerate(group.numbers):
+            if not log.diverged[number]:
+                params[number] = jax.tree.map(lambda x: x[i], tree)  # noqa: B023
+    return params
+
+
+def _best_line(metrics, directory):
+    number, metric = metrics["best"], metrics["best_by"]
+    if number is None:
+        return []
+    place = "" if directory is None else f": {trial_directory(directory, number)}"
+    value = metrics["trials"][number][metric]
+    return [f"best by {metric}, {value:.4g}: trial {number}{place}"]
 
 
 def _announce(config, axes, groups, num_trials, step):
@@ -268,8 +294,14 @@ def _announce(config, axes, groups, num_trials, step):
 def _like(groups):
     """The structure of a sweep's state, for the checkpoint to be read by."""
     empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-    number = jnp.zeros(sum(len(group.numbers) for group in groups), jnp.int32)
-    return SweepState(jnp.int32(0), tuple(empty(group.like) for group in groups), number, number)
+    none = jnp.zeros(sum(len(group.numbers) for group in groups), jnp.int32)
+    return SweepState(
+        jnp.int32(0),
+        tuple(jnp.array(group.numbers, jnp.int32) for group in groups),
+        tuple(empty(group.like) for group in groups),
+        none,
+        none,
+    )
 
 
 def _first_trials(group):
@@ -357,11 +389,6 @@ class _Log:
         report.draw_curves(runs, path)
 
 
-def trial_directory(directory: Path, number: int) -> Path:
-    """Where a trial keeps its config, rows and result: as a run does, for `report` to read."""
-    return directory / "trials" / f"{number:03}"
-
-
 def _train(config, launcher, groups, states, log, store, started, stop):
     """Runs the epochs that are left, and leaves the states that they end with in `states`.
 
@@ -443,7 +470,7 @@ def _train(config, launcher, groups, states, log, store, started, stop):
             if stops:
                 active = put_active()
             if epoch == epochs or saves or not log.active.any():
-                _save(step, launcher, states, log, store)
+                _save(step, launcher, groups, states, log, store)
             if stop.number and epoch < epochs and log.active.any():
                 name = signal.Signals(stop.number).name
                 saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
@@ -453,22 +480,22 @@ def _train(config, launcher, groups, states, log, store, started, stop):
     return step
 
 
-def _save(step, launcher, states, log, store):
+def _save(step, launcher, groups, states, log, store):
     if isinstance(store, NoDirectory):
         return
     trials = tuple(launcher.get_trials(state) for state in states)
+    numbers = tuple(np.array(group.numbers, np.int32) for group in groups)
     log.sync()
-    store.save(SweepState(np.int32(step), trials, log.diverged.copy(), log.reached.copy()))
+    diverged, reached = log.diverged.copy(), log.reached.copy()
+    store.save(SweepState(np.int32(step), numbers, trials, diverged, reached))
 
 
-def _summary(configs, axes, launcher, groups, states, log, step):
+def _summary(configs, axes, launcher, groups, params, log, step):
     """The result of a sweep that has come to its end."""
     results = [{} for _ in configs]
-    for group, (params, _) in zip(groups, states, strict=True):
+    for group in groups:
         baselines = launcher.get_trials(group.baseline(None, None, group.settings))
-        params = launcher.get_trials(params)
         for i, number in enumerate(group.numbers):
-            own = jax.tree.map(lambda x: x[i], params)  # noqa: B023
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}
             if not (log.diverged[number] or np.isfinite(baselines[i])):
@@ -477,16 +504,23 @@ def _summary(configs, axes, launcher, groups, states, log, step):
                 found = {"step": history[-1]["step"] if history else 0}
                 found["diverged_step"] = int(log.diverged[number])
             else:
-                found = experiment.result_metrics(configs[number], own, history, baselines[i])
+                found = experiment.result_metrics(
+                    configs[number], params[number], history, baselines[i]
+                )
                 del found["steps_per_second"]  # Its steps were not alone on the clock.
             results[number] = {"trial": number, **swept, **found}
             if log.directory is not None:
                 write_json(trial_directory(log.directory, number) / "result.json", results[number])
     seconds = max((history[-1]["seconds"] for history in log.histories if history), default=0.0)
     total = sum(result["step"] for result in results)
-    return {
+    metrics = {
         "step": step,
         "seconds": seconds,
         "trial_steps_per_second": float(f"{total / seconds:.4g}") if total else 0.0,
         "trials": results,
     }
+    target = configs[0].train.target
+    by = f"eval_{Target.parse(target).metric}" if target else report.main_metric(log.runs(metrics))
+    found = {result["trial"]: result[by] for result in results if by in result}
+    best = (min if report.is_loss(by) else max)(found, key=found.get) if found else None
+    return metrics | {"best": best, "best_by": by}
