@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 # Before anything touches a device: the number of devices is read once.
@@ -32,3 +33,35 @@ def debug_infs():
     """The same for infinities."""
     with jax.debug_infs(True):
         yield
+
+
+@pytest.fixture
+def hollow(monkeypatch):
+    """Makes the loss of the teacher NaN at each step whose batch holds a number above 3.
+
+    Returns a function from a config to a list that says of each step whether it is such a one.
+    """
+    from attention_jax.training import experiment
+
+    squared_error = experiment.steps.LOSSES["squared_error"]
+
+    def hollow_squared_error(apply):
+        loss_fn = squared_error(apply)
+
+        def loss(params, batch, rng):
+            total, sums = loss_fn(params, batch, rng)
+            bad = (rng is not None) & (batch.inputs.max() > 3)  # Not in evaluation.
+            return jnp.where(bad, jnp.nan, total), sums
+
+        return loss
+
+    def bad_steps(config):
+        task, train = experiment.make_task(config), config.train
+        rng = jax.random.fold_in(jax.random.key(config.seed), experiment._TRAIN)
+        rows = jnp.arange(train.batch_size)
+        inputs = lambda step: task.sample(jax.random.fold_in(rng, step), rows).inputs
+        numbers = jnp.arange(train.epochs * train.steps_per_epoch)
+        return jax.jit(jax.vmap(lambda step: inputs(step).max() > 3))(numbers).tolist()
+
+    monkeypatch.setitem(experiment.steps.LOSSES, "squared_error", hollow_squared_error)
+    return bad_steps

@@ -142,18 +142,25 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_a_row_is_the_mean_since_the_row_before():
-    metrics = {"loss": np.array([8.0, 4, 2]), "weight": np.ones(3)}
-    assert list(experiment.rows_of_epoch(1, 1, metrics, {})) == [
+    metrics = {"loss": np.array([8.0, 4, 2]), "weight": np.ones(3), "bad_steps": np.zeros(3)}
+    assert list(experiment.rows_of_epoch(tiny(), 1, metrics, {})) == [
         {"step": 1, "epoch": 1, "loss": 8.0},
         {"step": 3, "epoch": 1, "loss": 3.0},
     ]
     held_out = {"weight": np.float32(9), "accuracy": np.float32(0.5), "loss": np.float32(2)}
-    assert list(experiment.rows_of_epoch(2, 4, metrics, held_out)) == [
+    assert list(experiment.rows_of_epoch(tiny(), 2, metrics, held_out)) == [
         {"step": 6, "epoch": 2, "loss": 14 / 3, "eval_loss": 2.0, "eval_accuracy": 0.5}
     ]
-    one_step = {"loss": np.array([8.0])}
-    assert list(experiment.rows_of_epoch(1, 1, one_step, {})) == [
+    one_step = {"loss": np.array([8.0]), "bad_steps": np.zeros(1)}
+    short = tiny(train__steps_per_epoch=1)
+    assert list(experiment.rows_of_epoch(short, 1, one_step, {})) == [
         {"step": 1, "epoch": 1, "loss": 8.0}
+    ]
+    metrics = {"loss": np.array([np.nan, 4, 2]), "bad_steps": np.array([1, 0, 0])}
+    skipping = tiny(optimizer__max_skipped=1)
+    assert list(experiment.rows_of_epoch(skipping, 1, metrics, {})) == [
+        {"step": 1, "epoch": 1, "skipped": 1},
+        {"step": 3, "epoch": 1, "loss": 3.0, "skipped": 0},
     ]
 
 
@@ -244,6 +251,58 @@ def test_what_a_task_hides_is_hidden_from_the_model():
     # One layer: a question sees what the compression token, number 0, is, not yet what it has read.
     np.testing.assert_array_equal(after[1:], before[1:])
     assert (after[0] != before[0]).all()
+
+
+# Bad steps ---------------------------------------------------------------------------------------
+
+
+def longest(bad):
+    """The length of the longest row of bad steps, and the number of its last step."""
+    lengths = [0]
+    for step in bad:
+        lengths.append(lengths[-1] + 1 if step else 0)
+    return max(lengths), lengths.index(max(lengths))
+
+
+def test_bad_steps_are_skipped_up_to_as_many_as_allowed(hollow, tmp_path, at_step, capsys):
+    changes = {"train__epochs": 12, "checkpoint__every_epochs": 3, "seed": 1}
+    bad = hollow(tiny(**changes))
+    most, last = longest(bad)
+    between = last - last % 3
+    assert between == 9, "the longest row lies on both sides of an epoch's end"
+    config = tiny(optimizer__max_skipped=most, **changes)
+    whole = experiment.run(config, tmp_path / "whole")
+    assert whole.metrics["skipped"] == sum(bad)
+    assert f"36 steps, {sum(bad)} of them skipped, in" in capsys.readouterr().out
+    ends = [0, *(row["step"] for row in whole.history)]
+    for row, begin, end in zip(whole.history, ends, ends[1:], strict=False):
+        assert row["skipped"] == sum(bad[begin:end])
+        assert ("loss" in row) == (row["skipped"] < end - begin)
+    assert sound_json(tmp_path / "whole" / "metrics.jsonl") == whole.history
+
+    stricter = tiny(optimizer__max_skipped=most - 1, **changes)
+    words = f"step {last}, after {most - 1} skipped in a row: loss is nan"
+    with pytest.raises(experiment.Diverged, match=words):
+        experiment.run(stricter, tmp_path / "stricter")
+
+    def crash():
+        raise MemoryError
+
+    # It goes on in the middle of the longest row, whose count the checkpoint must hold.
+    calm = at_step(between + 3, crash)
+    with pytest.raises(MemoryError):
+        experiment.run(config, tmp_path / "cut")
+    calm()
+    assert os.listdir(tmp_path / "cut" / "checkpoints") == ["9"]
+    result = experiment.run(config, tmp_path / "cut")
+    assert result.metrics["fingerprint"] == whole.metrics["fingerprint"]
+    assert without_time(result.history) == without_time(whole.history)
+
+
+def test_a_run_whose_steps_were_all_skipped_has_no_result():
+    history = [{"step": step, "epoch": 1, "skipped": 1, "seconds": 0.5} for step in (1, 2)]
+    with pytest.raises(experiment.Diverged, match="all 2 steps were skipped"):
+        experiment.result_metrics(tiny(optimizer__max_skipped=9), {}, history, 0.5)
 
 
 # Interruptions -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
     check_finite,
     cross_entropy,
@@ -15,6 +16,7 @@ from attention_jax.training.step import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    skipping,
     squared_error,
     summarize,
 )
@@ -221,6 +223,127 @@ def test_an_update_that_no_loss_can_tell_of_is_bad(part, accumulate):
     assert all(np.isfinite(values).all() for values in metrics.values()), "nor do the metrics tell"
     with pytest.raises(FloatingPointError, match=r"step 3: the parameters or .* not finite"):
         check_finite(metrics, first_step=1)
+
+
+# Each makes one thing infinite where it is 1: the loss, the gradient, the parameters, the state.
+PLACES = ["loss", "grads", "params", "opt_state"]
+
+
+def breaking(place, when):
+    """A loss function and an optimizer of which one breaks at the step numbers in `when`.
+
+    The batch of step i is to have i in `positions`.
+    """
+
+    def is_bad(step):
+        return jnp.isin(step, jnp.array(when))
+
+    def loss_fn(params, batch, rng):
+        total, sums = squared_error(noisy_apply)(params, batch, rng)
+        bad = is_bad(batch.positions[0])
+        if place == "loss":  # And NaN in only some rows, so in one micro-batch or device.
+            rows = batch.weights[:, 0] == batch.weights.max()
+            total += jnp.where(bad & rows, jnp.nan, 0.0).sum()
+        if place == "grads":  # The square root has an infinite slope at 0.
+            total += jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["kernel"][0, 0] ** 2)
+        return total, sums
+
+    def update(grads, state, params=None):
+        broken = jnp.where(is_bad(state[0]), jnp.inf, 0.0)
+        if place == "params":
+            grads = jax.tree.map(lambda x: x + broken, grads)
+        return grads, (state[0] + 1, broken if place == "opt_state" else state[1])
+
+    breaks = optax.GradientTransformation(lambda params: (jnp.int32(0), jnp.zeros(())), update)
+    return loss_fn, optax.chain(optax.adam(0.1), breaks)
+
+
+def numbered_sample(step, rows):
+    batch = sample(jax.random.fold_in(jax.random.key(3), step), rows)
+    return batch._replace(positions=jnp.full(len(rows), step))
+
+
+def as_bits(tree):
+    return jax.tree.map(lambda x: np.asarray(x).tobytes(), tree)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bad_step_changes_nothing_but_the_step(place):
+    loss_fn, optimizer = breaking(place, [1])
+    optimizer = skipping(optimizer)
+    step = jax.jit(make_train_step(loss_fn, optimizer, accumulate=2))
+    before, metrics = step(new_state(optimizer), numbered_sample(0, jnp.arange(12)))
+    assert metrics["bad_steps"] == 0
+    before.params["kernel"] = before.params["kernel"].at[0, 1].set(-0.0)
+    for number in (1, 2):
+        after, metrics = step(before, numbered_sample(1, jnp.arange(12)))
+        assert metrics["bad_steps"] == number
+        assert as_bits((after.params, after.opt_state.inner)) == as_bits(
+            (before.params, before.opt_state.inner)
+        )
+        assert (after.step, after.opt_state.bad_steps) == (before.step + 1, number)
+        before = after
+    # The optimizer's own count stands still meanwhile, so that it would break for ever.
+    if place in ("loss", "grads"):
+        after, metrics = step(before, numbered_sample(2, jnp.arange(12)))
+        assert metrics["bad_steps"] == after.opt_state.bad_steps == 0
+        assert (after.params["bias"] != before.params["bias"]).all()
+
+
+@pytest.mark.parametrize("launcher", ["single", "pmap", "sharded"])
+def test_a_run_with_bad_steps_is_the_run_of_the_sound_ones(launcher):
+    """Only the step number, from which batch and dropout follow, tells them apart."""
+    bad, launcher = [1, 4, 5], LAUNCHERS[launcher]()
+    rows = launcher.put_batch(np.arange(16))
+    loss_fn, optimizer = breaking("loss", bad)
+
+    def run(optimizer, numbers):
+        step = make_train_step(loss_fn, optimizer, axis_name=launcher.axis_name)
+        run_step = launcher.compile(
+            lambda state, rows: step(state, numbered_sample(state.step, rows))
+        )
+        state, found = launcher.put_state(new_state(optimizer)), []
+        for number in numbers:
+            state, metrics = run_step(state._replace(step=jnp.int32(number)), rows)
+            found.append(int(metrics["bad_steps"]))
+        return state, found
+
+    skipped, counts = run(skipping(optimizer), range(8))
+    assert counts == [0, 1, 0, 0, 1, 2, 0, 0]
+    alone, _ = run(optimizer, [0, 2, 3, 6, 7])
+    assert_same(skipped.params, alone.params, rtol=1e-6)
+    assert_same(skipped.opt_state.inner, alone.opt_state, rtol=1e-6)
+
+
+def test_bad_steps_in_a_row_are_counted_across_epochs():
+    loss_fn, optimizer = breaking("loss", [1, 2, 3])
+    optimizer = skipping(optimizer)
+    step = make_train_step(loss_fn, optimizer)
+
+    def epoch(state):
+        make = lambda state, _: step(state, numbered_sample(state.step, jnp.arange(4)))
+        return make_epoch(make, lambda rng, rows: None, 3, rng=jax.random.key(0))(state, None)
+
+    first, one = jax.jit(epoch)(new_state(optimizer))
+    _, two = jax.jit(epoch)(first)
+    assert one["bad_steps"].tolist() + two["bad_steps"].tolist() == [0, 1, 2, 3, 0, 0]
+    check_finite(one, 1, max_skipped=2)
+    check_finite(two, 4, max_skipped=3)
+    with pytest.raises(FloatingPointError, match="step 4, after 2 skipped in a row: loss is nan"):
+        check_finite(two, 4, max_skipped=2)
+
+
+def test_a_state_that_was_broken_before_is_never_let_pass():
+    optimizer = skipping(SGD)
+    state = new_state(optimizer)
+    state = state._replace(params=state.params | {"unused": jnp.full((), jnp.inf)})
+    state = state._replace(opt_state=optimizer.init(state.params))
+    epoch = make_epoch(
+        make_train_step(squared_error(apply), optimizer), sample, 2, rng=jax.random.key(0)
+    )
+    _, metrics = jax.jit(epoch)(state, jnp.arange(4))
+    with pytest.raises(FloatingPointError, match="step 2: the parameters or"):
+        check_finite(metrics, first_step=1, max_skipped=100)
 
 
 def test_schedule_rises_stays_and_falls():

@@ -1,5 +1,6 @@
 """Each trial of a sweep is the run done alone, whatever happens to the others."""
 
+import itertools
 import json
 import os
 import re
@@ -214,6 +215,23 @@ def test_a_trial_that_diverges_in_evaluation_keeps_finite_parameters(tmp_path):
     (tmp_path / "result.json").unlink()
     again = sweep.run(tiny(launcher="pmap", **settings), axes, tmp_path)
     assert again.metrics["trials"] == result.metrics["trials"]
+
+
+def test_bad_steps_are_skipped_in_each_trial_alone(hollow, tmp_path):
+    config, axes = tiny(optimizer__max_skipped=2), {"seed": [0, 1, 2, 4]}
+    bad = [hollow(trial) for trial in trials(config, axes)]
+    result = sweep.run(config, axes, tmp_path)
+    for steps, trial, rows in zip(bad, result.metrics["trials"], result.histories, strict=True):
+        too_many = [i for i in range(3, 19) if all(steps[i - 3 : i])]
+        assert trial.get("diverged_step") == (too_many[0] if too_many else None)
+        ends = [0, *(row["step"] for row in rows)]
+        assert [row["skipped"] for row in rows] == [
+            sum(steps[begin:end]) for begin, end in itertools.pairwise(ends)
+        ]
+    assert "diverged_step" in result.metrics["trials"][1]
+    assert "diverged_step" not in result.metrics["trials"][2]
+    assert result.metrics["trials"][2]["skipped"] == sum(bad[2]) > 0
+    assert_alike(result.histories[2], experiment.run(trials(config, axes)[2]).history)
 
 
 def test_a_trial_that_reached_the_target_stays_as_it_was():

@@ -88,6 +88,7 @@ DEFAULTS = {
         "clip_norm": 0.0,  # 0: off.
         "momentum": 0.0,
         "accumulate": 1,
+        "max_skipped": 0,  # Steps in a row that may be skipped because they are not finite.
     },
     # target: stop when it is reached, "accuracy=0.99" say; "": never. See Target.
     # slices: the task with other settings, trained on or evaluated beside it: slice_settings.
@@ -227,6 +228,7 @@ _RULES = {
     "optimizer.clip_norm": _at_least(0),
     "optimizer.momentum": _RATE,
     "optimizer.accumulate": _at_least(1),
+    "optimizer.max_skipped": _at_least(0),
     "train.batch_size": _at_least(1),
     "train.steps_per_epoch": _at_least(1),
     "train.epochs": _at_least(1),

@@ -63,7 +63,8 @@ class Result(NamedTuple):
         metrics: What `result.json` holds: `step`, `first_loss`, `train_loss`, `eval_loss` and the
             other metrics of the held-out batches, `seconds`, `steps_per_second`, `num_params` and
             `fingerprint`; with a target also `target_step` and `target_seconds`, at which it was
-            reached, None where it was not.
+            reached, None where it was not; where steps may be skipped also `skipped`, how many
+            were.
         history: What `metrics.jsonl` holds, a row for every epoch and one for the first step, whose
             `seconds` nobody knows: an epoch is one program.
     """
@@ -260,8 +261,10 @@ def make_functions(
     model = make_model(config, task).clone(**of("model"))
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
-    accumulate = settings.pop("accumulate")
+    accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
     optimizer = steps.make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
+    if max_skipped:
+        optimizer = steps.skipping(optimizer)
     seed = traced.get("seed", config.seed)
 
     def make_loss(task: Task) -> steps.LossFn:
@@ -452,11 +455,11 @@ def _train(config, program, state, store, started, stop):
         metrics, held_out = jax.device_get((metrics, held_out))
         first_step = (epoch - 1) * num_steps + 1
         try:
-            steps.check_finite(metrics, first_step)
+            steps.check_finite(metrics, first_step, max_skipped=config.optimizer.max_skipped)
         except FloatingPointError as error:
             raise Diverged(str(error)) from error
         check_metrics(held_out, epoch * num_steps, "held-out ")
-        for row in rows_of_epoch(epoch, first_step, metrics, held_out):
+        for row in rows_of_epoch(config, epoch, metrics, held_out):
             if row["step"] == epoch * num_steps:  # Nobody has seen the clock at the first step.
                 row["seconds"] = round(time.perf_counter() - started, 3)
             history.append(row)
@@ -532,15 +535,25 @@ def check_metrics(metrics: Mapping[str, Any], step: int, prefix: str = "") -> No
         raise Diverged(f"training diverged at step {step}: {reasons}.")
 
 
-def rows_of_epoch(epoch, first_step, metrics, held_out):
-    """The rows of an epoch; every training metric is a mean over the steps since the row before."""
-    num_steps = len(metrics["loss"])
+def rows_of_epoch(config, epoch, metrics, held_out):
+    """The rows of an epoch.
+
+    Every training metric is a mean over the steps since the row before, without those skipped.
+    Where all of these were, the row has none.
+    """
+    num_steps = config.train.steps_per_epoch
+    first_step = (epoch - 1) * num_steps + 1
+    sound = metrics["bad_steps"] == 0
     metrics, held_out = _loss_first(metrics), _loss_first(held_out)
     # The first step has a row of its own: where the run came from.
     ends = [1, num_steps] if first_step == 1 and num_steps > 1 else [num_steps]
     for begin, end in zip([0, *ends], ends, strict=False):
         row = {"step": first_step + end - 1, "epoch": epoch}
-        row |= {name: float(values[begin:end].mean()) for name, values in metrics.items()}
+        kept = sound[begin:end]
+        if kept.any():
+            row |= {name: float(x[begin:end][kept].mean()) for name, x in metrics.items()}
+        if config.optimizer.max_skipped:
+            row["skipped"] = int((~kept).sum())
         if end == num_steps:
             row |= {f"eval_{name}": float(value) for name, value in held_out.items()}
         yield row
@@ -579,7 +592,9 @@ def _summary(config, program, state, history, pace):
     if config.train.target:
         say(f"target             {config.train.target} {_when_reached(metrics)}")
     say(
-        f"{count(metrics['step'], 'step')} in {seconds:.1f} s"
+        f"{count(metrics['step'], 'step')}"
+        + (f", {metrics['skipped']} of them skipped," if metrics.get("skipped") else "")
+        + f" in {seconds:.1f} s"
         + (f", {pace:.0f} per second once compiled" if pace else "")
         + f"; {metrics['num_params']:,} parameters"
     )
@@ -603,14 +618,17 @@ def result_metrics(
         pace: Steps per second, when known better than from the rows.
 
     Raises:
-        Diverged: The baseline is not finite.
+        Diverged: The baseline is not finite, or every step was skipped.
     """
     last = history[-1]
+    losses = [row["loss"] for row in history if "loss" in row]
+    if not losses:
+        raise Diverged(f"training diverged: all {last['step']} steps were skipped.")
     check_metrics({"baseline_loss": float(baseline)}, last["step"])
     metrics = {
         "step": last["step"],
-        "first_loss": history[0]["loss"],
-        "train_loss": last["loss"],
+        "first_loss": losses[0],
+        "train_loss": losses[-1],
         **{name: value for name, value in last.items() if name.startswith("eval_")},
         "baseline_loss": float(baseline),
         "seconds": last["seconds"],
@@ -619,6 +637,8 @@ def result_metrics(
         "num_params": num_params(params),
         "fingerprint": fingerprint(params),
     }
+    if config.optimizer.max_skipped:
+        metrics["skipped"] = sum(row["skipped"] for row in history)
     return metrics | (target_metrics(config, history) if config.train.target else {})
 
 

@@ -28,6 +28,7 @@ _COUNTERS = ("step", "epoch", "seconds")
 _LABELS = {
     "loss": "loss",
     "accuracy": "accuracy",
+    "skipped": "skipped",
     "eval_loss": "held-out loss",
     "eval_accuracy": "held-out accuracy",
     "active": "active trials",

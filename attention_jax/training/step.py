@@ -9,10 +9,12 @@ what it is a sum over, `"weight"`, and any further sums to report, such as `"acc
 added over micro-batches, devices and held-out batches; means cannot.
 
 A step is bad when its loss or gradient is not finite, or the parameters or the optimizer's state
-that it leads to. It is not stopped here: its metrics say so, and `check_finite` raises.
+that it leads to. Its metrics say so, and `check_finite` raises. An optimizer made by `skipping`
+drops the update of a bad step; any other applies it as it is.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,9 @@ from attention_jax.types import Array, Batch, PyTree, TrainState
 Sums = dict[str, Array]
 LossFn = Callable[[PyTree, Batch, Array | None], tuple[Array, Sums]]
 Apply = Callable[[PyTree, Batch, Array | None], Array]
+
+# As a number of bad steps: more than any run skips, because the state itself is broken.
+_BROKEN = 2**31 - 1
 
 
 def squared_error(apply: Apply) -> LossFn:
@@ -100,8 +105,9 @@ def make_train_step(
     Returns:
         `(state, batch) -> (state, metrics)`. The metrics are scalars: `"loss"`, `"weight"`, the
         other sums of `loss_fn` as means, `"grad_norm"`, before any clipping, and `"bad_steps"`, 0
-        for a step whose other metrics are finite, else 1. The new parameters are not looked at
-        here, which would take time at every step; `make_epoch` looks at them after its last step.
+        after a sound step. After a bad one it is 1, or, with an optimizer made by `skipping`, the
+        number of bad steps in a row. Without `skipping` only the metrics are looked at here: a look
+        at all parameters at every step takes time. `make_epoch` looks at them after its last step.
         The dropout key is a function of `state.rng`, `state.step`, the device along `axis_name` and
         the micro-batch.
 
@@ -141,7 +147,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads)}
-        metrics["bad_steps"] = 1 - all_finite(metrics).astype(jnp.int32)
+        sound = all_finite(metrics)
+        if isinstance(opt_state, SkipState):
+            sound &= all_finite((params, opt_state))
+            keep = lambda new, old: jnp.where(sound, new, old)
+            params = jax.tree.map(keep, params, state.params)
+            inner = jax.tree.map(keep, opt_state.inner, state.opt_state.inner)
+            opt_state = SkipState(inner, jnp.where(sound, 0, opt_state.bad_steps + 1))
+            metrics["bad_steps"] = opt_state.bad_steps
+        else:
+            metrics["bad_steps"] = (~sound).astype(jnp.int32)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return step
@@ -151,6 +166,38 @@ def all_finite(tree: PyTree) -> Array:
     """Whether no array holds NaN or infinity, a boolean scalar; integers are finite."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
+
+
+class SkipState(NamedTuple):
+    """The state of an optimizer made by `skipping`.
+
+    Attributes:
+        inner: That of the optimizer itself.
+        bad_steps: Steps skipped since the last sound one, int32 scalar.
+    """
+
+    inner: PyTree
+    bad_steps: Array
+
+
+def skipping(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer for a run that skips bad steps.
+
+    `make_train_step` then leaves parameters and optimizer state as they were, bit for bit, at every
+    bad step, and counts. `state.step` goes on, and with it the data and the dropout key. When to
+    give up is for the caller to say: see `check_finite`.
+    """
+
+    def init(params: PyTree) -> SkipState:
+        return SkipState(optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def update(
+        grads: PyTree, state: SkipState, params: PyTree | None = None
+    ) -> tuple[PyTree, SkipState]:
+        updates, inner = optimizer.update(grads, state.inner, params)
+        return updates, state._replace(inner=inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_eval_step(
@@ -219,9 +266,9 @@ def make_epoch(
             return train_step(state, constrain(sample(jax.random.fold_in(rng, state.step), rows)))
 
         state, metrics = jax.lax.scan(body, state, length=num_steps)
-        broken = ~all_finite((state.params, state.opt_state))
-        metrics["bad_steps"] = metrics["bad_steps"].at[-1].max(broken.astype(jnp.int32))
-        return state, metrics
+        sound = all_finite((state.params, state.opt_state))
+        last = jnp.where(sound, metrics["bad_steps"][-1], _BROKEN)
+        return state, metrics | {"bad_steps": metrics["bad_steps"].at[-1].set(last)}
 
     return epoch
 
@@ -257,27 +304,34 @@ def make_evaluation(
     return evaluate
 
 
-def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
+def check_finite(
+    metrics: Mapping[str, np.ndarray], first_step: int, *, max_skipped: int = 0
+) -> None:
     """Stops a run at a bad step.
 
     Args:
         metrics: `[num_steps]` arrays of one call of an epoch, fetched.
         first_step: The step that they begin with.
+        max_skipped: How many bad steps in a row are let pass; above 0 with `skipping` alone.
 
     Raises:
-        FloatingPointError: Names the first bad step, and what is not finite there.
+        FloatingPointError: Names the first step too many, and what is not finite there.
     """
-    step = first_bad_step(metrics, first_step)
+    step = first_bad_step(metrics, first_step, max_skipped=max_skipped)
     if step is not None:
         found = {name: values[step - first_step] for name, values in metrics.items()}
         update = "the parameters or the optimizer's state are not finite"
         reasons = not_finite(found) or update
-        raise FloatingPointError(f"training diverged at step {step}: {reasons}.")
+        skipped = found["bad_steps"] - 1 if found["bad_steps"] < _BROKEN else 0
+        after = f", after {skipped} skipped in a row" if skipped else ""
+        raise FloatingPointError(f"training diverged at step {step}{after}: {reasons}.")
 
 
-def first_bad_step(metrics: Mapping[str, np.ndarray], first_step: int) -> int | None:
-    """The first bad step, of arguments as for `check_finite`; None: all are sound."""
-    broken = np.asarray(metrics["bad_steps"]) > 0
+def first_bad_step(
+    metrics: Mapping[str, np.ndarray], first_step: int, *, max_skipped: int = 0
+) -> int | None:
+    """The first step that ends a run, of arguments as for `check_finite`; None: it goes on."""
+    broken = np.asarray(metrics["bad_steps"]) > max_skipped
     return first_step + int(np.argmax(broken)) if broken.any() else None
 
 

@@ -196,7 +196,7 @@ def _build(numbers, configs, traced, launcher):
         make = functions(given)
         # The step is the same for all trials: so are their batches, unless they have seeds.
         new, metrics = make.epoch(TrainState(step, *state, make.dropout_rng()), rows)
-        active &= (metrics["bad_steps"] == 0).all()
+        active &= (metrics["bad_steps"] <= config.optimizer.max_skipped).all()
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new.params, new.opt_state), state)
         return new, active, metrics
 
@@ -416,13 +416,15 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                 if not log.active[number]:
                     continue
                 metrics, held_out = jax.tree.map(lambda x: x[i], found)  # noqa: B023
-                broken = first_bad_step(metrics, first_step)
+                own = log.configs[number]
+                allowed = own.optimizer.max_skipped
+                broken = first_bad_step(metrics, first_step, max_skipped=allowed)
                 if broken is None and not_finite(held_out):
                     broken = last_step
                 if broken is not None:
                     log.diverged[number] = broken
                     continue
-                for row in experiment.rows_of_epoch(epoch, first_step, metrics, held_out):
+                for row in experiment.rows_of_epoch(own, epoch, metrics, held_out):
                     if row["step"] == last_step:
                         row["seconds"] = seconds
                     log.write(number, row)
@@ -498,16 +500,17 @@ def _summary(configs, axes, launcher, groups, params, log, step):
         for i, number in enumerate(group.numbers):
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}
-            if not (log.diverged[number] or np.isfinite(baselines[i])):
-                log.diverged[number] = history[-1]["step"]
+            found = {"step": history[-1]["step"] if history else 0}
+            try:
+                if not log.diverged[number]:
+                    found = experiment.result_metrics(
+                        configs[number], params[number], history, baselines[i]
+                    )
+                    del found["steps_per_second"]  # Its steps were not alone on the clock.
+            except experiment.Diverged:
+                log.diverged[number] = found["step"]
             if log.diverged[number]:
-                found = {"step": history[-1]["step"] if history else 0}
                 found["diverged_step"] = int(log.diverged[number])
-            else:
-                found = experiment.result_metrics(
-                    configs[number], params[number], history, baselines[i]
-                )
-                del found["steps_per_second"]  # Its steps were not alone on the clock.
             results[number] = {"trial": number, **swept, **found}
             if log.directory is not None:
                 write_json(trial_directory(log.directory, number) / "result.json", results[number])
