@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from attention_jax.training import config
+from attention_jax.training.files import trial_directory
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -128,10 +129,13 @@ def test_the_commands_are_understood(page, tmp_path, monkeypatch):
             command = config.parse(argv)
         except config.ConfigError as error:
             pytest.fail(f"{where}: {error}")
-        if command.workdir:  # A command below may start from this run.
-            Path(command.workdir).mkdir(parents=True, exist_ok=True)
-            note = json.dumps({"config": command.config.to_dict()})
-            (Path(command.workdir) / "config.json").write_text(note)
+        if command.workdir:  # A command below may start from this run, or from a trial of it.
+            found = [(Path(command.workdir), command.config)]
+            for number, trial in enumerate(config.trials(command.config, command.sweep)):
+                found.append((trial_directory(Path(command.workdir), number), trial))
+            for place, noted in found:
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "config.json").write_text(json.dumps({"config": noted.to_dict()}))
 
 
 @every_page
