@@ -13,16 +13,20 @@ Arrays are `[..., T, N, H]` at every interface; `...` is any number of batch axe
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-Array = jax.Array
+if TYPE_CHECKING:
+    from chex import Array, PRNGKey
+    from chex import ArrayTree as PyTree
+else:
+    # For a program that runs they are names, not worth the 0.15 s that importing chex takes.
+    Array = PRNGKey = jax.Array
+    PyTree = Any
 
 # (query [..., T, N, H], key [..., S, K, H], value [..., S, K, V], *, mask, ...) -> [..., T, N, V]
 AttentionFn = Callable[..., Array]
-
-PyTree = Any
 
 
 class Batch(NamedTuple):
@@ -54,4 +58,4 @@ class TrainState(NamedTuple):
     step: Array
     params: PyTree
     opt_state: PyTree
-    rng: Array
+    rng: PRNGKey

@@ -2,6 +2,7 @@
 
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -65,3 +66,10 @@ def hollow(monkeypatch):
 
     monkeypatch.setitem(experiment.steps.LOSSES, "squared_error", hollow_squared_error)
     return bad_steps
+
+
+@pytest.fixture
+def max_traces():
+    """`chex.assert_max_traces`, which would go on counting where an earlier test stopped."""
+    chex.clear_trace_counter()
+    return chex.assert_max_traces

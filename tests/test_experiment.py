@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,9 +217,7 @@ def test_a_step_trains_on_all_slices_together():
     np.testing.assert_allclose(metrics["loss"][0], value, rtol=1e-5)
     rate = config.optimizer.learning_rate
     want = jax.tree.map(lambda x, grad: x - rate * grad, before.params, grads)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), after.params, want
-    )
+    chex.assert_trees_all_close(after.params, want, rtol=1e-5, atol=1e-6)
 
 
 def test_learned_positions_reach_to_the_longest_slice():

@@ -1,10 +1,14 @@
 """The architecture: who may import whom, and what belongs to every mechanism."""
 
 import ast
+import importlib.metadata
 import inspect
+import itertools
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from cases import CASES
@@ -85,6 +89,31 @@ def roots(path):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module.split(".")[0]
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    distributions = importlib.metadata.packages_distributions()
+
+    def named(requirements):
+        return {re.match(r"[\w-]+", x)[0].lower().replace("_", "-") for x in requirements}
+
+    def imported(*folders):
+        """The distributions that the files of some folders import."""
+        files = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
+        # Tests and benchmarks import their neighbours by name.
+        own = {"attention_jax", *(p.stem for p in files if "attention_jax" not in p.parts)}
+        names = {name for path in files for name in roots(path)} - own - sys.stdlib_module_names
+        # What is not installed here is called as it is imported.
+        return named(distributions.get(name, [name])[0] for name in names)
+
+    used = imported("attention_jax", "tests")
+    declared = named(itertools.chain(project["dependencies"], *extras.values()))
+    assert used | imported("benchmarks", "configs") <= declared
+    assert named(project["dependencies"]) <= used
+    plugins = {"pytest-xdist"}  # Named in the options of pytest.
+    assert named(extras["test"]) - plugins <= used | {"hypothesis"}
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "functional"], ids=str)

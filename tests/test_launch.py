@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.teacher import attention_layer
+from attention_jax.training import experiment
+from attention_jax.training.config import default_config
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
     make_epoch,
@@ -90,11 +93,7 @@ def evaluated(name):
 
 @many
 def test_evaluation_agrees(name):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-        evaluated(name),
-        evaluated("single"),
-    )
+    chex.assert_trees_all_close(evaluated(name), evaluated("single"), rtol=1e-5)
 
 
 @many
@@ -135,6 +134,33 @@ def test_state_is_donated_and_the_second_call_compiles_nothing(name):
     third, _ = epoch(second, rows)
     assert not COMPILATIONS
     assert int(third.step) == 4
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_run_traces_its_programs_once(name, monkeypatch, max_traces):
+    make = experiment.make_functions
+
+    def bounded(*arguments, **settings):
+        functions = make(*arguments, **settings)
+        programs = {x: max_traces(getattr(functions, x), n=1) for x in ("epoch", "evaluate")}
+        return functions._replace(**programs)
+
+    monkeypatch.setattr(experiment, "make_functions", bounded)
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "launcher": name,
+            "task.seq_length": 3,
+            "model.features": 8,
+            "model.num_heads": 2,
+            "train.batch_size": 8,
+            "train.steps_per_epoch": 2,
+            "train.epochs": 3,
+            "eval.every_epochs": 1,
+            "eval.num_batches": 1,
+        }
+    )
+    assert experiment.run(config).metrics["step"] == 6
 
 
 def test_sharded_constrains_what_is_made_inside():

@@ -1,5 +1,6 @@
 """Promises of the training step: sums before means, whole batch or parts, whole run or pieces."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,10 +52,6 @@ def new_state(optimizer=SGD, seed=0):
 BATCH = sample(jax.random.key(1), jnp.arange(12))
 
 
-def assert_same(got, expected, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
-
-
 def test_step_descends_the_gradient_of_the_weighted_mean():
     state, metrics = jax.jit(make_train_step(squared_error(apply), SGD))(new_state(), BATCH)
 
@@ -72,9 +69,9 @@ def test_step_descends_the_gradient_of_the_weighted_mean():
                 gradient[name][index] += sign * mean_loss(old) / 2e-4
                 value[index] -= sign * 1e-4
     expected = {name: old[name] - 0.1 * gradient[name] for name in old}
-    assert_same(state.params, expected, atol=1e-6)
+    chex.assert_trees_all_close(state.params, expected, atol=1e-6)
     norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
-    assert_same(
+    chex.assert_trees_all_close(
         metrics,
         {
             "loss": mean_loss(old),
@@ -91,8 +88,12 @@ def test_step_descends_the_gradient_of_the_weighted_mean():
 def test_accumulation_is_the_whole_batch(accumulate):
     whole = jax.jit(make_train_step(squared_error(apply), SGD))
     parts = jax.jit(make_train_step(squared_error(apply), SGD, accumulate=accumulate))
-    assert_same(parts(new_state(), BATCH)[0].params, whole(new_state(), BATCH)[0].params, rtol=1e-5)
-    assert_same(parts(new_state(), BATCH)[1], whole(new_state(), BATCH)[1], rtol=1e-5)
+    chex.assert_trees_all_close(
+        parts(new_state(), BATCH)[0].params, whole(new_state(), BATCH)[0].params, rtol=1e-5
+    )
+    chex.assert_trees_all_close(
+        parts(new_state(), BATCH)[1], whole(new_state(), BATCH)[1], rtol=1e-5
+    )
 
 
 def test_accumulation_refuses_a_remainder_and_nonsense():
@@ -133,14 +134,16 @@ def test_evaluation_has_no_dropout_and_adds_up():
     params = new_state().params
     halves = [Batch(*(x[part] for x in BATCH[:3])) for part in (slice(0, 5), slice(5, 12))]
     whole = eval_step(params, BATCH)
-    assert_same(jax.tree.map(jnp.add, *(eval_step(params, h) for h in halves)), whole, rtol=1e-5)
+    chex.assert_trees_all_close(
+        jax.tree.map(jnp.add, *(eval_step(params, h) for h in halves)), whole, rtol=1e-5
+    )
 
     rng, rows = jax.random.key(4), jnp.arange(5)
     evaluate = jax.jit(make_evaluation(eval_step, sample, 3, rng=rng))
     sums = [eval_step(params, sample(jax.random.fold_in(rng, i), rows)) for i in range(3)]
     expected = sum(s["loss"] for s in sums) / sum(s["weight"] for s in sums)
-    assert_same(evaluate(params, rows)["loss"], expected, rtol=1e-5)
-    assert_same(summarize(whole)["loss"], whole["loss"] / whole["weight"], rtol=0)
+    chex.assert_trees_all_close(evaluate(params, rows)["loss"], expected, rtol=1e-5)
+    chex.assert_trees_all_close(summarize(whole)["loss"], whole["loss"] / whole["weight"], rtol=0)
 
 
 def test_cross_entropy_counts_by_weight():
@@ -155,7 +158,9 @@ def test_cross_entropy_counts_by_weight():
         chance = np.exp(row[targets[b, p]]) / np.exp(row).sum()
         expected -= float(weights[b, p]) * np.log(chance)
         correct += float(weights[b, p]) * (row.argmax() == targets[b, p])
-    assert_same((loss, sums), (expected, {"weight": 5.5, "accuracy": correct}), rtol=1e-5)
+    chex.assert_trees_all_close(
+        (loss, sums), (expected, {"weight": 5.5, "accuracy": correct}), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", [squared_error, cross_entropy])
@@ -180,8 +185,8 @@ def test_run_in_pieces_is_the_run_in_one():
         piece, metrics = short(piece, rows)
         pieces.append(metrics)
     pieces = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
-    jax.tree.map(np.testing.assert_array_equal, pieces, whole)
-    jax.tree.map(np.testing.assert_array_equal, piece.params, state.params)
+    chex.assert_trees_all_equal(pieces, whole)
+    chex.assert_trees_all_equal(piece.params, state.params)
     assert len(np.unique(whole["loss"])) == 6
     assert int(piece.step) == 6
 
@@ -311,8 +316,8 @@ def test_a_run_with_bad_steps_is_the_run_of_the_sound_ones(launcher):
     skipped, counts = run(skipping(optimizer), range(8))
     assert counts == [0, 1, 0, 0, 1, 2, 0, 0]
     alone, _ = run(optimizer, [0, 2, 3, 6, 7])
-    assert_same(skipped.params, alone.params, rtol=1e-6)
-    assert_same(skipped.opt_state.inner, alone.opt_state, rtol=1e-6)
+    chex.assert_trees_all_close(skipped.params, alone.params, rtol=1e-6)
+    chex.assert_trees_all_close(skipped.opt_state.inner, alone.opt_state, rtol=1e-6)
 
 
 def test_bad_steps_in_a_row_are_counted_across_epochs():
@@ -374,7 +379,7 @@ def test_optimizer_is_the_one_of_optax(settings, reference):
             make_train_step(squared_error(apply), optimizer), sample, 3, rng=jax.random.key(0)
         )
         trained.append(jax.jit(epoch)(new_state(optimizer), jnp.arange(4))[0].params)
-    assert_same(*trained, rtol=1e-6)
+    chex.assert_trees_all_close(*trained, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_what_changes_shapes_is_a_program_of_its_own(tmp_path):
     # The parameters of each are found in the one checkpoint.
     for number, params in enumerate(result.params):
         found = restore_params(tmp_path / "trials" / f"{number:03}", like=params)
-        jax.tree.map(np.testing.assert_array_equal, found, params)
+        chex.assert_trees_all_equal(found, params)
     with pytest.raises(ValueError, match=r"wanted float32\[6, 2, 3\], found float32\[6, 1, 3\]"):
         restore_params(tmp_path / "trials" / "003", like=result.params[0])
     sizes = [trial["num_params"] for trial in result.metrics["trials"]]

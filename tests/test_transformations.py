@@ -1,13 +1,18 @@
 """What jax can do to a function, it can do to attention."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from absl.testing import parameterized
 from cases import (
     DOT_PRODUCT,
     LINEAR,
+    SETS,
     SMALL,
     Sizes,
     assert_close,
@@ -43,11 +48,26 @@ every_setting = pytest.mark.parametrize(
 )
 
 
-@every_setting
-def test_jit_changes_nothing(case, settings):
-    qkv = random_qkv()
-    attend = lambda *qkv: case.attend(*qkv, **settings())
-    assert_close(jax.jit(attend)(*qkv), attend(*qkv), 1e-6)
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+class TestVariants(chex.TestCase):
+    """Compiled or not, arrays of jax or of numpy, on one device or on all of them: the same."""
+
+    @chex.all_variants
+    @parameterized.named_parameters((case.name, case) for case in SETS)
+    def test_values_are_the_oracles(self, case):
+        inputs = inputs_of(case)
+        attend = self.variant(lambda inputs: case.attend(**inputs, mask=masks.causal()))
+        want = case.oracle(**inputs, mask=oracles.causal(SMALL.T, SMALL.S))
+        assert_close(attend(inputs), want, 2e-6)
+
+    @chex.variants(without_jit=True, with_pmap=True)
+    @parameterized.named_parameters((case.name, case) for case in DOT_PRODUCT)
+    def test_every_setting_at_once(self, case):
+        _, settings = SETTINGS["everything"]
+        attend = lambda *qkv: case.attend(*qkv, **settings())
+        chex.assert_trees_all_close(
+            self.variant(attend)(*qkv_of(case)), jax.jit(attend)(*qkv_of(case)), atol=1e-6
+        )
 
 
 @every_case
@@ -246,23 +266,32 @@ def test_empty_rows_have_no_tangent_and_no_curvature():
             assert x[0, :3].any()
 
 
-def test_masks_and_biases_pass_through_jit_as_arguments():
+def test_equal_shapes_are_traced_once(max_traces):
+    for case in DOT_PRODUCT:
+        attend = jax.jit(max_traces(lambda *qkv, case=case: case.attend(*qkv), n=1))
+        for seed in range(3):
+            attend(*random_qkv(seed=seed))
+        chex.clear_trace_counter()
+
+
+def test_masks_and_biases_are_arguments_of_one_trace(max_traces):
     query, key, value = random_qkv()
     for case in DOT_PRODUCT:
 
         @jax.jit
+        @functools.partial(max_traces, n=1)
         def attend(mask, bias, case=case):
             return case.attend(query, key, value, bias, mask)
 
-        traces = attend._cache_size
-        for lengths in ([3, 2], [7, 0]):
+        for lengths, slopes in (([3, 2], 0.5), ([7, 0], 0.1)):
             mask = masks.causal(1) & masks.key_lengths(jnp.array(lengths))
+            slopes = np.full(6, slopes, np.float32)
             want, _ = oracles.dot_product(
                 query,
                 key,
                 value,
                 mask=oracles.causal(5, 7, 1) & oracles.key_lengths(5, 7, np.array(lengths)),
-                bias=oracles.alibi(oracles.alibi_slopes(6), 5, 7),
+                bias=oracles.alibi(slopes, 5, 7),
             )
-            assert_close(attend(mask, biases.alibi(6)), want, 2e-6)
-        assert traces() == 1
+            assert_close(attend(mask, biases.alibi(slopes)), want, 2e-6)
+        chex.clear_trace_counter()
