@@ -43,6 +43,7 @@ def get_config():
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.1
+    config.optimizer.decay = "all"  # As in the paper.
     config.train.batch_size = 32
     config.train.epochs = 5
     config.eval.num_batches = 40  # 1,280 rows.

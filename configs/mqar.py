@@ -38,6 +38,7 @@ def get_config():
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.1
+    config.optimizer.decay = "all"  # As in the paper.
     config.train.epochs = 200
     config.train.target = "accuracy=0.99"
     config.eval.num_batches = 47  # Of 64 rows.

@@ -40,6 +40,7 @@ def get_config():
     config.model.init_scale = 0.02  # Else what is written drowns the embeddings, of 0.02 too.
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.1
+    config.optimizer.decay = "all"  # As in the paper.
     config.train.batch_size = 16  # Of each of the five parts.
     config.train.steps_per_epoch = 50
     config.train.epochs = 6

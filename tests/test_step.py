@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from attention_jax.models import SequenceModel
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
     check_finite,
@@ -364,7 +365,14 @@ def test_schedule_rises_stays_and_falls():
     ("settings", "reference"),
     [
         ({"name": "adam"}, optax.adam(1e-2)),
-        ({"name": "adamw", "weight_decay": 0.1}, optax.adamw(1e-2, weight_decay=0.1)),
+        (
+            {"name": "adamw", "weight_decay": 0.1, "decay": "all"},
+            optax.adamw(1e-2, weight_decay=0.1),
+        ),
+        (
+            {"name": "adamw", "weight_decay": 0.1},
+            optax.adamw(1e-2, weight_decay=0.1, mask={"kernel": True, "bias": False}),
+        ),
         ({"name": "sgd", "momentum": 0.9}, optax.sgd(1e-2, momentum=0.9)),
         (
             {"name": "sgd", "clip_norm": 0.01},
@@ -382,12 +390,56 @@ def test_optimizer_is_the_one_of_optax(settings, reference):
     chex.assert_trees_all_close(*trained, rtol=1e-6)
 
 
+DECAY = {"kernel", "embedding", "query_conv", "key_conv", "value_conv"}
+STAY = {
+    *("bias", "scale", "sinks", "relative_bias", "decay_rate", "decay_bias"),
+    *("lambda_query_1", "lambda_key_1", "lambda_query_2", "lambda_key_2"),
+}
+MODELS = [
+    {"mechanism": "dot_product", "sinks": True, "positions": "relative", "qk_norm": True},
+    {"mechanism": "dot_product", "attention": "selfhead", "num_heads": None, "norm": "rms"},
+    {"mechanism": "linear", "positions": "learned", "max_length": 6, "num_kv_heads": 1},
+    {"mechanism": "differential", "tie_embedding": False, "short_conv": 2, "causal": True},
+    {"mechanism": "gated_delta", "causal": True},
+    {"mechanism": "dot_product", "vocab_size": None, "out_features": 3},
+]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_matrices_decay_and_nothing_else(traced):
+    """With a gradient of 0, `theta -> (1 - rate * decay) theta`, or `theta -> theta`."""
+    names = set()
+    for settings in MODELS:
+        settings = {"vocab_size": 5, "num_heads": 2, "mlp_ratio": 2.0} | settings
+        model = SequenceModel(features=8, **settings)
+        tokens = settings["vocab_size"] is not None
+        inputs = jnp.zeros((1, 6), jnp.int32) if tokens else jnp.zeros((1, 6, 8))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+        params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+
+        def step(weight_decay, params=params):
+            optimizer = make_optimizer("sgd", learning_rate=0.5, weight_decay=weight_decay)
+            grads = jax.tree.map(jnp.zeros_like, params)
+            return optax.apply_updates(
+                params, optimizer.update(grads, optimizer.init(params), params)[0]
+            )
+
+        after = jax.jit(step)(0.25) if traced else jax.jit(lambda: step(0.25))()
+        for path, x in jax.tree.leaves_with_path(after):
+            name = path[-1].key
+            assert name in DECAY | STAY, "a new parameter: does it decay?"
+            np.testing.assert_allclose(x, 0.875 if name in DECAY else 1.0, err_msg=str(path))
+            names.add(name)
+    assert names == DECAY | STAY
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"name": "lion"}, "optimizer must be 'adam', 'adamw' or 'sgd': got 'lion'"),
         ({"name": "adam", "weight_decay": 0.1}, "adam has no weight_decay"),
         ({"name": "adamw", "momentum": 0.1}, "momentum belongs to sgd"),
+        ({"decay": "kernels"}, "decay must be 'matrices' or 'all': got 'kernels'"),
         ({"clip_norm": -1.0}, "must not be negative"),
         ({"learning_rate": -1.0}, "must not be negative"),
         ({"learning_rate": float("nan")}, "must not be negative"),

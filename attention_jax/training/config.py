@@ -85,6 +85,7 @@ DEFAULTS = {
         "schedule": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
+        "decay": "matrices",  # What it pulls at: matrices, or all parameters.
         "clip_norm": 0.0,  # 0: off.
         "momentum": 0.0,
         "accumulate": 1,
@@ -225,6 +226,7 @@ _RULES = {
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.weight_decay": _at_least(0),
+    "optimizer.decay": _one_of("matrices", "all"),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.momentum": _RATE,
     "optimizer.accumulate": _at_least(1),

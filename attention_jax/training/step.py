@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr, tree_map_with_path
 
 from attention_jax.checks import as_rng
 from attention_jax.types import Array, Batch, PyTree, TrainState
@@ -397,6 +398,7 @@ def make_optimizer(
     warmup_steps: int | Array = 0,
     total_steps: int | None = None,
     weight_decay: float | Array = 0.0,
+    decay: str = "matrices",
     clip_norm: float | Array = 0.0,
     momentum: float | Array = 0.0,
 ) -> optax.GradientTransformation:
@@ -406,8 +408,9 @@ def make_optimizer(
         name: `"adam"`, `"adamw"` or `"sgd"`.
         learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`. These and the
             numbers below may be traced, so that many trials are one program.
-        weight_decay: Pulls all parameters towards 0 by this fraction of the learning rate per step;
+        weight_decay: Pulls parameters towards 0 by this fraction of the learning rate per step;
             adamw and sgd only.
+        decay: Which ones: `"matrices"`, see `is_matrix`, or `"all"`.
         clip_norm: Longer gradients are shortened to this norm. 0: none is.
         momentum: sgd only.
 
@@ -417,6 +420,8 @@ def make_optimizer(
     """
     if name not in ("adam", "adamw", "sgd"):
         raise ValueError(f"optimizer must be 'adam', 'adamw' or 'sgd': got {name!r}.")
+    if decay not in ("matrices", "all"):
+        raise ValueError(f"decay must be 'matrices' or 'all': got {decay!r}.")
     if not (
         _holds(weight_decay, lambda x: x >= 0)
         and _holds(clip_norm, lambda x: x >= 0)
@@ -442,12 +447,28 @@ def make_optimizer(
         clip = optax.clip_by_global_norm(jnp.where(clip_norm > 0, clip_norm, jnp.inf))
     else:
         clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    mask = None if decay == "all" else lambda params: tree_map_with_path(is_matrix, params)
     return optax.chain(
         clip,
         direction,
-        optax.add_decayed_weights(weight_decay) if has_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay, mask) if has_decay else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def is_matrix(path: tuple, parameter: Array) -> bool:
+    """Whether a parameter multiplies features: kernels, embeddings and convolutions.
+
+    Such a parameter has two axes or more. So have some biases, which are told by their names: those
+    of heads `[N, H]`, and the table of relative positions. Biases, scales of norms, sinks and rates
+    are left alone, as is usual for transformers.
+
+    Args:
+        path: Of the parameter in its tree, as `jax.tree_util` has it.
+        parameter: The array, or its shape.
+    """
+    name = keystr(path[-1:], simple=True)
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def _is_traced(value: float | Array) -> bool:
