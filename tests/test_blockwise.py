@@ -290,6 +290,42 @@ def test_a_mean_of_large_values_is_no_larger(mask):
     np.testing.assert_allclose(out, np.full(out.shape, 2e38), rtol=2e-5)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["output", "residual too"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(mask=masks.window(40, 9)), dict(block_size=(32, 48))],
+    ids=["one tile", "window", "many tiles"],
+)
+def test_bfloat16_gradients_do_not_grow_with_what_all_keys_share(settings, residual):
+    """Keys whose mean is 16 times their spread; no error beyond three times that of the definition.
+
+    A row of the logits' gradients sums to zero. Where rounding loses that, the mean of the keys
+    enters the gradient of the query.
+    """
+    rng = np.random.default_rng(5)
+    query, key, value = (rng.standard_normal((2, 130, n, 32)) for n in (4, 2, 2))
+    key += 16 * rng.standard_normal((1, 1, 2, 32))
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
+    cotangent = jnp.asarray(rng.standard_normal((2, 130, 4, 32)), jnp.bfloat16)
+
+    def d_query(implementation, dtype, **more):
+        def attend(query):
+            _, key, value = (x.astype(dtype) for x in arrays)
+            return dot_product_attention(
+                query, key, value, implementation=implementation, return_residual=True, **more
+            )
+
+        (out, _), pull_back = jax.vjp(attend, arrays[0].astype(dtype))
+        d_residual = jnp.full((2, 130, 4), float(residual))
+        return pull_back((cotangent.astype(out.dtype), d_residual))[0].astype(jnp.float32)
+
+    mask = settings.get("mask")
+    wanted = d_query("dense", jnp.float32, mask=mask)
+    error = lambda found: jnp.sqrt(jnp.mean((found - wanted) ** 2))
+    naive = error(d_query("dense", jnp.bfloat16, mask=mask))
+    assert error(d_query("blockwise", jnp.bfloat16, **settings)) < 3 * naive
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_derivative_does_not_see_what_is_masked(dtype):
     rng = np.random.default_rng(0)

@@ -465,6 +465,9 @@ def _backward_tiles(
 ):
     plan = request.plan(query, key, value, mask)
     plan = plan._replace(**plan.back._asdict())
+    # d_logits sum to d_residual over a row. Rounded to be multiplied they do not, and what all keys
+    # share would enter the gradient of the query: it is taken out again by the mean key of the row.
+    evens_out = plan.narrow and softcap is None
     largest = jnp.finfo(plan.dtype).max
 
     def group(g, carry):
@@ -496,11 +499,13 @@ def _backward_tiles(
                 peaks = jnp.where(jnp.tile(old, plan.G), largest, peaks)
 
             def start():
-                d_queries = _full(queries, 0, _turned(queries).shape, plan.dtype)
-                return d_queries, *(zero_sums() if sums[0] is None else sums), totals
+                shape = _turned(queries).shape  # [heads, H, G t]
+                shapes = [shape, shape, (*shape[:-2], shape[-1])] if evens_out else [shape]
+                of_queries = [_full(queries, 0, shape, plan.dtype) for shape in shapes]
+                return of_queries, *(zero_sums() if sums[0] is None else sums), totals
 
             def tile(here, carry):
-                d_queries, d_keys, d_values, (d_softcap, d_bias) = carry
+                of_queries, d_keys, d_values, (d_softcap, d_bias) = carry
                 raw = here.products(here.keys(keys), queries_turned)
                 logits, pull_back = jax.vjp(here.logits, raw, softcap, here.bias)
                 weights = jnp.exp(logits - peaks[..., None, :]) * inverses[..., None, :]
@@ -511,17 +516,26 @@ def _backward_tiles(
                 d_logits = weights * (here.kept(d_weights) - deltas[..., None, :])
                 d_raw, d_cap, d_tile = pull_back(d_logits)
                 d_raw = d_raw.astype(plan.operand)
-                d_query = _settled(_unspread(here.keys(keys_turned, axis=-1), d_raw))
-                d_queries = d_query if d_queries is None else d_queries + d_query
+                columns = here.keys(keys_turned, axis=-1)
+                found = [_settled(_unspread(columns, d_raw))]
+                if evens_out:
+                    found.append(_settled(_unspread(columns, weights.astype(plan.operand))))
+                    found.append(d_raw.astype(plan.dtype).sum(-2))
+                if of_queries is not None:
+                    found = jax.tree.map(jnp.add, of_queries, found)
                 d_keys = here.add_keys(d_keys, _product(d_raw, queries))
                 d_values = here.add_keys(d_values, d_value)
                 if softcap is not None:
                     d_softcap += d_cap
                 if bias is not None:
                     d_bias = d_bias.add(d_tile, here.at)
-                return d_queries, d_keys, d_values, (d_softcap, d_bias)
+                return found, d_keys, d_values, (d_softcap, d_bias)
 
-            d_queries, *others = rules.over_keys(tile, start, (None, *carry[1:]))
+            (d_queries, *rest), *others = rules.over_keys(tile, start, (None, *carry[1:]))
+            if evens_out:
+                mean_keys, sums_found = rest
+                missing = plan.scales[1] * d_residuals - sums_found
+                d_queries += missing[..., None, :] * mean_keys
             d_queries = _unrows(plan, plan.scales[0] * _turned(d_queries))
             put = rules.at.add if plan.overlapping else rules.at.put
             return put(d_query, d_queries.astype(d_query.dtype), "TNH"), *others
