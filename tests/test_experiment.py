@@ -21,7 +21,7 @@ import optax
 import pytest
 
 from attention_jax import report
-from attention_jax.training import experiment
+from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
 from attention_jax.training.metrics import Console, JsonLines, TensorBoard
@@ -163,6 +163,50 @@ def test_a_row_is_the_mean_since_the_row_before():
         {"step": 1, "epoch": 1, "skipped": 1},
         {"step": 3, "epoch": 1, "loss": 3.0, "skipped": 0},
     ]
+
+
+def slowed(function, seconds=0.3):
+    """As a device that takes its time, and makes the host wait for it."""
+
+    def call(*arguments):
+        time.sleep(seconds)
+        return jax.block_until_ready(function(*arguments))
+
+    return call
+
+
+def test_a_row_has_the_second_at_which_its_epoch_was_done(tmp_path, monkeypatch):
+    program = experiment.build(tiny())
+    slow = program._replace(epoch=slowed(program.epoch))
+    monkeypatch.setattr(experiment, "build", lambda config: slow)
+    # The writing of a row may take as long as an epoch, and is none of its business.
+    write = experiment.RunDirectory.write
+    monkeypatch.setattr(experiment.RunDirectory, "write", slowed(write, 0.1))
+    result = experiment.run(tiny(), tmp_path)
+    seconds = [row["seconds"] for row in result.history if "seconds" in row]
+    assert min(np.diff(seconds)) > 0.2, seconds
+
+
+def test_a_long_compilation_is_told_and_a_short_one_is_not(monkeypatch, capsys):
+    program = experiment.build(tiny())
+    slow = program._replace(epoch=slowed(program.epoch))
+    monkeypatch.setattr(experiment, "build", lambda config: slow)
+    for silence in (0.1, 1000):
+        monkeypatch.setattr(metrics, "SILENCE", silence)
+        experiment.run(tiny())
+        before, *_ = capsys.readouterr().out.partition("epoch 1/6")
+        assert ("compiling the training\n" in before) == (silence < 1)
+
+
+def test_what_takes_long_is_told_beside_the_bar_of_a_terminal(monkeypatch):
+    monkeypatch.setattr(metrics, "SILENCE", 0.3)
+    stream = Terminal()
+    with contextlib.closing(Console(6, stream=stream)) as console:
+        for number in range(1, 8):  # None of them alone takes long.
+            with console.busy(f"compiling program {number}"):
+                time.sleep(0.1)
+    assert "compiling program" in stream.getvalue()
+    assert "\n" not in stream.getvalue()
 
 
 def test_the_baseline_does_not_depend_on_the_launcher():
@@ -941,13 +985,13 @@ def test_a_run_without_its_config_is_refused_by_the_name_of_the_file(copy, left)
 # The writers -------------------------------------------------------------------------------------
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_a_pipe_gets_about_ten_lines_and_a_terminal_a_bar():
     rows = [{"step": 2 * i, "epoch": i, "seconds": 0.1 * i, "loss": 1 / i} for i in range(1, 101)]
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     pipe, terminal = io.StringIO(), Terminal()
     for stream in (pipe, terminal):
         with contextlib.closing(Console(100, stream=stream)) as console:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from attention_jax import report
-from attention_jax.training import experiment, sweep
+from attention_jax.training import experiment, metrics, sweep
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
 from attention_jax.training.config import ConfigError, default_config, parse, trials
 from attention_jax.training.launch import LAUNCHERS
@@ -143,10 +144,11 @@ def test_every_number_that_is_traced_is_honoured():
     assert len(losses) == 64, "each of the numbers matters"
 
 
-def test_what_changes_shapes_is_a_program_of_its_own(tmp_path):
+def test_what_changes_shapes_is_a_program_of_its_own(tmp_path, monkeypatch, capsys):
     axes = {"model.num_kv_heads": [None, 1], "seed": [0, 5]}
     groups = sweep.build(trials(tiny(), axes), axes, LAUNCHERS["single"]())
     assert [group.numbers for group in groups] == [[0, 1], [2, 3]]
+    monkeypatch.setattr(metrics, "SILENCE", 0.0)
     result = sweep.run(tiny(), axes, tmp_path)
     assert_alike(result.histories[1], experiment.run(trials(tiny(), axes)[1]).history)
     # The parameters of each are found in the one checkpoint.
@@ -159,6 +161,28 @@ def test_what_changes_shapes_is_a_program_of_its_own(tmp_path):
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
     for params, trial in zip(result.params, result.metrics["trials"], strict=True):
         assert fingerprint(params) == trial["fingerprint"]
+    before, *_ = capsys.readouterr().out.partition("epoch 1/6")
+    for words in ("1 of 2: model.num_kv_heads=None", "2 of 2: model.num_kv_heads=1"):
+        assert f"compiling the training of program {words}\n" in before
+
+
+def test_a_row_has_the_second_at_which_the_epoch_of_its_program_was_done(monkeypatch):
+    axes = {"model.num_kv_heads": [None, 1], "seed": [0, 5]}
+    groups = sweep.build(trials(tiny(), axes), axes, LAUNCHERS["single"]())
+
+    def slowed(function):
+        def call(*arguments):
+            time.sleep(0.3)
+            return jax.block_until_ready(function(*arguments))
+
+        return call
+
+    slow = [group._replace(epoch=slowed(group.epoch)) for group in groups]
+    monkeypatch.setattr(sweep, "build", lambda *_: slow)
+    rows = zip(*sweep.run(tiny(), axes).histories, strict=True)
+    # Of the first trial of each program, in the order in which the programs run.
+    seconds = [[row["seconds"] for row in of_all[::2]] for of_all in rows if "seconds" in of_all[0]]
+    assert min(np.diff(np.ravel(seconds))) > 0.2, seconds
 
 
 def test_trials_over_devices_are_the_same_trials(tmp_path):

@@ -28,7 +28,7 @@ from attention_jax.training import step as steps
 from attention_jax.training.checkpoint import fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
 from attention_jax.training.launch import LAUNCHERS
-from attention_jax.training.metrics import Console, metrics_line
+from attention_jax.training.metrics import Busy, Console, metrics_line
 from attention_jax.training.run_directory import (
     NoDirectory,
     RunDirectory,
@@ -417,7 +417,10 @@ def _run(config, program, store, started):
         if store.result is not None:
             say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")
             return Result(state.params, store.result, list(store.rows))
-        state = program.put_state(_first_state(config, program) if state is None else state)
+        if state is None:
+            with Busy(say)("compiling the start"):
+                state = _first_state(config, program)
+        state = program.put_state(state)
         _announce(config, program, state, store.step)
         state, history, pace = _train(config, program, state, store, started, stop)
     result = _summary(config, program, state, history, pace)
@@ -450,7 +453,7 @@ def _train(config, program, state, store, started, stop):
     if is_at(target, history):  # And the process died before it could say so.
         return state, history, None
 
-    def record(epoch, metrics, held_out):
+    def record(epoch, metrics, held_out, finish):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
         metrics, held_out = jax.device_get((metrics, held_out))
         first_step = (epoch - 1) * num_steps + 1
@@ -461,14 +464,15 @@ def _train(config, program, state, store, started, stop):
         check_metrics(held_out, epoch * num_steps, "held-out ")
         for row in rows_of_epoch(config, epoch, metrics, held_out):
             if row["step"] == epoch * num_steps:  # Nobody has seen the clock at the first step.
-                row["seconds"] = round(time.perf_counter() - started, 3)
+                row["seconds"] = round(finish.time() - started, 3)
             history.append(row)
             store.write(row)
             console.write(row)
 
-    run_epoch, evaluate = _FirstCallTimed(program.epoch), _FirstCallTimed(program.evaluate)
     begun, waiting, epoch = time.perf_counter(), None, first_epoch
     with contextlib.closing(Console(epochs, first_epoch)) as console:
+        run_epoch = FirstCall(program.epoch, "the training", console.busy)
+        evaluate = FirstCall(program.evaluate, "the evaluation", console.busy)
         for epoch in range(first_epoch + 1, epochs + 1):
             last = epoch == epochs
             state, metrics = run_epoch(state, program.rows)
@@ -481,7 +485,7 @@ def _train(config, program, state, store, started, stop):
             # One epoch late, so that the devices have this one to work on while the host writes.
             if waiting is not None:
                 record(*waiting)
-            waiting = epoch, metrics, held_out
+            waiting = epoch, metrics, held_out, Finish((metrics, held_out))
             if last or stop.number or epoch % config.checkpoint.every_epochs == 0:
                 # Saved only once it is known to be sound, and with its rows on the disk.
                 record(*waiting)
@@ -509,14 +513,33 @@ def is_at(target: Target | None, history: list[dict[str, Any]]) -> bool:
     return target.is_reached({target.metric: history[-1][f"eval_{target.metric}"]})
 
 
-class _FirstCallTimed:
+class Finish:
+    """Notes the time at which arrays are there, whatever the host is doing then."""
+
+    def __init__(self, arrays: PyTree):
+        self._thread = threading.Thread(target=self._wait, args=(arrays,), daemon=True)
+        self._thread.start()
+
+    def _wait(self, arrays: PyTree) -> None:
+        with contextlib.suppress(Exception):  # Who fetches the arrays meets it.
+            jax.block_until_ready(arrays)
+        self._time = time.perf_counter()
+
+    def time(self) -> float:
+        """As of `time.perf_counter`; waits for the arrays."""
+        self._thread.join()
+        return self._time
+
+
+class FirstCall:
     """A compiled function that remembers how long its first call took, compiling included.
 
-    That call waits for the devices, before and after, so that nothing else is in its time.
+    That call waits for the devices, before and after, so that nothing else is in its time, and says
+    that it compiles, if that takes long.
     """
 
-    def __init__(self, function):
-        self._function = function
+    def __init__(self, function: Callable, what: str, busy: Busy):
+        self._function, self._what, self._busy = function, what, busy
         self.seconds: float | None = None
 
     def __call__(self, *arguments):
@@ -524,7 +547,9 @@ class _FirstCallTimed:
             return self._function(*arguments)
         jax.block_until_ready(arguments)
         called = time.perf_counter()
-        result = jax.block_until_ready(self._function(*arguments))
+        with self._busy(f"compiling {self._what}"):
+            result = self._function(*arguments)
+        jax.block_until_ready(result)
         self.seconds = time.perf_counter() - called
         return result
 

@@ -11,7 +11,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -20,6 +22,7 @@ from attention_jax.training.config import RunError, flatten
 Row = Mapping[str, int | float]
 
 PATIENCE = 10.0  # Seconds that a reader of the lines waits for the next one.
+SILENCE = 5.0  # Seconds without a line after which a program that is being compiled is named.
 
 # The axis of a plot, not a curve.
 _COUNTERS = ("step", "epoch", "seconds")
@@ -160,10 +163,47 @@ class TensorBoard:
         return True
 
 
+class Busy:
+    """Says what takes long, while it does: `with busy("compiling"): ...`.
+
+    That is, when SILENCE has passed since the last line. So a reader is told of a compilation that
+    takes a minute, and of the third of six that take some seconds each.
+
+    Args:
+        say: Takes the text; called from another thread.
+
+    Attributes:
+        since: The time of the last line, as of `time.monotonic`; whoever writes one may set it.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self.since = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, text: str) -> Iterator[None]:
+        def tell() -> None:
+            self.since = time.monotonic()
+            with contextlib.suppress(BrokenPipeError):  # The next line that is printed meets it.
+                self._say(text)
+
+        timer = threading.Timer(max(0.0, self.since + SILENCE - time.monotonic()), tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # A line half written comes before the next one.
+
+
 class Console:
     """A bar in a terminal; elsewhere lines fit for a log file.
 
     Of those about ten a run, and more where ten seconds would pass without one.
+
+    Attributes:
+        busy: Says what goes on until the next row comes.
     """
 
     def __init__(self, epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
@@ -172,6 +212,7 @@ class Console:
         self._interval = max(1, epochs // 10)
         self._next = PATIENCE  # The second at which the next line is due, whatever the epoch.
         self._bar = None
+        self.busy = Busy(self._note)
         if self._stream.isatty():
             from tqdm import tqdm
 
@@ -182,8 +223,9 @@ class Console:
     def write(self, row: Row) -> None:
         epoch, seconds = row["epoch"], row.get("seconds")
         if self._bar is not None:
-            self._bar.update(epoch - self._bar.n)
             self._bar.set_postfix_str(metrics_line(row), refresh=False)
+            self._bar.update(epoch - self._bar.n)
+            self.busy.since = time.monotonic()
             return
         is_due = row["step"] == 1 or epoch % self._interval == 0 or epoch == self._epochs
         if is_due or (seconds is not None and seconds >= self._next):
@@ -191,8 +233,15 @@ class Console:
             counters = f"epoch {epoch:{width}}/{self._epochs}  step {row['step']:<6}"
             clock = " " * 8 if seconds is None else f"{seconds:6.1f} s"
             print(f"{counters} {clock}  {metrics_line(row)}", file=self._stream, flush=True)
+            self.busy.since = time.monotonic()
             if seconds is not None:
                 self._next = seconds + PATIENCE
+
+    def _note(self, text):
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -27,7 +27,7 @@ from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, Target, flatten, trials
 from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS, Launcher
-from attention_jax.training.metrics import Console, JsonLines
+from attention_jax.training.metrics import Busy, Console, JsonLines
 from attention_jax.training.run_directory import NoDirectory, write_json
 from attention_jax.training.step import all_finite, first_bad_step, not_finite
 from attention_jax.types import Array, PyTree, TrainState
@@ -69,6 +69,7 @@ class Group(NamedTuple):
 
     Attributes:
         numbers: Which trials of the sweep these are.
+        name: What tells the program from those of the other groups; "" where it is the only one.
         config: That of the first.
         settings: The traced values, `[trials, ...]` each, on the devices.
         init: `(None, None, settings) -> state`, the state being `(params, opt_state)`.
@@ -81,6 +82,7 @@ class Group(NamedTuple):
     """
 
     numbers: list[int]
+    name: str
     config: ConfigDict
     settings: PyTree
     init: Callable
@@ -169,10 +171,17 @@ def build(
         leaves = flatten(config)
         sorts.setdefault(tuple(leaves[path] for path in static), []).append(number)
     traced = [path for path, values in axes.items() if path in TRACED and len(values) > 1]
-    return [_build(numbers, configs, traced, launcher) for numbers in sorts.values()]
+    return [
+        _build(numbers, _name(static, values), configs, traced, launcher)
+        for values, numbers in sorts.items()
+    ]
 
 
-def _build(numbers, configs, traced, launcher):
+def _name(paths, values):
+    return ", ".join(f"{path}={value}" for path, value in zip(paths, values, strict=True))
+
+
+def _build(numbers, name, configs, traced, launcher):
     config, mine = configs[numbers[0]], [configs[number] for number in numbers]
     settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
     if "seed" in traced and config.task.name == "teacher":
@@ -214,6 +223,7 @@ def _build(numbers, configs, traced, launcher):
     like = jax.eval_shape(init_all, given)
     group = Group(
         numbers=numbers,
+        name=name,
         config=config,
         settings=launcher.put_trials(given),
         init=launcher.compile_trials(init),
@@ -246,7 +256,10 @@ def _run(config, configs, axes, launcher, groups, store, started):
             return Result(store.result, log.histories, params)
         _announce(config, axes, groups, len(configs), store.step)
         if state is None:
-            states = [_first_trials(group) for group in groups]
+            states, busy = [], Busy(experiment.say)
+            for group, told in zip(groups, _compiling(groups, "the start"), strict=True):
+                with busy(told):
+                    states.append(_first_trials(group))
         else:
             states = [launcher.put_trials(trials) for trials in state.trials]
         step = _train(config, launcher, groups, states, log, store, started, stop)
@@ -289,6 +302,16 @@ def _announce(config, axes, groups, num_trials, step):
         f"{config.launcher} on {count(len(devices), 'device')}",
         *([f"continuing after step {step}"] if step else []),
     )
+
+
+def _compiling(groups, what):
+    """What is said while a function of a group is compiled, for each group."""
+    if len(groups) == 1:
+        return [f"compiling {what}"]
+    return [
+        f"compiling {what} of program {number} of {len(groups)}: {group.name}"
+        for number, group in enumerate(groups, start=1)
+    ]
 
 
 def _like(groups):
@@ -406,12 +429,13 @@ def _train(config, launcher, groups, states, log, store, started, stop):
     def record(epoch, results):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
         first_step, last_step = (epoch - 1) * num_steps + 1, epoch * num_steps
-        ends = []
+        ends, seconds = [], []
         for group, found in zip(groups, results, strict=True):
             if found is None:
                 continue
+            *found, finish = found
             found = launcher.get_trials(found)
-            seconds = round(time.perf_counter() - started, 3)
+            seconds.append(round(finish.time() - started, 3))
             for i, number in enumerate(group.numbers):
                 if not log.active[number]:
                     continue
@@ -426,7 +450,7 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                     continue
                 for row in experiment.rows_of_epoch(own, epoch, metrics, held_out):
                     if row["step"] == last_step:
-                        row["seconds"] = seconds
+                        row["seconds"] = seconds[-1]
                     log.write(number, row)
                 ends.append(row)
                 if target is not None and held_out and target.is_reached(held_out):
@@ -436,9 +460,21 @@ def _train(config, launcher, groups, states, log, store, started, stop):
             values = [end[name] for end in ends if np.isfinite(end.get(name, np.nan))]
             if values:
                 row[f"best_{name}"] = (min if report.is_loss(name) else max)(values)
-        row["seconds"] = round(time.perf_counter() - started, 3)
+        row["seconds"] = max(seconds)
         store.write(row)
         console.write(row)
+
+    compiled = set()
+
+    def call(i, name, *arguments):
+        """Calls a function of a group; of the first call, which compiles it, is told."""
+        function = getattr(groups[i], name)
+        if (i, name) in compiled:
+            return function(*arguments)
+        compiled.add((i, name))
+        what = {"epoch": "the training", "evaluate": "the evaluation"}[name]
+        with console.busy(_compiling(groups, what)[i]):
+            return function(*arguments)
 
     active, waiting, step = put_active(), None, store.step
     with closing(Console(epochs, first_epoch)) as console:
@@ -452,12 +488,13 @@ def _train(config, launcher, groups, states, log, store, started, stop):
                     results.append(None)
                     continue
                 given = (group.settings, active[i])
-                states[i], active[i], metrics = group.epoch(np.int32(step), states[i], given)
+                step_now = np.int32(step)
+                states[i], active[i], metrics = call(i, "epoch", step_now, states[i], given)
                 held_out = {}
                 if evaluates:
                     given = (group.settings, active[i])
-                    active[i], held_out = group.evaluate(None, states[i][0], given)
-                results.append((metrics, held_out))
+                    active[i], held_out = call(i, "evaluate", None, states[i][0], given)
+                results.append((metrics, held_out, experiment.Finish((metrics, held_out))))
             step = epoch * num_steps
             # One epoch late, as a run does.
             if waiting is not None:
