@@ -94,6 +94,19 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     return jnp.asarray(array).astype(dtype)
 
 
+def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
+    """`positions` as integers that broadcast to `[..., T]`, or the error that says why not."""
+    positions = as_integers("positions", positions, axes=1)
+    *axes, last = positions.shape
+    pairs = zip(reversed(axes), reversed(batch), strict=False)
+    if last != length or len(axes) > len(batch) or any(n not in (1, m) for n, m in pairs):
+        raise ValueError(
+            f"positions must be [..., T] and broadcast to {(*batch, length)}, got shape "
+            f"{positions.shape}."
+        )
+    return positions
+
+
 def _as_array(array: Array) -> Array:
     """An array, of numpy where nothing in it is jax's."""
     of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))

@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.checks import as_floating, as_size, check_flag, check_floating, is_array
+from attention_jax.checks import (
+    as_floating,
+    as_integers,
+    as_size,
+    check_alike,
+    check_flag,
+    check_floating,
+    is_array,
+)
 from attention_jax.functional.tiles import (
     Rule,
     Tile,
     as_offset,
     offset_of,
-    per_row,
     shown,
     value_class,
     words,
@@ -46,6 +53,10 @@ class Bias(Rule):
 
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the bias was made for another number of queries or keys."""
+
+    def check_shifted(self, T: int, S: int) -> None:
+        """The same for T queries that stand anywhere in a sequence of S positions."""
+        self.check(T, S)
 
     def hidden(self, at: Tile) -> Array | None:
         """Where the tile is -inf, which is the same as masked; None if it cannot be."""
@@ -125,6 +136,10 @@ class Sum(Bias):
         self.left.check(T, S)
         self.right.check(T, S)
 
+    def check_shifted(self, T, S):
+        self.left.check_shifted(T, S)
+        self.right.check_shifted(T, S)
+
     def tile(self, at):
         with jax.debug_infs(False):  # -inf is a word here, not an accident.
             return self.left.tile(at) + self.right.tile(at)
@@ -145,19 +160,43 @@ class Shifted(Bias):
     offset: Any
 
     def check(self, T, S):
-        self.bias.check(T, S)
+        self.bias.check_shifted(T, S)
 
     def tile(self, at):
-        return self.bias.tile(self._place(at))
+        return self.bias.tile(at.shifted(self.offset))
 
     def hidden(self, at):
-        return self.bias.hidden(self._place(at))
-
-    def _place(self, at):
-        return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
+        return self.bias.hidden(at.shifted(self.offset))
 
     def __repr__(self):
         return f"shifted({self.bias!r}, {words(self.offset)})"
+
+
+@value_class(query_positions="L", key_positions="S")
+class Placed(Bias):
+    """The rules of `bias`, for tokens that stand elsewhere than they come in the row."""
+
+    bias: Bias
+    query_positions: Array
+    key_positions: Array
+
+    def check(self, T, S):
+        own_T, own_S = self.query_positions.shape[-1], self.key_positions.shape[-1]
+        if own_T not in (1, T) or own_S not in (1, S):
+            raise ValueError(f"bias {self!r} was made for T={own_T}, S={own_S}: got {T=}, {S=}.")
+        self.bias.check(T, S)
+
+    def check_shifted(self, T, S):
+        self.check(S, S)
+
+    def tile(self, at):
+        return self.bias.tile(at.placed(self.query_positions, self.key_positions))
+
+    def hidden(self, at):
+        return self.bias.hidden(at.placed(self.query_positions, self.key_positions))
+
+    def __repr__(self):
+        return f"placed({self.bias!r}, {words(self.query_positions)})"
 
 
 def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:
@@ -280,6 +319,25 @@ def shifted(bias: Bias, offset: int | Array) -> Bias:
     Rules count from the sequence's start; an array stays the array of these very queries.
     """
     return Shifted(bias, as_offset(offset))
+
+
+def placed(bias: Bias, positions: Array, key_positions: Array | None = None) -> Bias:
+    """`bias` for tokens that stand at `positions`, not where they come in the row.
+
+    Distances are those of positions; an array stays the array of these very tokens. Like an offset
+    that is an array, positions want the bias to be made inside of what is differentiated.
+
+    Args:
+        bias: Any rule.
+        positions: `[..., T]` integers: where the queries stand.
+        key_positions: `[..., S]` integers; the default is `positions`.
+    """
+    positions = as_integers("positions", positions, axes=1)
+    if key_positions is None:
+        key_positions = positions
+    key_positions = as_integers("key_positions", key_positions, axes=1)
+    check_alike("positions and key_positions", positions.shape[:-1], key_positions.shape[:-1])
+    return Placed(as_bias(bias), positions, key_positions)
 
 
 def as_bias(bias: "Bias | Array") -> Bias:

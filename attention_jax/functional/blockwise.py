@@ -211,8 +211,9 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
         known = None if mask is None else mask.keys(Tile(i, some, 0, S, T, S))
         return known or Keys((0, S), (0, S))
 
-    (first, _, most), (last, _, _) = keys(0), keys(T - some)
+    (first, _, most, usual), (last, *_) = keys(0), keys(T - some)
     most = S if most is None else min(S, most)
+    narrow = most if usual is None else min(most, usual)
     known = all(isinstance(x, int) for x in (*first, *last))
     shift = max(b - a for a, b in zip(first, last, strict=True)) if known else S
     alike = S <= _GRAIN or 8 * shift <= S  # Hardly anything would be skipped.
@@ -231,7 +232,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
     side = 1024 if S > 4096 else 512
     few = 2048 if operand == wide else 1024
     forward, back = cut(side, side, 2 * _ROOM), cut(side, side)
-    if most < S and heads >= 4 and most <= 512:
+    if narrow < S and heads >= 4 and narrow <= 512:
         # A window: small squares, of which many heads share a turn.
         small = 128 if heads >= 8 else 256
         forward, back = cut(small, small, 2 * _ROOM), cut(small, small)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from attention_jax.checks import as_integers, as_size, check_alike, is_array
+from attention_jax.functional.positions import Standing, in_documents
 from attention_jax.functional.tiles import (
     FARTHEST,
     Rule,
@@ -31,10 +31,12 @@ from attention_jax.functional.tiles import (
     per_row,
     shown,
     value_class,
+    with_head_axis,
     words,
 )
 from attention_jax.types import Array
 
+_ENDLESS = 2**31 - 1  # A length that no sequence has.
 _PICTURE_LIMIT = 32  # A larger picture does not fit a terminal.
 _PICTURE_SIZE = 8  # The size at which a rule without one of its own is drawn.
 
@@ -46,11 +48,13 @@ class Keys(NamedTuple):
         seen: (start, stop): no key outside is seen by any of the queries.
         open: (start, stop): every key inside is seen by all of them.
         most: How long `seen` is at most, known before the program runs; None is S.
+        usual: How long it can be expected to be, where no `most` is known.
     """
 
     seen: tuple[int | Array, int | Array]
     open: tuple[int | Array, int | Array]
     most: int | None = None
+    usual: int | None = None
 
 
 class Mask(Rule):
@@ -70,6 +74,36 @@ class Mask(Rule):
     def size(self) -> tuple[int | None, int | None]:
         """The T and S that the mask was made for; None where it fits any."""
         return None, None
+
+    def parts(self) -> tuple["Mask", ...]:
+        """The masks that `&` made this one of; itself, if it is of another kind."""
+        return (self,)
+
+    def standing(self, length: int) -> Standing | None:
+        """Where each of `length` tokens that attend to one another stands, if the mask tells.
+
+        Two kinds of masks tell it, also as parts of what `&` combines:
+
+        - `segments`: the tokens of one key id are a document, wherever they are in the row.
+        - Masks that hide the same keys from all queries and heads, such as a boolean array with
+          axes of 1 for N and T: what they hide is padding. `key_lengths` is left out: padding
+          behind a document moves none of its tokens.
+
+        Of all other masks this is None: a token stands where it comes in the row.
+
+        Raises:
+            ValueError: The mask was made for another number of keys.
+        """
+        at, documents, padding = Tile.whole(length, length), [], []
+        for part in self.parts():
+            part.check(part.size()[0] or length, length)
+            if isinstance(part, Segments):
+                documents.append(part.key_ids)
+            elif not isinstance(part, KeyLengths):
+                shape = jax.eval_shape(lambda part=part: part.tile(at)).shape
+                if (1, 1, *shape)[-3:-1] == (1, 1):
+                    padding.append(~part.tile(at).reshape(*shape[:-3], shape[-1]))
+        return in_documents(length, documents, padding) if documents or padding else None
 
     def materialize(self, T: int, S: int) -> Array:
         """The whole mask as a boolean array, `[T, S]` or `[..., N or 1, T, S]`.
@@ -172,8 +206,8 @@ class Segments(Mask):
     key_ids: Array
 
     def tile(self, at):
-        query_ids = _queries(self.query_ids, at)  # [..., t, 1]
-        return _with_head_axis(query_ids) == _with_head_axis(self.key_ids[..., None, :])
+        query_ids = at.of_queries(self.query_ids)  # [..., t, 1]
+        return with_head_axis(query_ids) == with_head_axis(self.key_ids[..., None, :])
 
     def size(self):
         return self.query_ids.shape[-1], self.key_ids.shape[-1]
@@ -323,14 +357,20 @@ class And(Pair):
         left, right = self.tiles(at)
         return left & right
 
+    def parts(self):
+        return self.left.parts() + self.right.parts()
+
     def keys(self, at):
         left, right = self.left.keys(at), self.right.keys(at)
         if left is None or right is None:
             # What one of them hides is hidden; what both show, nobody knows.
             known = left or right or Keys((0, at.S), (0, 0))
             return known._replace(open=(0, 0))
-        most = min((n for n in (left.most, right.most) if n is not None), default=None)
-        return Keys(_overlap(left.seen, right.seen), _overlap(left.open, right.open), most)
+        most, usual = (
+            min((n for n in pair if n is not None), default=None)
+            for pair in ((left.most, right.most), (left.usual, right.usual))
+        )
+        return Keys(_overlap(left.seen, right.seen), _overlap(left.open, right.open), most, usual)
 
     def __repr__(self):
         return " & ".join(
@@ -384,19 +424,55 @@ class Shifted(Mask):
     offset: Any
 
     def tile(self, at):
-        return self.mask.tile(self._place(at))
+        return self.mask.tile(at.shifted(self.offset))
 
     def keys(self, at):
-        return self.mask.keys(self._place(at))
-
-    def _place(self, at):
-        return at._replace(T=at.S, offset=at.offset + per_row(self.offset))
+        return self.mask.keys(at.shifted(self.offset))
 
     def check(self, T, S):
         self.mask.check_shifted(T, S)
 
     def __repr__(self):
         return f"shifted({self.mask!r}, {words(self.offset)})"
+
+
+@value_class(query_positions="L", key_positions="S")
+class Placed(Mask):
+    """The rules of `mask`, for tokens that stand elsewhere than they come in the row."""
+
+    mask: Mask
+    query_positions: Array
+    key_positions: Array
+
+    def tile(self, at):
+        return self.mask.tile(at.placed(self.query_positions, self.key_positions))
+
+    def keys(self, at):
+        queries = at.of_queries(self.query_positions)
+        first, last = jnp.min(queries), jnp.max(queries)
+        # What the queries see of a sequence without an end; S - T is the offset "end".
+        span = at._replace(t_start=first, t_size=last - first + 1, offset=0)
+        known = self.mask.keys(span._replace(T=at.T + _ENDLESS - at.S, S=_ENDLESS))
+        if known is None:
+            return None
+        start, stop = known.seen  # A start of 0 is open to negative positions too.
+        seen = (jnp.maximum(self.key_positions, 0) >= start) & (self.key_positions < stop)
+        seen = jnp.broadcast_to(seen.any(axis=tuple(range(seen.ndim - 1))), (at.S,))
+        index = jnp.arange(at.S, dtype=jnp.int32)
+        in_row = self.mask.keys(at._replace(offset=0))
+        stop = jnp.max(jnp.where(seen, index + 1, 0), initial=0)
+        start = jnp.min(jnp.where(seen, index, stop), initial=at.S)
+        return Keys((start, stop), (0, 0), usual=in_row.most)
+
+    def size(self):
+        return self.query_positions.shape[-1], self.key_positions.shape[-1]
+
+    def check(self, T, S):
+        super().check(T, S)
+        self.mask.check(T, S)
+
+    def __repr__(self):
+        return f"placed({self.mask!r}, {words(self.query_positions)})"
 
 
 def causal(offset: int | str | Array = 0) -> Mask:
@@ -544,6 +620,31 @@ def shifted(mask: Mask, offset: int | Array) -> Mask:
     return Shifted(mask, as_offset(offset))
 
 
+def placed(mask: Mask, positions: Array, key_positions: Array | None = None) -> Mask:
+    """`mask` for tokens that stand at `positions`, not where they come in the row.
+
+    Rules about distances, blocks and lengths count positions; ids and arrays stay those of the
+    tokens. So a window reaches equally far in every document of a row, in one piece or not.
+
+    Args:
+        mask: Any rule.
+        positions: `[..., T]` integers: where the queries stand.
+        key_positions: `[..., S]` integers; the default is `positions`.
+
+    >>> print(placed(window(1), jnp.array([0, 1, 5, 6])).materialize(4, 4).astype(int))
+    [[1 0 0 0]
+     [1 1 0 0]
+     [0 0 1 0]
+     [0 0 1 1]]
+    """
+    positions = as_integers("positions", positions, axes=1)
+    if key_positions is None:
+        key_positions = positions
+    key_positions = as_integers("key_positions", key_positions, axes=1)
+    check_alike("positions and key_positions", positions.shape[:-1], key_positions.shape[:-1])
+    return Placed(as_mask(mask), positions, key_positions)
+
+
 def as_mask(mask: "Mask | Array") -> Mask:
     """A mask as it is, and a boolean array as `dense(array)`."""
     if isinstance(mask, Mask):
@@ -562,25 +663,6 @@ def is_causal(mask: Mask | None) -> bool:
         and isinstance(mask.offset, int)
         and (mask.left, mask.right, mask.offset) == (None, 0, 0)
     )
-
-
-def _with_head_axis(x: Array) -> Array:
-    """`[..., T, S]` -> `[..., 1, T, S]`, where there are batch axes to keep apart from heads."""
-    return x if x.ndim == 2 else x[..., None, :, :]
-
-
-def _queries(ids: Array, at: Tile) -> Array:
-    """The ids of the tile's queries, `[..., t_size, 1]`."""
-    if isinstance(at.offset, int) and at.offset == 0:
-        if ids.shape[-1] not in (1, at.t_size):
-            ids = lax.dynamic_slice_in_dim(ids, at.t_start, at.t_size, axis=-1)
-        return ids[..., None]
-    positions = at.t[..., 0]  # [..., 1, t] or [t]
-    positions = positions[..., 0, :] if positions.ndim > 1 else positions
-    batch = jnp.broadcast_shapes(ids.shape[:-1], positions.shape[:-1])
-    ids = jnp.broadcast_to(ids, (*batch, ids.shape[-1]))
-    positions = jnp.broadcast_to(positions, (*batch, at.t_size))
-    return jnp.take_along_axis(ids, positions, axis=-1, mode="clip")[..., None]
 
 
 def _overlap(*spans: tuple[int | Array, int | Array]) -> tuple[int | Array, int | Array]:

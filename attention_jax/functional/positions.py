@@ -1,7 +1,12 @@
 """Where a token stands: rotations of queries and keys, and vectors to add to the inputs."""
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attention_jax.checks import as_size, check_floating, check_number, is_real
 from attention_jax.types import Array
@@ -97,3 +102,39 @@ def sinusoidal_at(positions: Array, features: int) -> Array:
     waves = jnp.arange(features // 2, dtype=jnp.float32)
     angles = positions[..., None] * 10_000.0 ** (-waves / (features // 2))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Standing(NamedTuple):
+    """Where the tokens of a row stand that holds several documents, or padding.
+
+    Attributes:
+        positions: `[..., T]` int32, counted from 0 in each document; 0 for padding.
+        places: `[..., T]` int32, where the tokens come when each document is put in one piece, and
+            padding behind them all. Two tokens of a document are as far apart as their positions,
+            and between them are none of another.
+    """
+
+    positions: Array
+    places: Array
+
+
+def in_documents(length: int, ids: Sequence[Array], padding: Sequence[Array]) -> Standing:
+    """Where tokens stand in their documents.
+
+    Args:
+        length: T.
+        ids: Integers `[..., T]`: two tokens are of one document when they are equal in all of them.
+        padding: Booleans `[..., T]`: tokens of which one is True are of no document.
+    """
+    shape = jnp.broadcast_shapes((length,), *(x.shape for x in (*ids, *padding)))
+    hidden = functools.reduce(jnp.logical_or, padding, jnp.zeros(shape, bool))
+    groups = [hidden.astype(jnp.int32), *(jnp.broadcast_to(x, shape) for x in ids)]
+    index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    # Sorted, a document is in one piece, its tokens in their order; the second sort goes back.
+    *groups, order = lax.sort((*groups, index), num_keys=len(groups))
+    begins = index == 0
+    for group in groups:
+        begins |= group != jnp.roll(group, 1, axis=-1)
+    first = lax.cummax(jnp.where(begins, index, 0), axis=len(shape) - 1)
+    positions = jnp.where(groups[0] == 1, 0, index - first)
+    return Standing(*lax.sort((order, positions, index), num_keys=1)[1:])

@@ -29,6 +29,8 @@ class Tile(NamedTuple):
         offset: Where query 0 stands in the sequence, when the queries are the newest tokens of a
             longer one: an integer, or an array that broadcasts against `[..., N, T, S]`.
         lead: (start, size) on each batch axis and on the axis of heads; None is all of them.
+        places: Where queries and keys stand, `[..., 1, t_size, 1]` and `[..., 1, 1, s_size]`, or
+            without the axes in front; None is where they come in the row.
     """
 
     t_start: int | Array
@@ -39,6 +41,7 @@ class Tile(NamedTuple):
     S: int
     offset: int | Array = 0
     lead: tuple[tuple[int | Array, int], ...] | None = None
+    places: tuple[Array, Array] | None = None
 
     @classmethod
     def whole(cls, T: int, S: int) -> "Tile":
@@ -46,13 +49,43 @@ class Tile(NamedTuple):
 
     @property
     def t(self) -> Array:
-        """Positions of the queries, `[t_size, 1]` (more axes when `offset` has them)."""
-        return self.offset + self.t_start + jnp.arange(self.t_size, dtype=jnp.int32)[:, None]
+        """Positions of the queries, `[t_size, 1]` (more axes when `offset` or `places` have)."""
+        return self._in_row if self.places is None else self.places[0]
 
     @property
     def s(self) -> Array:
-        """Positions of the keys, `[s_size]`."""
+        """Positions of the keys, `[s_size]` (more axes when `places` have)."""
+        if self.places is not None:
+            return self.places[1]
         return self.s_start + jnp.arange(self.s_size, dtype=jnp.int32)
+
+    @property
+    def _in_row(self) -> Array:
+        return self.offset + self.t_start + jnp.arange(self.t_size, dtype=jnp.int32)[:, None]
+
+    def shifted(self, offset: int | Array) -> "Tile":
+        """The same for queries that stand `offset` (an integer or `[...]`) positions later."""
+        offset = per_row(offset)
+        places = None if self.places is None else (self.places[0] + offset, self.places[1])
+        return self._replace(T=self.S, offset=self.offset + offset, places=places)
+
+    def placed(self, query_positions: Array, key_positions: Array) -> "Tile":
+        """The same for tokens that stand at `[..., L]` and `[..., s_size]`, L the whole length."""
+        places = self.of_queries(query_positions), key_positions[..., None, :]
+        return self._replace(places=tuple(with_head_axis(x) for x in places))
+
+    def of_queries(self, x: Array) -> Array:
+        """The entries that belong to the tile's queries, `[..., L] -> [..., t_size, 1]`."""
+        if isinstance(self.offset, int) and self.offset == 0:
+            if x.shape[-1] not in (1, self.t_size):
+                x = lax.dynamic_slice_in_dim(x, self.t_start, self.t_size, axis=-1)
+            return x[..., None]
+        index = self._in_row[..., 0]  # [..., 1, t] or [t]
+        index = index[..., 0, :] if index.ndim > 1 else index
+        batch = jnp.broadcast_shapes(x.shape[:-1], index.shape[:-1])
+        x = jnp.broadcast_to(x, (*batch, x.shape[-1]))
+        index = jnp.broadcast_to(index, (*batch, self.t_size))
+        return jnp.take_along_axis(x, index, axis=-1, mode="clip")[..., None]
 
     def cut(self, x: int | Array, axes: str) -> int | Array:
         """What this tile needs of `x`, whose axes are `...` and those named: N, T, S or another.
@@ -195,6 +228,11 @@ def offset_of(offset: int | str | Array, at: Tile) -> int | Array:
 def per_row(x: int | Array) -> int | Array:
     """`[...]` -> `[..., 1, 1, 1]`, to stand against `[..., N, T, S]`; a scalar stays one."""
     return x if jnp.ndim(x) == 0 else x[..., None, None, None]
+
+
+def with_head_axis(x: Array) -> Array:
+    """`[..., T, S]` -> `[..., 1, T, S]`, where there are batch axes to keep apart from heads."""
+    return x if x.ndim == 2 else x[..., None, :, :]
 
 
 def words(x) -> str:
