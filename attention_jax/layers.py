@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_size, check_flag, check_flags, check_rate
-from attention_jax.functional import biases, masks, positions
+from attention_jax.checks import (
+    as_integers,
+    as_positions,
+    as_size,
+    check_flag,
+    check_flags,
+    check_rate,
+)
+from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.differential import differential_attention, reparametrized_lambda
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -20,6 +27,7 @@ from attention_jax.functional.gated_delta import (
     unit_length,
 )
 from attention_jax.functional.masks import Mask
+from attention_jax.functional.positions import rotary
 from attention_jax.types import Array, AttentionFn
 
 Initializer = Callable[..., Array]
@@ -67,6 +75,7 @@ class SingleHeadAttention(nn.Module):
         bias: Array | Bias | None = None,
         deterministic: bool | None = None,
         sow_weights: bool = False,
+        positions: Array | None = None,
     ) -> Array:
         """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
 
@@ -78,11 +87,21 @@ class SingleHeadAttention(nn.Module):
             deterministic: Turns dropout off. Must be given when `dropout_rate` is above 0.
             sow_weights: Stores the weights `[..., 1, T, S]`, before dropout, as
                 `attention_weights` in the collection `intermediates`.
+            positions: Must be None: the layer has no rotary positions, so it would not use them.
 
         Returns:
             `[..., T, out_features]`.
+
+        Raises:
+            ValueError: Sizes do not fit together.
+            NotImplementedError: `positions` are given.
         """
         check_flags(self)
+        if positions is not None:
+            raise NotImplementedError(
+                "positions are for MultiHeadAttention(rotary=True): SingleHeadAttention does not "
+                "know where its tokens stand."
+            )
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim = inputs_q.shape[-1] if self.head_dim is None else self.head_dim
 
@@ -178,6 +197,7 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool | None = None,
         sow_weights: bool = False,
         lengths: Array | None = None,
+        positions: Array | None = None,
     ) -> Array:
         """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
 
@@ -195,6 +215,11 @@ class MultiHeadAttention(nn.Module):
             lengths: With `decode`: how many of the T new tokens count, `[...]` integers, one per
                 batch row. The others are padding on the right: the cache does not advance past
                 the tokens that count, so the next call takes the padding's place.
+            positions: Where the T tokens stand, integers that broadcast to `[..., T]`; for
+                `rotary`. Defaults to 0, 1, ..., T - 1, with `decode` counted on from the tokens in
+                the cache. Only differences matter, so documents side by side and left padding need
+                none. With `decode` they are those of the new tokens; a key stays where it stood
+                when it came. `mask` and `bias` do not look at them: see `masks.placed`.
 
         Returns:
             `[..., T, out_features]`. With `decode` under `jit`, a row whose cache has no room for
@@ -202,7 +227,8 @@ class MultiHeadAttention(nn.Module):
             it holds.
 
         Raises:
-            ValueError: Sizes do not fit together, or (outside `jit`) the cache has no room.
+            ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
+                (outside `jit`) the cache has no room.
             NotImplementedError: `rotary` or `decode` with `inputs_kv`, or `decode` with dropout.
         """
         check_flags(self)
@@ -214,6 +240,10 @@ class MultiHeadAttention(nn.Module):
             )
         if lengths is not None and not self.decode:
             raise ValueError("lengths is for decode=True; use masks.key_lengths(lengths) here.")
+        if positions is not None:
+            if not self.rotary:
+                raise ValueError("positions need rotary=True: nothing else in the layer uses them.")
+            positions = as_positions(positions, inputs_q.shape[:-2], inputs_q.shape[-2])
         if self.rotary_base != 10_000.0 and not self.rotary:
             raise ValueError(f"rotary_base needs rotary=True, got {self.rotary_base} without it.")
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
@@ -232,8 +262,9 @@ class MultiHeadAttention(nn.Module):
         cache = _Cache(self, key, value) if self.decode else None
         if self.rotary:
             # Keys are stored rotated, so a cached key is never turned again.
-            tokens = None if cache is None else cache.positions()
-            rotate = functools.partial(positions.rotary, positions=tokens, base=self.rotary_base)
+            if positions is None and cache is not None:
+                positions = cache.positions()
+            rotate = functools.partial(rotary, positions=positions, base=self.rotary_base)
             query, key = self._by_part(rotate, query), self._by_part(rotate, key)
         overflow = None
         if cache is not None:
@@ -374,6 +405,7 @@ class GatedDeltaAttention(nn.Module):
         mask: Mask = masks.causal(),  # noqa: B008  (a constant)
         deterministic: bool | None = None,
         sow_weights: bool = False,
+        positions: Array | None = None,
     ) -> Array:
         """Lets every position read what it and those before it have left in the memory.
 
@@ -382,18 +414,23 @@ class GatedDeltaAttention(nn.Module):
             mask: `masks.causal()`.
             deterministic: Of no consequence: nothing is dropped.
             sow_weights: Must be False: there are no weights to show.
+            positions: Must be None: the memory counts the tokens as they come.
 
         Returns:
             `[..., T, out_features]`.
 
         Raises:
             ValueError: Sizes do not fit together.
-            NotImplementedError: Another mask, or `sow_weights`.
+            NotImplementedError: Another mask, `sow_weights` or `positions`.
         """
         del deterministic
         check_flags(self)
         if sow_weights:
             raise NotImplementedError("sow_weights=True: the gated delta rule has no weights.")
+        if positions is not None:
+            raise NotImplementedError(
+                "positions: the gated delta rule has none, it counts the tokens as they come."
+            )
         conv_size = as_size("conv_size", self.conv_size)
         head_dim, num_kv_heads = _head_sizes(self, inputs.shape[-1])
 
@@ -535,14 +572,14 @@ class _Cache:
             )
         # Written beyond the end, a token is dropped: never a silent overwrite.
         places = jnp.where(new & ~overflow[..., None], self.positions(), capacity)
-        self.key.value = _put(self.key.value, places, key)
-        self.value.value = _put(self.value.value, places, value)
+        self.key.value = put(self.key.value, places, key)
+        self.value.value = put(self.value.value, places, value)
         self.index.value = jnp.where(overflow, index, index + advance)
         return self.key.value, self.value.value, overflow
 
 
-def _put(cached: Array, places: Array, new: Array) -> Array:
-    """`cached[..., places] = new`; `[..., capacity, K, H]`, `[..., T]`, `[..., T, K, H]`."""
+def put(cached: Array, places: Array, new: Array) -> Array:
+    """`cached[..., places] = new`, but beyond its end: `[..., capacity, ...]`, `[..., T, ...]`."""
     write = lambda row, place, x: row.at[place].set(x.astype(row.dtype), mode="drop")
     for _ in range(places.ndim - 1):
         write = jax.vmap(write)
