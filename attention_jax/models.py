@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.checks import as_integers, as_rng, as_size, check_flags
+from attention_jax.checks import (
+    as_integers,
+    as_positions,
+    as_rng,
+    as_size,
+    check_broadcastable,
+    check_flags,
+)
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.gated_delta import causal_convolution
@@ -20,6 +27,7 @@ from attention_jax.layers import (
     Initializer,
     MultiHeadAttention,
     SingleHeadAttention,
+    put,
 )
 from attention_jax.types import Array
 
@@ -133,6 +141,7 @@ class Block(nn.Module):
         sow_weights: bool = False,
         lengths: Array | None = None,
         bias: Array | Bias | None = None,
+        positions: Array | None = None,
     ) -> Array:
         """`[..., T, D] -> [..., T, D]`; the options are those of the attention layer's call.
 
@@ -156,7 +165,7 @@ class Block(nn.Module):
                 name="conv",
             )
             x = add(conv(make_norm(self, "conv_norm")(x)))
-        options = {"mask": mask, "lengths": lengths, "bias": bias}
+        options = {"mask": mask, "lengths": lengths, "bias": bias, "positions": positions}
         mixed = self.attention(
             make_norm(self, "attention_norm")(x),
             deterministic=deterministic,
@@ -248,6 +257,7 @@ class SequenceModel(nn.Module):
         self,
         inputs: Array,
         *,
+        positions: Array | None = None,
         output_positions: Array | None = None,
         mask: Array | Mask | None = None,
         deterministic: bool = True,
@@ -258,6 +268,12 @@ class SequenceModel(nn.Module):
 
         Args:
             inputs: Tokens `[..., T]`, or vectors `[..., T, D]` when `vocab_size` is None.
+            positions: Where the tokens stand, integers that broadcast to `[..., T]`, with `decode`
+                those of the new tokens. None: where `mask` says (`Mask.standing`), so that a
+                document in a packed or padded row has the positions that it has alone; where it
+                says nothing, 0, 1, ..., T - 1, with `decode` counted on from the cache. Positions
+                decide what the field `positions` adds, and what `window` and `pattern` let see;
+                `causal` goes by the order of the tokens in the row.
             output_positions: `[..., P]` integers: at which of the T places of the row an output is
                 wanted. None: at all of them. Logits over a large vocabulary are most of a small
                 model's work.
@@ -266,15 +282,19 @@ class SequenceModel(nn.Module):
             sow_weights, lengths: As in `MultiHeadAttention`.
 
         Returns:
-            Logits `[..., P, vocab_size]` in float32, or vectors `[..., P, out_features]`.
+            Logits `[..., P, vocab_size]` in float32, or vectors `[..., P, out_features]`. Under
+            `jit`, a position without a row in the table of "learned" ones makes NaN of its token.
 
         Raises:
-            ValueError: A setting or an argument is out of its range, or does not fit another.
+            ValueError: A setting or an argument is out of its range, or does not fit another;
+                outside `jit` also a position beyond `max_length`.
             TypeError: An argument has the wrong type.
             NotImplementedError: The attention or the mechanism cannot honour a setting.
         """
         self.check()
-        self._check_inputs(inputs, output_positions, lengths)
+        batch = self._check_inputs(inputs, output_positions, lengths)
+        mask = None if mask is None else masks.as_mask(mask)
+        positions, row, places = self._stand(positions, mask, batch, inputs.shape[len(batch)])
         if self.short_conv and mask is not None:
             raise NotImplementedError(
                 f"short_conv={self.short_conv} has no mask: it sums what the mask would hide."
@@ -291,10 +311,11 @@ class SequenceModel(nn.Module):
                 name="embed",
             )
             x = embed(inputs)
-        x = self._add_positions(x)
+        x = self._add_positions(x, positions)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
-        mask, bias = self._mask(mask), self._bias()
+        mask, bias = self._mask(mask, row, places), self._bias(row)
+        positions = positions if self.positions == "rotary" else None
         # What decides which operations run is static under remat: 3 and 4 count from `self`.
         make_block = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
         for i in range(self.num_layers):
@@ -310,7 +331,7 @@ class SequenceModel(nn.Module):
                 short_conv=self.short_conv,
                 name=f"block_{i}",
             )
-            x = block(x, mask, deterministic, sow_weights, lengths, bias)
+            x = block(x, mask, deterministic, sow_weights, lengths, bias, positions)
         if output_positions is not None:
             x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
         x = make_norm(self, "norm")(x)
@@ -397,7 +418,8 @@ class SequenceModel(nn.Module):
                 if value == word if field == "positions" else value != defaults[field]:
                     raise NotImplementedError(f"{name}={choice!r} has no {field}={value!r}.")
 
-    def _check_inputs(self, inputs, output_positions, lengths) -> None:
+    def _check_inputs(self, inputs, output_positions, lengths) -> tuple[int, ...]:
+        """The batch axes of the inputs, or the error that says what does not fit."""
         if self.vocab_size is not None:
             batch = as_integers("inputs", inputs, axes=1).shape[:-1]
         elif inputs.ndim < 2 or inputs.shape[-1] != self.features:
@@ -416,6 +438,71 @@ class SequenceModel(nn.Module):
                 )
         if lengths is not None and not self.decode:
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")
+        return batch
+
+    def _stand(self, positions, mask, batch, T) -> tuple[Array | None, ...]:
+        """Where tokens stand; None is where they come in the row.
+
+        Returns:
+            The positions `[..., T]` of the tokens that came; those of all keys, `[..., S]`, for
+            rules about them; and the same for rules about distances alone, in which the documents
+            of a row may stand apart.
+        """
+        if positions is not None:
+            if self.mechanism == "gated_delta" or self.short_conv:
+                raise NotImplementedError(
+                    "positions are not for a recurrence or convolution, which counts tokens as "
+                    f"they come: got mechanism={self.mechanism!r} and short_conv={self.short_conv}."
+                )
+            positions = as_positions(positions, batch, T)
+        length, new = T, None  # The length of the row, and where in it the tokens come.
+        cache = self.variables.get("cache", {}).get("block_0") if self.decode else None
+        if cache is not None:
+            index, length = (
+                cache["attention"]["cache_index"],
+                cache["attention"]["cached_key"].shape[-3],
+            )
+            if index.shape != batch:
+                raise ValueError(
+                    f"inputs must have the cache's batch axes {index.shape}, got {batch}."
+                )
+            new = index[..., None] + jnp.arange(T, dtype=jnp.int32)
+        standing = None
+        if mask is not None and (self._reaches or self.positions != "none"):
+            standing = mask.standing(length)
+        if standing is not None:
+            axes = standing.positions.shape[:-1]
+            check_broadcastable("mask", (*axes, 1, 1, 1), (*batch, self._heads, T, length))
+        if self.decode:
+            if positions is None:
+                positions = new
+                if new is not None and standing is not None:
+                    row = jnp.broadcast_to(standing.positions, (*batch, length))
+                    positions = jnp.take_along_axis(row, new, axis=-1, mode="clip")
+            row = self._cached_positions(positions, new, (*batch, T))
+            return positions, row, row
+        if standing is None:
+            return positions, positions, positions
+        if positions is None:
+            return standing.positions, *standing
+        return positions, positions, standing.places + (positions - standing.positions)
+
+    def _cached_positions(self, positions, new, shape) -> Array | None:
+        """The positions of all tokens in the cache, where rules ask for them."""
+        if not (self._reaches or self.positions in ("alibi", "relative")):
+            return None
+        if not (self.is_initializing() or self.has_variable("cache", "cached_positions")):
+            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
+        cached = self.variable("cache", "cached_positions", jnp.zeros, shape, jnp.int32)
+        if new is None:  # In `init`, where the full-length input only sets the capacity.
+            return None
+        cached.value = put(cached.value, new, jnp.broadcast_to(positions, shape))
+        return cached.value
+
+    @property
+    def _reaches(self) -> bool:
+        """Whether who sees whom depends on where they stand, not just on who comes first."""
+        return self.window is not None or self.pattern != "full"
 
     @property
     def _heads(self) -> int:
@@ -456,7 +543,7 @@ class SequenceModel(nn.Module):
             **options,
         )
 
-    def _mask(self, mask: Array | Mask | None) -> Array | Mask | None:
+    def _mask(self, mask: Mask | None, row: Array | None, places: Array | None) -> Mask | None:
         """`mask`, and what `causal`, `window` and `pattern` say."""
         pattern = None
         if self.pattern == "strided":
@@ -465,39 +552,39 @@ class SequenceModel(nn.Module):
             pattern = masks.blocks(self.stride, summary=1)
         elif self.window is not None:
             pattern = masks.window(self.window, 0 if self.causal else self.window)
-        if self.causal and self.window is None:
+        if pattern is not None and row is not None:
+            pattern = masks.placed(pattern, row if self.pattern == "blocks" else places)
+        if self.causal and (self.window is None or row is not None):
             pattern = masks.causal() if pattern is None else masks.causal() & pattern
         if pattern is None or mask is None:
             return mask if pattern is None else pattern
         return pattern & mask
 
-    def _bias(self) -> Bias | None:
+    def _bias(self, row: Array | None) -> Bias | None:
         """What `positions` adds to the logits."""
         if self.positions == "alibi":
-            return biases.alibi(self._heads)
-        if self.positions == "relative":
+            bias = biases.alibi(self._heads)
+        elif self.positions == "relative":
             shape = (RELATIVE_BUCKETS, self._heads)
             init = nn.initializers.zeros_init()
             table = self.param("relative_bias", init, shape, self.param_dtype)
-            return biases.relative(
+            bias = biases.relative(
                 table, bidirectional=not self.causal, max_distance=RELATIVE_DISTANCE
             )
-        return None
+        else:
+            return None
+        return bias if row is None else biases.placed(bias, row)
 
-    def _add_positions(self, x: Array) -> Array:
+    def _add_positions(self, x: Array, positions: Array | None) -> Array:
         if self.positions not in ("sinusoidal", "learned"):
             return x
-        T = x.shape[-2]
-        tokens = jnp.arange(T)
-        if self.decode and "cache" in self.variables:
-            cache = self.variables["cache"]["block_0"]["attention"]
-            tokens = tokens + cache["cache_index"][..., None]  # [..., T]
+        T, tokens = x.shape[-2], positions
+        if positions is None:
+            tokens = jnp.arange(T, dtype=jnp.int32)
         if self.positions == "sinusoidal":
             # A sinusoid's mean square is 1/2: as large as the tokens, it cannot drown them.
             scale = 1.0 if self.vocab_size is None else 2**0.5 * EMBEDDING_SCALE
             return x + (scale * sinusoidal_at(tokens, x.shape[-1])).astype(x.dtype)
-        if T > self.max_length:
-            raise ValueError(f"inputs have {T} positions, more than max_length={self.max_length}.")
         table = nn.Embed(
             self.max_length,
             self.features,
@@ -506,7 +593,20 @@ class SequenceModel(nn.Module):
             embedding_init=nn.initializers.normal(EMBEDDING_SCALE),
             name="positions_embed",
         )
-        return x + table(tokens)
+        if positions is None:
+            if T > self.max_length:
+                raise ValueError(
+                    f"inputs have {T} positions, more than max_length={self.max_length}."
+                )
+            return x + table(tokens)
+        beyond = (tokens < 0) | (tokens >= self.max_length)
+        if not isinstance(beyond, jax.core.Tracer) and beyond.any():
+            raise ValueError(
+                f"positions must lie in [0, max_length) with max_length={self.max_length}, got "
+                f"{int(tokens.min())} to {int(tokens.max())}."
+            )
+        # A clipped position would be another one, without a word.
+        return x + jnp.where(beyond[..., None], jnp.nan, table(jnp.where(beyond, 0, tokens)))
 
 
 def _hidden_features(mlp_ratio: float, features: int) -> int:
