@@ -12,6 +12,10 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until the run has something to save; then it takes them over.
         signal.signal(number, _leave)
+    if hasattr(signal, "SIGXFSZ"):
+        # A file that grows too long is an error to tell. Python ignores the signal, and LLVM, when
+        # it compiles, no longer does.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
     try:
         return _train(argv)
     except ModuleNotFoundError as error:
@@ -41,13 +45,16 @@ def _train(argv):
             experiment.run(command.config, command.workdir)
     except EOFError:
         print("\nNo more answers: nothing was trained.")
-    except BrokenPipeError:
-        # The reader of our lines has left, `train.py | head` say; nor can the rest be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # SIGPIPE, which Windows does not have.
     except config.RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        # Of the screen's, or of what stands behind `>` or `|`; nor can the rest be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # The reader has left, `train.py | head` say.
+            return 128 + 13  # SIGPIPE, which Windows does not have.
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

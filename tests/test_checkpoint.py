@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ def new_state(step=0):
     params = {
         "out": {"kernel": np.arange(15, dtype=np.float32).reshape(3, 5) + step},
         "half": np.ones(7, jnp.bfloat16),
+        # Too long for the index of a checkpoint, and without a pattern to compress.
+        "wide": np.random.default_rng(step).standard_normal(500, np.float32),
     }
     return TrainState(np.int32(step), params, OPTIMIZER.init(params), jax.random.key(step))
 
@@ -109,23 +113,53 @@ def test_misfit_names_the_leaves(tmp_path):
     assert numbered(tmp_path) == ["2"], "a misfit is the caller's mistake, not a broken checkpoint"
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def put_a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
     "gone": lambda path: path.unlink(),
     "changed": lambda path: path.write_bytes(bytes(255 - b for b in path.read_bytes())),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a bit": flip_a_bit,
+    "a directory": put_a_directory,
+}
+PARTS = {
+    "state/manifest.ocdbt": None,
+    "state/_METADATA": None,
+    "about/metadata": None,
+    "state/d/*": "the index of the arrays",
+    "state/ocdbt.process_0/d/*": "the arrays, in the largest of these files",
 }
 
 
-# The reader's threads may still answer when its event loop is closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The checkpoints of two steps, to be copied."""
+    write(directory := tmp_path_factory.mktemp("two") / "checkpoints", 2, 4)
+    return directory
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "state/_METADATA", "about/metadata"])
-def test_broken_newest_gives_way_to_the_one_before(tmp_path, capfd, part, damage):
-    write(tmp_path, 2, 4)
-    DAMAGES[damage](tmp_path / "4" / part)
+@pytest.mark.parametrize("part", PARTS)
+def test_broken_newest_gives_way_to_the_one_before(two, tmp_path, capfd, part, damage):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    largest = max(tmp_path.glob(f"4/{part}"), key=lambda path: path.stat().st_size)
+    DAMAGES[damage](largest)
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(new_state()), new_state(2))
-        assert f"Checkpoint {tmp_path / '4'} is broken" in capfd.readouterr().err
+        time.sleep(0.02)  # The storage layer's threads go on a while.
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"Checkpoint {tmp_path / '4'} is broken, falling back to ")
         assert checkpoints.latest_step() == 2
         checkpoints.save(new_state(4))  # The resumed run comes by again.
         assert_equal(checkpoints.restore(new_state()), new_state(4))
@@ -142,11 +176,66 @@ def test_arrays_that_read_well_but_differ_are_noticed(tmp_path, capsys):
     assert "do not match their fingerprint" in capsys.readouterr().err
 
 
-def test_nothing_but_broken_checkpoints_is_an_error(tmp_path):
-    write(tmp_path, 2)
-    (tmp_path / "2" / "about" / "metadata").unlink()
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(RuntimeError, match=r"broken: \[2\]"):
-        checkpoints.restore(new_state())
+def test_a_checkpoint_under_the_number_of_another_is_broken(two, tmp_path, capfd):
+    shutil.copytree(two / "2", tmp_path / "2")
+    shutil.copytree(two / "2", tmp_path / "7")
+    (tmp_path / "7.broken").mkdir()
+    (tmp_path / "9.orbax-checkpoint-tmp").touch()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(new_state()).step) == 2
+    assert "it is of step 2" in capfd.readouterr().err
+    assert numbered(tmp_path) == ["2", "7.broken", "7.broken1"]
+
+
+def test_nothing_but_broken_checkpoints_is_an_error_and_leaves_all_as_it_is(two, tmp_path, capfd):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    for step in ("2", "4"):
+        shutil.rmtree(tmp_path / step / "state" / "d")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(RuntimeError, match=r"broken: \[4, 2\]\. NOT_FOUND") as error:
+            checkpoints.restore(new_state())
+        time.sleep(0.02)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    assert numbered(tmp_path) == ["2", "4"]
+
+
+TROUBLE = """
+import resource, shutil, signal, sys
+import tests.test_checkpoint as t
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
+with t.Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(t.new_state(2))
+    for _ in range(5):
+        checkpoints.save(t.new_state(4))
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.directory / "4" / "state" / "d")
+        checkpoints.restore(t.new_state())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # As a full disk.
+    checkpoints.save(t.new_state(4))
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_threads_of_the_storage_layer_print_nothing(tmp_path):
+    """In a process of its own: pytest keeps what threads complain of from stderr."""
+    pytest.importorskip("resource")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r}){TROUBLE}"]
+    run = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout == f"[Errno 27] File too large: '{tmp_path}'\n"
+    assert [line.split(" is broken")[0] for line in run.stderr.splitlines()] == [
+        f"Checkpoint {tmp_path / '4'}"
+    ] * 5
+    # The checkpoint before is as it was, and there is room again.
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(new_state()), new_state(2))
+        checkpoints.save(new_state(4))
+    assert numbered(tmp_path)[:2] == ["2", "4"]
 
 
 def test_parameters_of_another_run_are_read_and_not_touched(tmp_path):

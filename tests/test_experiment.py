@@ -604,6 +604,8 @@ def test_a_result_without_any_checkpoint_is_not_trained_over(copy):
     [
         ("result.json", "[1]", "not of a run"),
         ("result.json", '{"loss": 1}', "not of a run"),
+        ("result.json", '{"step": 18, "eval_loss": "low"}', "eval_loss is 'low'"),
+        ("checkpoints", "mine", "File exists"),
         ("result.json", None, "directory"),
         ("metrics.jsonl", "", "ends at step 0"),
         ("metrics.jsonl", None, "directory"),
@@ -614,7 +616,7 @@ def test_a_result_without_any_checkpoint_is_not_trained_over(copy):
     ],
 )
 def test_a_file_that_is_not_of_the_run_is_named(copy, name, content, words):
-    (copy / name).unlink()
+    (shutil.rmtree if (copy / name).is_dir() else os.remove)(copy / name)
     if content is None:
         (copy / name).mkdir()
     else:

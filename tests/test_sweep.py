@@ -1,5 +1,6 @@
 """Each trial of a sweep is the run done alone, whatever happens to the others."""
 
+import errno
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from attention_jax import report
 from attention_jax.training import experiment, metrics, sweep
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
-from attention_jax.training.config import ConfigError, default_config, parse, trials
+from attention_jax.training.config import ConfigError, RunError, default_config, parse, trials
 from attention_jax.training.launch import LAUNCHERS
 
 
@@ -368,6 +369,25 @@ def test_a_sweep_that_crashed_goes_on_from_its_checkpoint(whole, tmp_path, at_st
     result = sweep.run(tiny(), GRID, tmp_path)
     for ours, theirs in zip(result.histories, whole[1].histories, strict=True):
         assert without_time(ours) == without_time(theirs)
+
+
+def test_what_a_trial_cannot_write_ends_the_sweep_in_a_line(tmp_path, monkeypatch, whole):
+    def full(self, row):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    directory = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.JsonLines, "write", full)
+        with pytest.raises(RunError, match=f"cannot be used: No space left on device: {directory}"):
+            sweep.run(tiny(), GRID, directory)
+    shutil.copytree(whole[0], directory)
+    (directory / "trials" / "001" / "config.json.tmp").mkdir()
+    with pytest.raises(RunError, match=r"Is a directory: .*trials/001/config\.json"):
+        sweep.run(tiny(), GRID, directory)
+    (directory / "trials" / "001" / "config.json.tmp").rmdir()
+    (directory / "result.json").write_text('{"step": 18}')
+    with pytest.raises(ConfigError, match=r"result\.json is not of this sweep"):
+        sweep.run(tiny(), GRID, directory)
 
 
 def test_another_sweep_is_refused_by_what_differs(whole, tmp_path):

@@ -152,6 +152,39 @@ def test_a_sweep_is_a_flag(main, capsys, tmp_path):
     assert [trial["seed"] for trial in result["trials"]] == [0, 1]
 
 
+def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
+    main, environment, tmp_path
+):
+    """As on a full disk; that of the checkpoint comes first."""
+    tiny = [*TINY, "--epochs=60", "--workdir=run", "--embed_dim=32"]
+    # In blocks of 512 bytes, or of 1024.
+    limited = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh", sys.executable, TRAIN, *tiny]
+    result = subprocess.run(
+        limited, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr.splitlines()) == (
+        1,
+        [
+            "train.py: the run directory cannot be used: File too large: "
+            f"{tmp_path / 'run' / 'checkpoints'}."
+        ],
+    )
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert main(*tiny) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 240
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_a_screen_that_takes_no_lines_is_one_line(environment):
+    command = [sys.executable, TRAIN, "--help"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr == "train.py: [Errno 28] No space left on device\n"
+
+
 def test_an_environment_that_jax_refuses_is_one_line(train, environment):
     result = train("--epochs=1", env=environment | {"JAX_NUM_CPU_DEVICES": "many"})
     assert result.returncode == 2

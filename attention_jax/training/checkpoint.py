@@ -7,12 +7,19 @@ holds a fingerprint of the arrays, because orbax itself has no checksum.
 Importing this module is cheap; orbax (about a second) is imported when a directory is opened.
 """
 
+import contextlib
+import errno
+import functools
 import hashlib
+import itertools
 import logging
+import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,7 +41,8 @@ class Checkpoints:
     """The checkpoints of one run, one numbered directory per step.
 
     Only one process may write a directory. Unfinished checkpoints (their names contain "tmp") of an
-    earlier, killed process are removed on opening.
+    earlier, killed process are removed on opening. What cannot be written, on a full disk say, is
+    an OSError of `save`, `wait` or `close`; the checkpoints before it stay as they are.
 
     Args:
         directory: Created when missing.
@@ -50,6 +58,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 2 checkpoints: got {keep}.")
         self.directory = local_path(directory, "directory").absolute()
         self._read_only = read_only
+        self._has_failed = False
         self._manager = _open(self.directory, keep, read_only)
 
     def latest_step(self) -> int | None:
@@ -75,12 +84,11 @@ class Checkpoints:
             "key_types": key_types,
             "config": dict(config or {}),
         }
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
+        with self._writing():
+            saved = self._manager.save(step, args=args)
         if not saved:
             raise RuntimeError(
                 f"{self.directory} already holds step {self.latest_step()}, after step {step}."
@@ -128,11 +136,17 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then ends the writer."""
-        self._manager.close()
+        if self._has_failed:
+            with contextlib.suppress(Exception):  # It has been raised once.
+                self._manager.close()
+            return
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,22 +159,41 @@ class Checkpoints:
     ) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Of whatever orbax runs in its threads.
+            self._has_failed = True
+            # Of the storage layer's long sentence only what the system said.
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            number = int(number[1]) if number else getattr(error, "errno", None)
+            reason = _in_short(error) if number is None else os.strerror(number)
+            raise OSError(number or errno.EIO, reason, str(self.directory)) from error
+
     def _newest_whole(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         self.wait()
         steps = sorted(self._manager.all_steps(read=True), reverse=True)
         broken = []
         for step in steps:
-            try:
-                found = self._read(step)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                broken.append((step, error))
-                continue
+            with warnings.catch_warnings():
+                # Of what was still to be awaited when another part could not be read.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                try:
+                    found = self._read(step)
+                except MemoryError:
+                    raise
+                except Exception as error:  # Damage may lead orbax anywhere.
+                    broken.append((step, _in_short(error)))
+                    continue
             # Only now: with nothing whole to fall back on, all is left as it is.
-            for step_and_error in broken:
-                self._set_aside(*step_and_error)
+            for step_and_reason in broken:
+                self._set_aside(*step_and_reason)
             return found
         if steps:
-            raise RuntimeError(f"every checkpoint in {self.directory} is broken: {steps}.")
+            raise RuntimeError(
+                f"every checkpoint in {self.directory} is broken: {steps}. {broken[0][1]}"
+            )
         return None
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -171,13 +204,15 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
         )
         arrays, about = found["state"], found["about"]
+        if about["step"] != step:
+            raise ValueError(f"it is of step {about['step']}")
         if fingerprint(arrays) != about["fingerprint"]:
             raise ValueError("the arrays do not match their fingerprint")
+        for path, kind in about["key_types"].items():
+            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=kind)
         return arrays, about
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        # One line: the storage layer below orbax explains itself at length.
-        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+    def _set_aside(self, step: int, reason: str) -> None:
         print(
             f"Checkpoint {self.directory / str(step)} is broken, falling back to the one before: "
             f"{reason}",
@@ -185,7 +220,9 @@ class Checkpoints:
         )
         if not self._read_only:
             # Not deleted, and not left in the way of the run, which will come to this step again.
-            (self.directory / str(step)).rename(self.directory / f"{step}.broken")
+            names = (f"{step}.broken{number or ''}" for number in itertools.count())
+            aside = next(place for name in names if not (place := self.directory / name).exists())
+            (self.directory / str(step)).rename(aside)
             self._manager.reload()
 
 
@@ -223,28 +260,51 @@ def fingerprint(tree: PyTree) -> str:
 
 
 def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager":
-    # Orbax tells its life on absl's logger at every step; its errors are enough.
-    absl_logger = logging.getLogger("absl")
-    if _not_orbax_chatter not in absl_logger.filters:
-        absl_logger.addFilter(_not_orbax_chatter)
+    _quiet_orbax()
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers
 
     if not read_only:
+        directory.mkdir(parents=True, exist_ok=True)
         # By hand: orbax's own cleanup_tmp_directories works in the background, and neither reading
         # nor closing waits for it.
         for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished)
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            else:
+                unfinished.unlink()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
-        create=not read_only,
+        create=False,
         read_only=read_only,
     )
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "about"))
 
 
-def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+@functools.cache
+def _quiet_orbax() -> None:
+    """Keeps off the screen what orbax and its threads print; what is wrong is raised, too.
+
+    Orbax tells its life on absl's logger at every step. Where one array of many cannot be read or
+    written, it ends the event loop; the answers for the others then find neither the loop nor one
+    who asks for them.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.msg or "OCDBT" not in record.getMessage()
+    )
+    hook = sys.unraisablehook
+
+    def unraisable(error: Any) -> None:
+        if (error.exc_type, str(error.exc_value)) != (RuntimeError, "Event loop is closed"):
+            hook(error)
+
+    sys.unraisablehook = unraisable
+
+
+def _in_short(error: Exception) -> str:
+    """One line: the storage layer below orbax explains itself at length."""
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
 
 
 def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -285,9 +345,6 @@ def _from_arrays(
 ) -> PyTree:
     """The opposite of `_to_arrays`, of the paths that begin with `prefix`."""
     found = {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
-    for path, kind in about["key_types"].items():
-        if path.startswith(prefix):
-            found[path.removeprefix(prefix)] = jax.random.wrap_key_data(arrays[path], impl=kind)
     wanted = _leaves(like)
 
     def describe(tree: Mapping[str, Any], path: str) -> str:

@@ -538,7 +538,7 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     if values.help:
-        print(_help())
+        print(_help(), flush=True)
         raise SystemExit(0)
 
     given = {name: values[name].value for name in _FLAT_FLAGS if values[name].value is not None}

@@ -13,6 +13,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -492,6 +493,7 @@ def _train(config, program, state, store, started, stop):
                 waiting = None
                 store.save(state)
             if stop.number and not last:
+                store.wait()  # Or it may not say that it has saved.
                 name = signal.Signals(stop.number).name
                 saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
                 raise Interrupted(
@@ -745,6 +747,8 @@ def _keep_compiled_programs():
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # On a full disk they are compiled anew each time; jax tells of each of them, in two lines.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _versions():

@@ -94,7 +94,9 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        # Each row is with the system already, or its write has told why not.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _rows_up_to(last_step, file):
@@ -123,9 +125,11 @@ def _rows_up_to(last_step, file):
 def _row(line):
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+        return None
+    return row if all(isinstance(value, int | float) for value in row.values()) else None
 
 
 class TensorBoard:
@@ -141,10 +145,21 @@ class TensorBoard:
             return
         if self._events is None and not self._open():
             return
-        for name in row.keys() - set(_COUNTERS):
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = []
+        for name in sorted(row.keys() - set(_COUNTERS)):
             # A tag may hold no "@", "=" or ",": the slices of a metric stand below it.
             tag = re.sub(r"[^-/\w.]", "_", name.replace("@", "/"))
-            self._events.add_scalar(tag, row[name], row["step"])
+            values.append(Summary.Value(tag=tag, simple_value=row[name]))
+        summary = Summary(value=values)
+        self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk."""
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         if self._events is not None:
@@ -153,13 +168,19 @@ class TensorBoard:
     def _open(self) -> bool:
         try:
             # Seconds, where torch is installed: the first epochs train meanwhile.
-            from tensorboardX import SummaryWriter
+            from tensorboardX import event_file_writer
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             self._absent = True
             print("tensorboardX is not installed: no TensorBoard events.")
             return False
+        # Not its SummaryWriter: that writes in a thread, which a full disk ends with a traceback,
+        # and then waits for the thread.
+        self._directory.mkdir(exist_ok=True)
+        self._events = event_file_writer.EventsWriter(str(self._directory / "events"))
         # What a killed process wrote behind the checkpoint is hidden, not drawn twice.
-        self._events = SummaryWriter(str(self._directory), purge_step=self._last_step + 1)
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=self._last_step + 1, session_log=start))
         return True
 
 

@@ -209,7 +209,7 @@ def clear(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     """What the file system refuses, a full disk say, ends the run in one line."""
     try:
         yield
@@ -235,7 +235,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: ConfigDict):
         self.path = path
         self._config = config.to_dict()
-        with _reported(path):
+        with reported(path):
             self._checkpoints = Checkpoints(path / CHECKPOINTS, keep=config.checkpoint.keep)
         self._writers = contextlib.ExitStack()
         self.step = 0
@@ -255,12 +255,16 @@ class RunDirectory:
         result_file = self.path / "result.json"
         with refused():
             result = read_json(result_file)
+        for name, value in (result or {}).items():
+            if isinstance(value, str) != (name in ("fingerprint", "best_by")):
+                raise ConfigError(f"{result_file} is not of a run: {name} is {value!r}.")
         if result is not None and not isinstance(result.get("step"), int):
             raise ConfigError(f"{result_file} is not of a run: it holds no step.")
         state = None
         if self._checkpoints.latest_step() is not None:
             try:
-                state = self._checkpoints.restore(jax.eval_shape(init))
+                with reported(self.path):
+                    state = self._checkpoints.restore(jax.eval_shape(init))
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(f"the run directory {self.path}: {error}") from error
             self.step = int(state.step)
@@ -269,7 +273,7 @@ class RunDirectory:
                 f"the run directory {self.path} is complete, but its checkpoints are gone: remove "
                 f"{result_file.name} to train again."
             )
-        with _reported(self.path):
+        with reported(self.path):
             try:
                 self._lines = JsonLines(self.path / "metrics.jsonl", self.step)
             except ValueError as error:
@@ -278,6 +282,8 @@ class RunDirectory:
             self._events = TensorBoard(self.path / "tensorboard", self.step)
             self._writers.callback(self._events.close)
             self.rows = list(self._lines.rows)
+            if self.rows and "seconds" not in self.rows[-1]:
+                raise ConfigError(f"{self.path / 'metrics.jsonl'}: its last row has no seconds.")
             if result is not None and result["step"] != self.step:
                 result_file.unlink()
                 result = None
@@ -285,15 +291,21 @@ class RunDirectory:
         return state
 
     def write(self, row: Row) -> None:
-        with _reported(self.path):
+        with reported(self.path):
             self._lines.write(row)
             self._events.write(row)
 
     def save(self, state: TrainState) -> None:
         """Saves the state; the rows up to its step must have been written."""
-        with _reported(self.path):
+        with reported(self.path):
             self._lines.sync()
+            self._events.sync()
             self._checkpoints.save(state, self._config)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on the disk."""
+        with reported(self.path):
+            self._checkpoints.wait()
 
     def complete(self, result: dict[str, Any]) -> str:
         """Writes `result.json`, last and in one stroke: a result means that all else is there.
@@ -301,7 +313,7 @@ class RunDirectory:
         Returns:
             What was saved, in a line for the user.
         """
-        with _reported(self.path):
+        with reported(self.path):
             self._checkpoints.wait()
             write_json(self.path / "result.json", result)
         self.result = result
@@ -310,7 +322,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Returns when what was saved is on the disk."""
-        with self._writers:
+        with reported(self.path), self._writers:
             self._checkpoints.close()
 
     def __str__(self) -> str:
@@ -334,6 +346,9 @@ class NoDirectory:
     def save(self, state: TrainState) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
     def complete(self, result: dict[str, Any]) -> str:
         return "nothing saved: no --workdir"
 
@@ -344,11 +359,16 @@ class NoDirectory:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a file in one stroke: a reader, or a killed process, finds all of it or nothing."""
     text = to_json(value, indent=2)
-    with open(unfinished(path), "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished(path), path)
+    try:
+        with open(unfinished(path), "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished(path), path)
+    except OSError as error:
+        _try(os.remove, unfinished(path))
+        # `file.write` names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def unfinished(path: Path) -> Path:

@@ -24,11 +24,11 @@ from attention_jax import report
 from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import experiment
 from attention_jax.training.checkpoint import restore_params
-from attention_jax.training.config import ConfigError, Target, flatten, trials
+from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS, Launcher
 from attention_jax.training.metrics import Busy, Console, JsonLines
-from attention_jax.training.run_directory import NoDirectory, write_json
+from attention_jax.training.run_directory import NoDirectory, reported, write_json
 from attention_jax.training.step import all_finite, first_bad_step, not_finite
 from attention_jax.types import Array, PyTree, TrainState
 
@@ -249,6 +249,8 @@ def _run(config, configs, axes, launcher, groups, store, started):
         state = store.restore(lambda: _like(groups))
         log = _Log(configs, axes, state, directory, files)
         if store.result is not None:
+            if len(store.result.get("trials") or ()) != len(configs):
+                raise ConfigError(f"{directory / 'result.json'} is not of this sweep.")
             experiment.say(
                 f"{store} holds this sweep, complete, nothing to do.", log.table(store.result)
             )
@@ -267,7 +269,8 @@ def _run(config, configs, axes, launcher, groups, store, started):
         metrics = _summary(configs, axes, launcher, groups, params, log, step)
     experiment.say(log.table(metrics), *_best_line(metrics, directory))
     if directory is not None:
-        log.draw(metrics, directory / "sweep.png")
+        with reported(directory):
+            log.draw(metrics, directory / "sweep.png")
     experiment.say(store.complete(metrics))
     return Result(metrics, log.histories, params)
 
@@ -362,15 +365,13 @@ class _Log:
         num_steps = configs[0].train.steps_per_epoch
         for number, config in enumerate(configs):
             place = trial_directory(directory, number)
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(place / "config.json", {"config": config.to_dict()})
             last = 0 if state is None else int(state.step)
             if self.diverged[number]:  # In an epoch of which it has no row.
                 last = (self.diverged[number] - 1) // num_steps * num_steps
-            try:
+            with refused(), reported(place):
+                place.mkdir(parents=True, exist_ok=True)
+                write_json(place / "config.json", {"config": config.to_dict()})
                 lines = JsonLines(place / "metrics.jsonl", int(self.reached[number] or last))
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
             self._lines.append(files.enter_context(closing(lines)))
             self.histories[number] = lines.rows
 
@@ -381,13 +382,15 @@ class _Log:
 
     def write(self, number, row):
         if self._lines:
-            self._lines[number].write(row)  # To the rows too.
+            with reported(self.directory):
+                self._lines[number].write(row)  # To the rows too.
         else:
             self.histories[number].append(row)
 
     def sync(self):
-        for lines in self._lines:
-            lines.sync()
+        with reported(self.directory):
+            for lines in self._lines:
+                lines.sync()
 
     def runs(self, metrics):
         """The trials as a report knows them."""
@@ -511,6 +514,7 @@ def _train(config, launcher, groups, states, log, store, started, stop):
             if epoch == epochs or saves or not log.active.any():
                 _save(step, launcher, groups, states, log, store)
             if stop.number and epoch < epochs and log.active.any():
+                store.wait()  # Or it may not say that it has saved.
                 name = signal.Signals(stop.number).name
                 saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
                 raise experiment.Interrupted(
@@ -550,7 +554,9 @@ def _summary(configs, axes, launcher, groups, params, log, step):
                 found["diverged_step"] = int(log.diverged[number])
             results[number] = {"trial": number, **swept, **found}
             if log.directory is not None:
-                write_json(trial_directory(log.directory, number) / "result.json", results[number])
+                place = trial_directory(log.directory, number)
+                with reported(place):
+                    write_json(place / "result.json", results[number])
     seconds = max((history[-1]["seconds"] for history in log.histories if history), default=0.0)
     total = sum(result["step"] for result in results)
     metrics = {
