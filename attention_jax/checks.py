@@ -1,9 +1,11 @@
-"""The errors that a caller can cause, each said once and in the caller's words."""
+"""What stands at every door: the errors that a caller can cause, each said once and in the caller's
+words, and the modes of JAX that what is inside does not mind."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,22 @@ from attention_jax.types import Array
 
 # The types to compute in. Narrower ones, as float8_e4m3fn, are for storage: cast them first.
 FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64")))
+
+
+@contextlib.contextmanager
+def jax_defaults() -> Iterator[None]:
+    """What JAX has by default, for a block or a function: it decorates one too.
+
+    Strict modes forbid promotions that the caller did not mean. Those of this package are meant:
+    positions of queries `[t, 1]` meet those of keys `[s]`. And random bits for a whole array are
+    the same whatever they are drawn under.
+    """
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.threefry_partitionable(True),
+    ):
+        yield
 
 
 def check_floating(name: str, array: Array) -> None:
@@ -75,6 +93,7 @@ def as_floating(name: str, array: Array) -> Array:
     return jnp.asarray(array)
 
 
+@jax_defaults()
 def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     """`array` as an array of at least `axes` axes of integers, or the error that says why not.
 

@@ -15,6 +15,7 @@ from attention_jax.checks import (
     as_size,
     check_broadcastable,
     check_flags,
+    jax_defaults,
 )
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
@@ -66,11 +67,10 @@ class Dropout(nn.Module):
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         if deterministic or (not isinstance(self.rate, jax.core.Tracer) and self.rate == 0):
             return x
-        rng = as_rng("dropout", self.make_rng("dropout"))
-        # As is the default: which numbers are kept does not depend on what JAX is set to.
-        with jax.threefry_partitionable(True):
+        with jax_defaults():
+            rng = as_rng("dropout", self.make_rng("dropout"))
             kept = jax.random.bernoulli(rng, jnp.float32(1 - self.rate), x.shape)
-        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+            return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class ShortConvolution(nn.Module):

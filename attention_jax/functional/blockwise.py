@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention_jax.checks import jax_defaults
 from attention_jax.functional.dropout import keep_tile, row_words
 from attention_jax.functional.masks import Keys
 from attention_jax.functional.mesh import axes_of, on_each_device
@@ -336,7 +337,10 @@ def blockwise_attention(
     if rate is not None:
         out /= 1 - rate
     out = out.astype(query.dtype)
-    return (out, jnp.where(empty, -jnp.inf, peak + log_total)) if return_residual else out
+    if not return_residual:
+        return out
+    with jax.debug_infs(False):  # -inf is a word here, not an accident.
+        return out, jnp.where(empty, -jnp.inf, peak + log_total)
 
 
 class Request(NamedTuple):
@@ -373,11 +377,11 @@ def _attend(request, query, key, value, softcap, bias, mask, drop):
 
 
 def _as_precise(rule):
-    """`rule` in the precision of the call: jax traces it later, maybe outside of that context."""
+    """`rule` in the context of the call: jax traces it later, maybe outside of that."""
 
     @functools.wraps(rule)
     def traced(request, *arguments):
-        with jax.default_matmul_precision(request.precision):
+        with jax.default_matmul_precision(request.precision), jax_defaults():
             return rule(request, *arguments)
 
     return traced

@@ -2,13 +2,14 @@
 
 import jax.numpy as jnp
 
-from attention_jax.checks import as_floating, check_number, check_qkv
+from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.types import Array
 
 
+@jax_defaults()
 def differential_attention(
     query: Array,
     key: Array,
@@ -94,6 +95,7 @@ def differential_attention(
     return difference.astype(query.dtype)
 
 
+@jax_defaults()
 def reparametrized_lambda(
     query_1: Array, key_1: Array, query_2: Array, key_2: Array, lambda_init: float
 ) -> Array:

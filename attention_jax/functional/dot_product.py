@@ -21,6 +21,7 @@ from attention_jax.checks import (
     check_number,
     check_qkv,
     check_rate,
+    jax_defaults,
 )
 from attention_jax.functional.biases import Bias, as_bias
 from attention_jax.functional.blockwise import blockwise_attention
@@ -33,6 +34,7 @@ from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
 
+@jax_defaults()
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -132,6 +134,7 @@ def _compute(name, query, key, value, options, *, block_size):
     return blockwise_attention(query, key, value, **options, block_size=block_size)
 
 
+@jax_defaults()
 def explain(*arguments, **options) -> Choice:
     """Which implementation `dot_product_attention` takes, why, and what it costs.
 
@@ -212,6 +215,7 @@ def _prepare(
     return implementation, reason, (query, key, value), options
 
 
+@jax_defaults()
 def attention_weights(
     query: Array,
     key: Array,
@@ -258,8 +262,9 @@ def _dense(query, key, value, *, bias, mask, scale, softcap, sinks, rate, rng, r
     if not return_residual:
         return mixed
     empty = total == 0
-    residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
-    return mixed, jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
+    with jax.debug_infs(False):  # -inf is a word here, not an accident.
+        residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
+        return mixed, jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
 
 
 def _logits(query, key, bias, mask, scale, softcap) -> tuple[Array, Array | None]:

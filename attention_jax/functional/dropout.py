@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import as_rng
+from attention_jax.checks import as_rng, jax_defaults
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
@@ -51,6 +51,7 @@ def keep_tile(words: Array, rate: float | Array, at: Tile) -> Array:
     return bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
 
 
+@jax_defaults()
 def keep_mask(
     rng: Array,
     rate: float | Array,

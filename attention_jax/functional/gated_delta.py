@@ -8,12 +8,13 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import as_size, check_floating, check_qkv
+from attention_jax.checks import as_size, check_floating, check_qkv, jax_defaults
 from attention_jax.functional.masks import Mask, as_mask, causal, is_causal
 from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
 
 
+@jax_defaults()
 def gated_delta_attention(
     query: Array,
     key: Array,
@@ -125,6 +126,7 @@ def _compute(query, key, value, log_decay, beta, *, chunk_size):
     return jnp.swapaxes(out, -2, -3).astype(out_dtype)
 
 
+@jax_defaults()
 def causal_convolution(x: Array, kernel: Array) -> Array:
     """Mixes every feature with its own last few values, `[..., T, D] -> [..., T, D]`.
 
@@ -138,6 +140,7 @@ def causal_convolution(x: Array, kernel: Array) -> Array:
     return sum(kernel[i] * padded[..., i : i + T, :] for i in range(width))
 
 
+@jax_defaults()
 def unit_length(x: Array) -> Array:
     """`x` over its length along the last axis; zeros stay zeros."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from attention_jax.checks import as_size, check_qkv
+from attention_jax.checks import as_size, check_qkv, jax_defaults
 from attention_jax.functional.masks import Mask, as_mask, is_causal
 from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
@@ -20,6 +20,7 @@ def elu_plus_one(x: Array) -> Array:
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
+@jax_defaults()
 def linear_attention(
     query: Array,
     key: Array,

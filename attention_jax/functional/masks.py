@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.checks import as_integers, as_size, check_alike, is_array
+from attention_jax.checks import as_integers, as_size, check_alike, is_array, jax_defaults
 from attention_jax.functional.positions import Standing, in_documents
 from attention_jax.functional.tiles import (
     FARTHEST,
@@ -105,6 +105,7 @@ class Mask(Rule):
                     padding.append(~part.tile(at).reshape(*shape[:-3], shape[-1]))
         return in_documents(length, documents, padding) if documents or padding else None
 
+    @jax_defaults()
     def materialize(self, T: int, S: int) -> Array:
         """The whole mask as a boolean array, `[T, S]` or `[..., N or 1, T, S]`.
 

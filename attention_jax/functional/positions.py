@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import as_size, check_floating, check_number, is_real
+from attention_jax.checks import as_size, check_floating, check_number, is_real, jax_defaults
 from attention_jax.types import Array
 
 
+@jax_defaults()
 def rotary(
     x: Array,
     positions: Array | None = None,
@@ -97,6 +98,7 @@ def sinusoidal(num_positions: int, features: int) -> Array:
     return sinusoidal_at(jnp.arange(num_positions), features)
 
 
+@jax_defaults()
 def sinusoidal_at(positions: Array, features: int) -> Array:
     """The rows of `sinusoidal` at any positions, `[...] -> [..., features]`."""
     waves = jnp.arange(features // 2, dtype=jnp.float32)

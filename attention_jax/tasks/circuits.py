@@ -65,7 +65,7 @@ def circuit(
     counts = np.arange(1, num_bits + 1, dtype=np.int32)
 
     def make_row(rng: Array) -> Batch:
-        bits = jax.random.bernoulli(rng, 0.5, (num_bits,)).astype(jnp.int32)
+        bits = jax.random.bernoulli(rng, np.float32(0.5), (num_bits,)).astype(jnp.int32)
         targets = rule(jnp.cumsum(bits), counts).astype(jnp.int32)
         if cumulative:
             inputs, positions = bits, jnp.asarray(counts - 1)

@@ -89,7 +89,8 @@ def stream_of_pairs(
         if noise_rate:
             which_rng, spared_rng, token_rng = jax.random.split(noise_rng, 3)
             spared = jax.random.randint(spared_rng, (), 0, num_pairs - 1, jnp.int32)
-            noisy = jax.random.bernoulli(which_rng, noise_rate, (num_pairs,)) & (index != spared)
+            noisy = jax.random.bernoulli(which_rng, np.float32(noise_rate), (num_pairs,))
+            noisy &= index != spared
         else:
             noisy = jnp.zeros(num_pairs, bool)
         new = ~noisy & (first_equal(jnp.where(noisy, -1, keys)) == index)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from attention_jax.checks import as_rng
+from attention_jax.checks import as_rng, jax_defaults
 from attention_jax.types import Array, Batch, PyTree
 
 
@@ -46,11 +46,10 @@ def per_row(make_row: Callable[[Array], PyTree]) -> Callable[[Array, Array], PyT
         `(rng, rows [B]) -> ` the arrays with it, whose row r comes from `fold_in(rng, r)`.
     """
 
+    @jax_defaults()
     def sample(rng: Array, rows: Array) -> PyTree:
         rng = as_rng("rng", rng)
-        # As is the default: the numbers are the same whatever JAX is set to.
-        with jax.threefry_partitionable(True):
-            return jax.vmap(lambda row: make_row(jax.random.fold_in(rng, row)))(rows)
+        return jax.vmap(lambda row: make_row(jax.random.fold_in(rng, row)))(rows)
 
     return sample
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.checks import as_size
+from attention_jax.checks import as_size, jax_defaults
 from attention_jax.tasks.task import Task, per_row
 from attention_jax.types import Array, Batch
 
@@ -104,6 +104,7 @@ def attention_layer(inputs: Array, query: Array, key: Array, value: Array, out: 
     return mixed.reshape(*inputs.shape[:2], N * H) @ out.reshape(N * H, D)
 
 
+@jax_defaults()
 def loss_of_mean(batch: Batch) -> Array:
     """Mean squared error of the best constant vector on this batch."""
     weights = batch.weights[..., None] / batch.weights.sum()

@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax import __version__
+from attention_jax.checks import jax_defaults
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task
 from attention_jax.training import step as steps
@@ -303,7 +304,7 @@ def make_functions(
 
     def init() -> TrainState:
         example = task.sample(stream(_TRAIN), jnp.arange(1))
-        with jax.threefry_partitionable(True):
+        with jax_defaults():
             variables = model.init(
                 stream(_PARAMS),
                 example.inputs,

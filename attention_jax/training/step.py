@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from attention_jax.checks import as_rng
+from attention_jax.checks import as_rng, jax_defaults
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 Sums = dict[str, Array]
@@ -145,8 +145,9 @@ def make_train_step(
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
         grads = jax.tree.map(lambda g: g / sums["weight"].astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax_defaults():  # optax takes powers of a float to a step.
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads)}
         sound = all_finite(metrics)
         if isinstance(opt_state, SkipState):
