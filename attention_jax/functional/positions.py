@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.checks import as_size, check_floating, check_number, is_real, jax_defaults
+from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.types import Array
 
 
@@ -129,14 +130,20 @@ def in_documents(length: int, ids: Sequence[Array], padding: Sequence[Array]) ->
         padding: Booleans `[..., T]`: tokens of which one is True are of no document.
     """
     shape = jnp.broadcast_shapes((length,), *(x.shape for x in (*ids, *padding)))
-    hidden = functools.reduce(jnp.logical_or, padding, jnp.zeros(shape, bool))
-    groups = [hidden.astype(jnp.int32), *(jnp.broadcast_to(x, shape) for x in ids)]
-    index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    # Sorted, a document is in one piece, its tokens in their order; the second sort goes back.
-    *groups, order = lax.sort((*groups, index), num_keys=len(groups))
-    begins = index == 0
-    for group in groups:
-        begins |= group != jnp.roll(group, 1, axis=-1)
-    first = lax.cummax(jnp.where(begins, index, 0), axis=len(shape) - 1)
-    positions = jnp.where(groups[0] == 1, 0, index - first)
-    return Standing(*lax.sort((order, positions, index), num_keys=1)[1:])
+    rows = max((*ids, *padding), key=lambda x: (x.ndim, x.size))
+    split = partition_of(rows, *range(rows.ndim - 1), None)
+
+    def sort(ids, padding):
+        hidden = functools.reduce(jnp.logical_or, padding, jnp.zeros(shape, bool))
+        groups = [hidden.astype(jnp.int32), *(jnp.broadcast_to(x, shape) for x in ids)]
+        index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        # Sorted, a document is in one piece, its tokens in their order; the second sort goes back.
+        *groups, order = lax.sort((*groups, index), num_keys=len(groups))
+        begins = index == 0
+        for group in groups:
+            begins |= group != jnp.roll(group, 1, axis=-1)
+        first = lax.cummax(jnp.where(begins, index, 0), axis=len(shape) - 1)
+        positions = jnp.where(groups[0] == 1, 0, index - first)
+        return Standing(*lax.sort((order, positions, index), num_keys=1)[1:])
+
+    return in_auto(sort, (ids, padding), Standing(split, split))
