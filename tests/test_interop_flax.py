@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import assert_close, random_qkv
+from cases import Sizes, assert_close, random_qkv
 from flax import linen, nnx
 
 from attention_jax import dot_product_attention, explain
@@ -71,11 +71,55 @@ def test_is_causal_is_honoured():
     assert abs(causal - call(ours, X)).max() > 1e-3
 
 
+def test_is_causal_while_decoding_sees_the_whole_past():
+    layer = nnx.MultiHeadAttention(3, 12, decode=True, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+    whole = layer(X, decode=False, is_causal=True)
+    layer.init_cache(X.shape)
+    steps = [layer(X[:, t : t + 1], is_causal=True) for t in range(X.shape[1])]
+    assert_close(jnp.concatenate(steps, 1), whole, 1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 3, 7])
+def test_is_causal_is_refused_where_queries_stand_nowhere_known(T):
+    with pytest.raises(NotImplementedError, match=f"is_causal.*T={T} and S=5"):
+        attention_fn(jnp.ones((2, T, 1, 4)), *[jnp.ones((2, 5, 1, 4))] * 2, is_causal=True)
+
+
+def test_is_causal_with_a_mask_of_several_new_tokens_is_refused():
+    query, key = jnp.ones((2, 2, 1, 4)), jnp.ones((2, 5, 1, 4))
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        attention_fn(query, key, key, mask=jnp.ones((2, 1, 2, 5), bool), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["qk_attn_weights_einsum", "attn_weights_value_einsum"])
+def test_an_einsum_of_the_callers_own_is_refused(name):
+    layer = linen.MultiHeadDotProductAttention(
+        num_heads=3, attention_fn=attention_fn, **{f"{name}_cls": lambda: jnp.einsum}
+    )
+    with pytest.raises(NotImplementedError, match=name):
+        layer.init(jax.random.key(0), X)
+
+
+def test_a_softmax_in_float32_is_what_there_is():
+    make = lambda **options: linen.MultiHeadDotProductAttention(
+        num_heads=3, attention_fn=attention_fn, dtype="bfloat16", **options
+    )
+    variables = make().init(jax.random.key(0), X)
+    forced = make(force_fp32_for_softmax=True).apply(variables, X)
+    np.testing.assert_array_equal(forced, make().apply(variables, X))
+
+
+def test_shapes_are_checked_before_dropout_is_refused():
+    query, key = jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 2, 3))
+    with pytest.raises(ValueError, match="head size"):
+        attention_fn(query, key, key, dropout_rate=0.5, dropout_rng=jax.random.key(0))
+
+
 def test_is_causal_and_a_mask_hold_together():
-    query, key, value = random_qkv()
+    query, key, value = random_qkv(Sizes(T=7))
     mask = np.arange(7) > 0
     out = attention_fn(query, key, value, mask=mask, is_causal=True)
-    want, _ = oracles.dot_product(query, key, value, mask=oracles.causal(5, 7) & mask)
+    want, _ = oracles.dot_product(query, key, value, mask=oracles.causal(7, 7) & mask)
     assert_close(out, want, 2e-6)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import check_dtype, check_flag
+from attention_jax.checks import check_dtype, check_flag, check_qkv
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -28,6 +28,9 @@ def attention_fn(
     precision: jax.lax.Precision | str | None = None,
     module=None,
     is_causal: bool = False,
+    force_fp32_for_softmax: bool = False,
+    qk_attn_weights_einsum=None,
+    attn_weights_value_einsum=None,
     **options,
 ) -> Array:
     """`dot_product_attention` behind the signature that flax calls: `attention_fn=` of
@@ -43,29 +46,46 @@ def attention_fn(
         precision: Of the matrix products, "default", "high" or "highest" or a
             `jax.lax.Precision`.
         module: Where the weights `[..., N, T, S]` are sown as `attention_weights`, before dropout.
-        is_causal: Query t sees the keys s <= t, beside what `mask` says.
+        is_causal: Query t sees the keys s <= t, beside what `mask` says. For a single query beside
+            several keys the mask says it all: so nnx decodes, with the new token's place in the
+            cache in its mask. Any other number of queries than of keys is refused.
+        force_fp32_for_softmax: Always honoured: the softmax is in float32 at least.
+        qk_attn_weights_einsum, attn_weights_value_einsum: What linen makes of a layer's
+            `..._einsum_cls`. Refused: the products are those of this package.
         **options: Further arguments of `dot_product_attention`.
 
     Returns:
         `[..., T, N, V]`.
 
     Raises:
-        NotImplementedError: `broadcast_dropout=True` with dropout, or a precision by operand.
+        NotImplementedError: `broadcast_dropout=True` with dropout, a precision by operand, an
+            einsum of the caller's own, or `is_causal` where it is not known where queries stand.
     """
     check_flag("broadcast_dropout", broadcast_dropout)
     check_flag("is_causal", is_causal)
+    check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    query, key, value = check_qkv(query, key, value)
+    for name, einsum in (
+        ("qk_attn_weights_einsum", qk_attn_weights_einsum),
+        ("attn_weights_value_einsum", attn_weights_value_einsum),
+    ):
+        if einsum is not None:
+            raise NotImplementedError(
+                f"{name} (a layer's {name}_cls) must be None: the products are those of this "
+                "package."
+            )
     if broadcast_dropout and dropout_rate > 0 and not deterministic:
         raise NotImplementedError(
             "broadcast_dropout=True would drop the same weights in all batch rows and heads; here "
             "they are independent: give the layer broadcast_dropout=False."
         )
-    if dtype is not None:
-        check_dtype("dtype", dtype)
-        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
     if mask is not None and not isinstance(mask, Mask):
         mask = masks.dense(jnp.asarray(mask) != 0)
     if is_causal:
-        mask = masks.causal() if mask is None else masks.causal() & mask
+        mask = _causal(mask, query.shape[-3], key.shape[-3])
     with _precision(precision):
         if module is not None:
             asked = {
@@ -83,6 +103,18 @@ def attention_fn(
             deterministic=deterministic,
             **options,
         )
+
+
+def _causal(mask: Mask | None, T: int, S: int) -> Mask:
+    """`mask` without the future of T queries, the first of which stands at the first key."""
+    if T == 1 and S > 1 and mask is not None:
+        return mask  # The newest token: all that it may not see is in the mask.
+    if T != S:
+        raise NotImplementedError(
+            f"is_causal=True needs as many queries as keys, or one query and a mask, got {T=} and "
+            f"{S=}: give mask=masks.causal(offset), which says where the queries stand."
+        )
+    return masks.causal() if mask is None else masks.causal() & mask
 
 
 def _precision(precision):
