@@ -230,6 +230,46 @@ def test_slices_are_evaluated_beside_the_task(tmp_path, capsys):
     assert result.metrics["fingerprint"] == experiment.run(tiny()).metrics["fingerprint"]
 
 
+def test_a_task_that_holds_out_is_evaluated_on_what_it_holds_out(tmp_path, monkeypatch, capsys):
+    """The held-out rows of this teacher are all 0, and so is every loss on them."""
+
+    def holding_out(**settings):
+        task = teacher(**settings)
+
+        def zeros(rng, rows):
+            batch = task.sample(rng, rows)
+            return batch._replace(inputs=0 * batch.inputs, targets=0 * batch.targets)
+
+        return task._replace(sample_held_out=zeros, held_out="rows of zeros")
+
+    teacher = experiment.TASKS["teacher"]
+    monkeypatch.setitem(experiment.TASKS, "teacher", holding_out)
+    config = tiny(train__epochs=1, model__use_bias=False, eval__slices="7")
+    result = experiment.run(config, tmp_path).metrics
+    assert result["train_loss"] > 0.1
+    assert result["eval_loss"] == result["eval_loss@7"] == result["baseline_loss"] == 0
+    assert result["held_out"] == "rows of zeros"
+    assert "held-out rows      rows of zeros" in capsys.readouterr().out
+
+
+def test_the_result_says_how_much_of_a_small_space_was_seen(tmp_path, capsys):
+    config = default_config("parity")
+    config.update_from_flattened_dict(
+        {
+            "task.seq_length": 5,
+            "model.features": 4,
+            "model.num_layers": 1,
+            "train.batch_size": 8,
+            "train.steps_per_epoch": 2,
+            "train.epochs": 2,
+            "eval.num_batches": 1,
+        }
+    )
+    words = "fresh rows of the same distribution; 16 possible rows, 32 drawn in training"
+    assert experiment.run(config, tmp_path).metrics["held_out"] == words
+    assert f"held-out rows      {words}\n" in capsys.readouterr().out
+
+
 def test_what_cannot_be_built_leaves_the_directory_to_the_next(tmp_path):
     for wrong in ({"train__slices": "0"}, {"train__target": "accuracy=0.9"}):
         with pytest.raises(ConfigError):
@@ -345,7 +385,7 @@ def test_bad_steps_are_skipped_up_to_as_many_as_allowed(hollow, tmp_path, at_ste
 def test_a_run_whose_steps_were_all_skipped_has_no_result():
     history = [{"step": step, "epoch": 1, "skipped": 1, "seconds": 0.5} for step in (1, 2)]
     with pytest.raises(experiment.Diverged, match="all 2 steps were skipped"):
-        experiment.result_metrics(tiny(optimizer__max_skipped=9), {}, history, 0.5)
+        experiment.result_metrics(tiny(optimizer__max_skipped=9), None, {}, history, 0.5)
 
 
 # Interruptions -----------------------------------------------------------------------------------

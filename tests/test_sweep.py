@@ -238,6 +238,8 @@ def test_a_trial_that_diverges_in_evaluation_keeps_finite_parameters(tmp_path):
     assert all(np.isfinite(x).all() for x in arrays.values())
     frozen = max(np.abs(x[1]).max() for path, x in arrays.items() if path.startswith("trials"))
     assert frozen > 1e9, "as its first step left it"
+    drawn = {trial.get("held_out") for trial in result.metrics["trials"]}
+    assert drawn == {None, "fresh rows of the same distribution"}, "it has no held-out metrics"
     (tmp_path / "result.json").unlink()
     again = sweep.run(tiny(launcher="pmap", **settings), axes, tmp_path)
     assert again.metrics["trials"] == result.metrics["trials"]

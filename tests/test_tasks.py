@@ -14,6 +14,7 @@ from task_rules import TASK_RULES
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.draws import draw_distinct, draw_others
 from attention_jax.tasks.memorization import draw_map
+from attention_jax.tasks.task import about_held_out
 from attention_jax.tasks.teacher import attention_layer, draw_weights
 
 # Of every task, settings at which its rule is checked; the last ones also for the statistics.
@@ -77,6 +78,35 @@ def drawn(name, seed, backwards, settings):
 
 def draw(name, seed=7, backwards=False, **settings):
     return drawn(name, seed, backwards, tuple((SMALL[name] | settings).items()))
+
+
+# Of these the different rows are not counted.
+UNCOUNTED = {
+    *("teacher", "recall", "compositional_recall", "forgetting_recall"),
+    *("in_context_recall", "noisy_recall", "fuzzy_recall", "listops"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - UNCOUNTED))
+def test_there_are_as_many_rows_as_the_task_says(name):
+    """All n are equally likely, and each is missed with a chance of (1 - 1 / n) ** draws."""
+    for settings in CASES[name]:
+        size = build(name, **settings).num_rows
+        found = len(np.unique(draw(name, **settings).inputs, axis=0))
+        expected = size * (1 - (1 - 1 / size) ** NUM_ROWS)
+        assert found <= size
+        assert abs(found - expected) <= 0.02 * expected
+
+
+def test_the_words_for_held_out_rows_tell_of_a_space_that_training_has_seen():
+    task = build("copy", seq_length=6, vocab_size=11)  # 1,000 rows.
+    plain = task.held_out
+    assert about_held_out(task, 9) == plain
+    assert about_held_out(task, 10) == f"{plain}; 1,000 possible rows, 10 drawn in training"
+    assert about_held_out(task._replace(num_rows=None), 10**6) == plain
+    apart = task._replace(sample_held_out=task.sample, held_out="the last tenth of the text")
+    assert about_held_out(apart, 10**6) == "the last tenth of the text"
+    assert all(build(name, **SMALL[name]).num_rows is None for name in UNCOUNTED)
 
 
 def even(choices):

@@ -74,4 +74,6 @@ def circuit(
             targets = targets[-1:]
         return Batch(inputs, targets, jnp.ones(len(targets), jnp.float32), positions)
 
-    return token_task(name, make_row, vocab_size=3, guess=("tossing a coin", 2))
+    return token_task(
+        name, make_row, vocab_size=3, guess=("tossing a coin", 2), num_rows=2**num_bits
+    )

@@ -62,5 +62,6 @@ def compression(*, seq_length: int = 63, vocab_size: int = 16) -> Task:
         make_row,
         vocab_size=vocab_size,
         guess=("guessing a token", vocab_size - 1),
+        num_rows=(vocab_size - 1) ** length,
         mask=mask,
     )

@@ -1,5 +1,6 @@
 """Copying: attention by position. In order, backwards, sorted, or out of a row of blanks."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -93,7 +94,11 @@ def transcription(
         )
 
     return token_task(
-        name, make_row, vocab_size=vocab_size, guess=("guessing a token", vocab_size - 1)
+        name,
+        make_row,
+        vocab_size=vocab_size,
+        guess=("guessing a token", vocab_size - 1),
+        num_rows=(vocab_size - 1) ** length,
     )
 
 
@@ -148,4 +153,5 @@ def selective_copy(*, seq_length: int = 256, vocab_size: int = 16, num_tokens: i
         make_row,
         vocab_size=vocab_size,
         guess=("guessing a token", vocab_size - 2),
+        num_rows=math.comb(scattered, num_tokens) * (vocab_size - 2) ** num_tokens,
     )

@@ -53,5 +53,9 @@ def induction(*, seq_length: int = 64, vocab_size: int = 16) -> Task:
         )
 
     return token_task(
-        "induction", make_row, vocab_size=vocab_size, guess=("guessing a token", vocab_size - 1)
+        "induction",
+        make_row,
+        vocab_size=vocab_size,
+        guess=("guessing a token", vocab_size - 1),
+        num_rows=(seq_length - 2) * (vocab_size - 1) ** (seq_length - 2),
     )

@@ -25,6 +25,11 @@ class Task(NamedTuple):
             to its mean loss there, a scalar. A model that has learnt anything stays below.
         mask: Boolean `[T, T]`: which positions may attend to which, beside what the model says.
             None: the task does not mind.
+        sample_held_out: As `sample`, of rows that `sample` never draws. None: a model is evaluated
+            on rows of `sample`, drawn with a key that training does not use.
+        held_out: What the rows are that a model is evaluated on, in words.
+        num_rows: How many different rows `sample` can draw. None: more than can be counted, or not
+            counted here.
     """
 
     name: str
@@ -34,6 +39,28 @@ class Task(NamedTuple):
     vocab_size: int | None
     baseline: tuple[str, Callable[[Batch], Array]]
     mask: np.ndarray | None = None
+    sample_held_out: Callable[[Array, Array], Batch] | None = None
+    held_out: str = "fresh rows of the same distribution"
+    num_rows: int | None = None
+
+
+def about_held_out(task: Task, num_drawn: int) -> str:
+    """What the rows are that a model was evaluated on, for whoever reads its accuracy.
+
+    Where a percent of them or more may have been drawn in training, that is told.
+
+    Args:
+        task: What was learnt.
+        num_drawn: How many rows training has drawn.
+
+    >>> from attention_jax.tasks import TASKS
+    >>> about_held_out(TASKS["parity"](seq_length=9), 32_000)
+    'fresh rows of the same distribution; 256 possible rows, 32,000 drawn in training'
+    """
+    is_held_out = task.sample_held_out is not None
+    if is_held_out or task.num_rows is None or task.num_rows > 100 * num_drawn:
+        return task.held_out
+    return f"{task.held_out}; {task.num_rows:,} possible rows, {num_drawn:,} drawn in training"
 
 
 def per_row(make_row: Callable[[Array], PyTree]) -> Callable[[Array, Array], PyTree]:
@@ -60,12 +87,14 @@ def token_task(
     *,
     vocab_size: int,
     guess: tuple[str, int],
+    num_rows: int | None = None,
     mask: np.ndarray | None = None,
+    held_out: str = Task._field_defaults["held_out"],
 ) -> Task:
     """A task of tokens, row by row.
 
     Args:
-        name, vocab_size, mask: As in `Task`.
+        name, vocab_size, num_rows, mask, held_out: As in `Task`.
         make_row: `rng -> ` one row, a batch without the axis B.
         guess: The baseline: what one could guess among, and how many equally likely ones they are.
     """
@@ -79,4 +108,6 @@ def token_task(
         vocab_size=vocab_size,
         baseline=(words, lambda batch: loss),
         mask=mask,
+        held_out=held_out,
+        num_rows=num_rows,
     )

@@ -26,6 +26,7 @@ from attention_jax import __version__
 from attention_jax.checks import jax_defaults
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task
+from attention_jax.tasks.task import about_held_out
 from attention_jax.training import step as steps
 from attention_jax.training.checkpoint import fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
@@ -63,10 +64,10 @@ class Result(NamedTuple):
     Attributes:
         params: The trained parameters.
         metrics: What `result.json` holds: `step`, `first_loss`, `train_loss`, `eval_loss` and the
-            other metrics of the held-out batches, `seconds`, `steps_per_second`, `num_params` and
-            `fingerprint`; with a target also `target_step` and `target_seconds`, at which it was
-            reached, None where it was not; where steps may be skipped also `skipped`, how many
-            were.
+            other metrics of the held-out batches, `held_out`, which says what rows these have,
+            `seconds`, `steps_per_second`, `num_params` and `fingerprint`; with a target also
+            `target_step` and `target_seconds`, at which it was reached, None where it was not;
+            where steps may be skipped also `skipped`, how many were.
         history: What `metrics.jsonl` holds, a row for every epoch and one for the first step, whose
             `seconds` nobody knows: an epoch is one program.
     """
@@ -327,7 +328,7 @@ def make_functions(
             step = steps.make_eval_step(make_loss(task), axis_name=axis_name)
             return steps.make_evaluation(
                 step,
-                task.sample,
+                task.sample_held_out or task.sample,
                 config.eval.num_batches,
                 rng=stream(_HELD_OUT),
                 constrain=constrain,
@@ -343,7 +344,8 @@ def make_functions(
         # The rows of all held-out batches as one batch, whole whatever the launcher.
         def batch(index):
             rng = jax.random.fold_in(stream(_HELD_OUT), index)
-            return task.sample(rng, jnp.arange(config.train.batch_size))
+            sample = task.sample_held_out or task.sample
+            return sample(rng, jnp.arange(config.train.batch_size))
 
         batches = jax.vmap(batch)(jnp.arange(config.eval.num_batches))
         return task.baseline[1](jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
@@ -598,7 +600,7 @@ def _loss_first(metrics):
 def _summary(config, program, state, history, pace):
     """The result of a run that has come to its end, said and returned."""
     params = jax.device_get(state.params)
-    metrics = result_metrics(config, params, history, program.baseline(), pace)
+    metrics = result_metrics(config, program.task, params, history, program.baseline(), pace)
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
     # A mixture begins with the loss of all its parts, which is another.
     below = (
@@ -608,6 +610,7 @@ def _summary(config, program, state, history, pace):
         f"first loss         {first:.4g}",
         f"train loss         {metrics['train_loss']:.4g}",
         f"held-out loss      {final:.4g}{below}",
+        f"held-out rows      {metrics['held_out']}",
         f"baseline           {metrics['baseline_loss']:.4g}, {program.task.baseline[0]}",
     )
     if "eval_accuracy" in metrics:
@@ -631,6 +634,7 @@ def _summary(config, program, state, history, pace):
 
 def result_metrics(
     config: ConfigDict,
+    task: Task,
     params: PyTree,
     history: list[dict[str, Any]],
     baseline: Array,
@@ -639,7 +643,7 @@ def result_metrics(
     """What `result.json` holds of a run at its end; `Result` lists it.
 
     Args:
-        config: Of the run.
+        config, task: Of the run.
         params: Its parameters, in host memory.
         history: Its rows.
         baseline: The loss of the task's baseline.
@@ -659,6 +663,7 @@ def result_metrics(
         "train_loss": losses[-1],
         **{name: value for name, value in last.items() if name.startswith("eval_")},
         "baseline_loss": float(baseline),
+        "held_out": about_held_out(task, last["step"] * config.train.batch_size),
         "seconds": last["seconds"],
         # A process that trained one epoch at most was compiling all the while.
         "steps_per_second": float(f"{pace or last['step'] / last['seconds']:.4g}"),

@@ -267,7 +267,9 @@ def _run(config, configs, axes, launcher, groups, store, started):
         step = _train(config, launcher, groups, states, log, store, started, stop)
         params = _params(groups, [launcher.get_trials(params) for params, _ in states], log)
         metrics = _summary(configs, axes, launcher, groups, params, log, step)
-    experiment.say(log.table(metrics), *_best_line(metrics, directory))
+    rows = dict.fromkeys(x["held_out"] for x in metrics["trials"] if "held_out" in x)
+    experiment.say(log.table(metrics), *(f"held-out rows: {words}" for words in rows))
+    experiment.say(*_best_line(metrics, directory))
     if directory is not None:
         with reported(directory):
             log.draw(metrics, directory / "sweep.png")
@@ -538,6 +540,7 @@ def _summary(configs, axes, launcher, groups, params, log, step):
     results = [{} for _ in configs]
     for group in groups:
         baselines = launcher.get_trials(group.baseline(None, None, group.settings))
+        task = experiment.make_task(group.config)
         for i, number in enumerate(group.numbers):
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}
@@ -545,7 +548,7 @@ def _summary(configs, axes, launcher, groups, params, log, step):
             try:
                 if not log.diverged[number]:
                     found = experiment.result_metrics(
-                        configs[number], params[number], history, baselines[i]
+                        configs[number], task, params[number], history, baselines[i]
                     )
                     del found["steps_per_second"]  # Its steps were not alone on the clock.
             except experiment.Diverged:
