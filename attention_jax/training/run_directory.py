@@ -38,6 +38,8 @@ WRITTEN = (
 )
 MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
+# What `result.json` says in words; all else is numbers.
+WORDS = ("fingerprint", "best_by", "held_out")
 # What JAX may be set to that decides the numbers of a run, beside its config.
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_random_seed_offset")
 
@@ -256,7 +258,7 @@ class RunDirectory:
         with refused():
             result = read_json(result_file)
         for name, value in (result or {}).items():
-            if isinstance(value, str) != (name in ("fingerprint", "best_by")):
+            if isinstance(value, str) != (name in WORDS):
                 raise ConfigError(f"{result_file} is not of a run: {name} is {value!r}.")
         if result is not None and not isinstance(result.get("step"), int):
             raise ConfigError(f"{result_file} is not of a run: it holds no step.")
