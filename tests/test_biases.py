@@ -1,5 +1,6 @@
 """Biases are preferences by distance; their gradients are tested with the rest of attention."""
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from cases import DOT_PRODUCT, assert_close, random_qkv
 
 from attention_jax import biases, dot_product_attention
+from attention_jax.functional.tiles import Tile
 
 
 def as_added(bias, N, T, S):
@@ -179,3 +181,48 @@ def test_slopes_learn_beside_an_offset_of_each_row():
     slopes = jnp.linspace(0.1, 1, 6)
     got, want = jax.jit(lambda slopes: (jax.grad(loss)(slopes), jax.grad(by_hand)(slopes)))(slopes)
     assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["alibi", "relative"])
+def test_distances_are_those_of_positions(kind):
+    # Some of them the same, some behind others, some before the start.
+    at = np.array([[0, 3, 4, -2, 90, 3, 7], [5, 5, 1, 0, 200, -8, 2]])
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(6 if kind == "alibi" else (8, 6)).astype(np.float32)
+    make = getattr(biases, kind)
+    rule = {"bidirectional": True, "num_buckets": 8, "max_distance": 20}
+    want = np.zeros((2, 6, 5, 7))
+    for b, n, t, s in np.ndindex(want.shape):
+        here, there = at[b, t + 1], at[b, s]
+        if kind == "alibi":
+            want[b, n, t, s] = -numbers[n] * abs(here - there)
+        else:
+            want[b, n, t, s] = numbers[oracles.relative_bucket(here, there, **rule), n]
+    query, key, value = random_qkv()
+
+    def loss(numbers, attend, placed):
+        bias = make(numbers, **({} if kind == "alibi" else {"max_distance": 20}))
+        bias = biases.placed(bias, at[:, 1:6], at)
+        out = attend(query, key, value, bias if placed else bias.tile(Tile.whole(5, 7)))
+        return (out**2).sum(), out
+
+    bias = make(jnp.asarray(numbers), **({} if kind == "alibi" else {"max_distance": 20}))
+    got = biases.placed(bias, at[:, 1:6], at).tile(Tile.whole(5, 7))
+    assert_close(got, want, 1e-6)
+    for case in DOT_PRODUCT:
+        step = jax.grad(functools.partial(loss, attend=case.attend), has_aux=True)
+        both = jax.jit(lambda x, step=step: (step(x, placed=True), step(x, placed=False)))
+        for a, b in zip(*both(jnp.asarray(numbers)), strict=True):
+            assert_close(a, b, 3e-5)  # Distances of 200 are rounded in another order.
+
+
+def test_positions_that_do_not_fit_a_bias_are_refused():
+    for make, error, words in [
+        (lambda: biases.placed(biases.alibi(6), np.ones(5)), TypeError, "positions.*float64"),
+        (lambda: biases.placed(biases.alibi(6), np.array(5)), ValueError, "positions"),
+    ]:
+        with pytest.raises(error, match=words):
+            make()
+    for case in DOT_PRODUCT:
+        with pytest.raises(ValueError, match=r"placed\(alibi.*T=4, S=4.*T=5, S=7"):
+            case.attend(*random_qkv(), biases.placed(biases.alibi(6), np.arange(4)))

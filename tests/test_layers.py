@@ -24,6 +24,7 @@ from attention_jax import (
 )
 
 FlaxAttention = nn.MultiHeadDotProductAttention
+PLACES = np.arange(5)
 
 
 def normal(*shape, seed=0):
@@ -153,6 +154,57 @@ def test_grouped_heads_rotary_and_bias_are_the_functions(num_kv_heads):
 
     got, want = both(params, x)
     assert_close(got, want, 2e-6)
+
+
+GAPS = np.array([[0, 2, 3, 7], [5, 6, 1, 8]])  # Row 1 is in no order, as where documents mix.
+
+
+def test_rotary_turns_tokens_by_the_positions_that_are_given():
+    x = normal(2, 4, 12)
+    layer = MultiHeadAttention(num_heads=6, num_kv_heads=2, head_dim=4, rotary=True)
+    variables = init(layer, x)
+    params = jax.tree.map(oracles.f64, variables["params"])
+    mask = masks.causal()
+    got = jax.jit(functools.partial(layer.apply, mask=mask))(variables, x, positions=GAPS)
+    qkv = [np.asarray(project(params, name, oracles.f64(x))) for name in ("query", "key", "value")]
+    for i, b in np.ndindex(2, 2):
+        qkv[i] = np.array(qkv[i])
+        qkv[i][b] = oracles.rotary(qkv[i][b], GAPS[b])
+    mixed, _ = oracles.dot_product(*qkv, mask=oracles.causal(4, 4))
+    want = np.einsum("btnh,nhd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("make", [MultiHeadAttention, DifferentialAttention])
+def test_positions_that_are_given_decode_and_map(make):
+    x = normal(2, 4, 12)
+    layer = make(num_heads=2, head_dim=8, rotary=True)
+    variables = init(layer, x)
+    run = functools.partial(layer.apply, variables, mask=masks.causal())
+    decoder = layer.clone(decode=True)
+
+    @jax.jit
+    def program(x, at):
+        cache = decoder.init(jax.random.key(0), x)["cache"]
+        outs = []
+        for part in (slice(0, 3), slice(3, 4)):
+            state = {**variables, "cache": cache}
+            out, state = decoder.apply(state, x[:, part], positions=at[:, part], mutable=["cache"])
+            cache = state["cache"]
+            outs.append(out)
+        return (
+            run(x, positions=at),
+            jnp.concatenate(outs, axis=1),
+            jax.vmap(lambda x, at: run(x, positions=at))(x, at),
+            jax.vmap(lambda x: run(x, positions=at[0]))(x),
+            run(x),
+        )
+
+    want, decoded, mapped, shared, plain = program(x, jnp.asarray(GAPS))
+    assert_close(decoded, want, 1e-5)
+    assert_close(mapped, want, 1e-5)
+    assert_close(shared[0], want[0], 1e-5)
+    assert abs(want - plain).max() > 1e-3
 
 
 def test_single_head_attention_is_one_head():
@@ -439,6 +491,38 @@ def test_parameters_may_be_bfloat16():
             {"mask": masks.window(2)},
             NotImplementedError,
             "window",
+        ),
+        (MultiHeadAttention(num_heads=4), {"positions": PLACES}, ValueError, "positions.*rotary"),
+        (
+            MultiHeadAttention(num_heads=2, rotary=True),
+            {"positions": PLACES[:4]},
+            ValueError,
+            r"positions.*\(2, 5\).*\(4,\)",
+        ),
+        (
+            MultiHeadAttention(num_heads=2, rotary=True),
+            {"positions": np.zeros((3, 5), int)},
+            ValueError,
+            r"positions.*\(2, 5\).*\(3, 5\)",
+        ),
+        (
+            MultiHeadAttention(num_heads=2, rotary=True),
+            {"positions": np.zeros(5)},
+            TypeError,
+            "positions.*float",
+        ),
+        (
+            MultiHeadAttention(num_heads=2, rotary=True),
+            {"positions": PLACES, "inputs_kv": normal(2, 7, 12)},
+            NotImplementedError,
+            "rotary",
+        ),
+        (SingleHeadAttention(), {"positions": PLACES}, NotImplementedError, "positions.*Single"),
+        (
+            GatedDeltaAttention(num_heads=4),
+            {"positions": PLACES},
+            NotImplementedError,
+            "positions.*gated delta",
         ),
         (
             GatedDeltaAttention(num_heads=4),

@@ -1,5 +1,6 @@
 """Masks are rules: each is compared with its question about one query and one key."""
 
+import functools
 import itertools
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import assert_close
 
-from attention_jax import masks
+from attention_jax import dot_product_attention, masks
 from attention_jax.functional.tiles import Tile
 
 SHAPES = [(5, 7), (7, 5), (6, 6), (1, 4), (4, 1), (0, 3), (3, 0)]
@@ -65,6 +67,7 @@ def test_blocks_see_themselves_and_the_summaries(offset):
         assert_mask(masks.blocks(size, summary, offset), want, T, S)
 
 
+PLACES = np.random.default_rng(0).integers(-4, 9, (2, 11))
 PATTERNS = [
     masks.strided(1),
     masks.strided(3, offset=2),
@@ -76,6 +79,10 @@ PATTERNS = [
     masks.window(1) | masks.strided(3),
     masks.causal() & masks.blocks(3, summary=1),
     masks.shifted(masks.blocks(3), 2),
+    masks.placed(masks.window(2, 1), PLACES[:, :6], PLACES),
+    masks.placed(masks.causal("end") & masks.blocks(3), PLACES[0, :6], PLACES[0]),
+    masks.shifted(masks.placed(masks.window(1), PLACES), 2),
+    masks.causal() & masks.placed(masks.window(0, 3) | masks.strided(2), PLACES[:, :6], PLACES),
 ]
 
 
@@ -102,6 +109,96 @@ def test_a_block_of_its_own_is_seen_whole_and_nothing_else():
     mask = masks.blocks(4)
     assert mask.keys(Tile(4, 1, 0, 11, 11, 11))[:3] == ((4, 8), (4, 8), 4)
     assert mask.keys(Tile(2, 4, 0, 11, 11, 11)).seen == (0, 8)
+
+
+def test_placed_rules_count_positions():
+    T_at, S_at = PLACES[:, :6], PLACES
+    for rule, question in [
+        (masks.causal(), lambda t, s: s <= t),
+        (masks.window(2, 1, offset=1), lambda t, s: t - 1 <= s <= t + 2),
+        (masks.strided(3), lambda t, s: (t - s) % 3 == 0),
+        (masks.blocks(3), lambda t, s: t // 3 == s // 3),
+        (masks.key_lengths(4), lambda t, s: s < 4),
+        (masks.shifted(masks.window(1), 2), lambda t, s: t + 1 <= s <= t + 2),
+        (~masks.query_lengths(2), lambda t, s: t >= 2),
+    ]:
+        want = np.zeros((2, 1, 6, 11), bool)
+        for b, t, s in np.ndindex(2, 6, 11):
+            want[b, 0, t, s] = question(T_at[b, t], S_at[b, s])
+        assert_mask(masks.placed(rule, T_at, S_at), want, 6, 11)
+        assert_mask(masks.placed(rule, T_at[0], S_at[0]), want[0, 0], 6, 11)
+    # What belongs to a token is still that of the token.
+    ids = np.arange(6) // 2
+    assert_mask(masks.placed(masks.segments(ids), T_at), oracles.segments(ids), 6, 6)
+
+
+def rows_of(mask, T):
+    """`mask.standing(T)` for three rows, compiled with the mask as an argument."""
+    standing = jax.jit(lambda mask: mask.standing(T))(mask)
+    return (np.broadcast_to(x, (3, T)) for x in standing)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_mask_tells_where_tokens_stand(seed):
+    T, rng = 11, np.random.default_rng(seed)
+    ids, turns = rng.integers(-2, 2, (2, 3, T))
+    seen = rng.random((3, T)) < 0.7
+    all_seen, lengths = np.ones((3, T), bool), np.array([0, 4, T])
+    for mask, of, visible in [
+        (masks.segments(ids), ids, all_seen),
+        (masks.segments(ids[0]), ids[[0, 0, 0]], all_seen),
+        (masks.causal() & masks.segments(ids) & seen[:, None, None], ids, seen),
+        (masks.segments(ids) & masks.window(2) & masks.segments(turns), 9 * ids + turns, all_seen),
+        (masks.dense(seen[:, None, None]), 0 * ids, seen),
+        (masks.dense(seen[0]), 0 * ids, seen[[0, 0, 0]]),
+        (~masks.key_lengths(lengths), 0 * ids, np.arange(T) >= lengths[:, None]),
+        (masks.segments(ids) & masks.key_lengths(lengths), ids, all_seen),
+    ]:
+        positions, places = rows_of(mask, T)
+        for b in range(3):
+            same = (of[b] == of[b, :, None]) & visible[b] & visible[b, :, None]
+            counted = [sum(same[t, s] for s in range(t)) for t in range(T)]
+            np.testing.assert_array_equal(positions[b], counted)
+            # Each document in one piece: no place twice, and distances are those of positions.
+            assert sorted(places[b]) == list(range(T))
+            away, apart = (x[b][:, None] - x[b] for x in (places, positions))
+            np.testing.assert_array_equal(away[same], apart[same])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(masks.causal(), masks.window(2), masks.blocks(2), masks.key_lengths(3)),
+        *(masks.query_lengths(3), masks.dense(np.tri(5, dtype=bool))),
+        *(masks.segments(np.arange(5)) | np.ones(5, bool), ~masks.segments(np.arange(5))),
+        masks.dense(np.ones((2, 1, 5), bool)),  # Heads that differ.
+    ],
+    ids=repr,
+)
+def test_other_masks_tell_nothing_of_where_tokens_stand(mask):
+    assert mask.standing(5) is None
+    assert (mask & masks.causal()).standing(5) is None
+
+
+def test_a_window_of_documents_in_pieces_is_the_same_in_tiles():
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 3, (2, 40)))
+    query, key, value = jnp.asarray(rng.standard_normal((3, 2, 40, 4, 8)), jnp.float32)
+
+    def loss(query, implementation, **options):
+        places = masks.segments(ids).standing(40).places
+        mask = masks.causal() & masks.placed(masks.window(3), places) & masks.segments(ids)
+        out = dot_product_attention(
+            query, key, value, mask=mask, implementation=implementation, **options
+        )
+        return (out**2).sum(), out
+
+    gradient = functools.partial(jax.grad, has_aux=True)
+    want = jax.jit(gradient(lambda x: loss(x, "dense")))(query)
+    for options in ({"block_size": 8}, {}):
+        got = jax.jit(gradient(lambda x, o=options: loss(x, "blockwise", **o)))(query)
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b, 1e-5)
 
 
 def test_segments_see_their_own_kind():
@@ -165,6 +262,7 @@ def test_a_repr_names_what_is_not_the_default():
     assert repr(masks.strided(3, "end")) == "strided(3, offset='end')"
     assert repr(masks.blocks(3, 1, 2)) == "blocks(3, summary=1, offset=2)"
     assert repr(masks.blocks(3)) == "blocks(3)"
+    assert repr(masks.placed(masks.window(1), np.arange(5))) == "placed(window(1, right=0), [5])"
 
 
 def test_a_mask_of_no_size_at_all_is_refused():
@@ -243,6 +341,15 @@ def rows(size):
         (lambda: (~rows(2) & rows(3)).materialize(4, 4), ValueError, "mask"),
         (lambda: masks.dense(np.ones((3, 4), bool)).materialize(4, 4), ValueError, "T=3"),
         (lambda: (~masks.segments(np.arange(3))).materialize(4, 4), ValueError, "T=3"),
+        (lambda: masks.segments(np.arange(3)).standing(4), ValueError, "S=3"),
+        (lambda: masks.placed(masks.causal(), np.ones(3)), TypeError, "positions"),
+        (lambda: masks.placed(masks.causal(), np.array(3)), ValueError, "positions"),
+        (lambda: masks.placed(masks.causal(), np.arange(3)).materialize(4, 4), ValueError, "T=3"),
+        (
+            lambda: masks.placed(masks.causal(), np.zeros((2, 3), int), np.zeros((4, 3), int)),
+            ValueError,
+            "positions and key_positions",
+        ),
     ],
 )
 def test_a_bad_mask_is_refused(make, error, word):
