@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def check_dtype(name: str, dtype: object) -> None:
     except TypeError:
         fits = False
     if not fits:
-        came = getattr(dtype, "__name__", dtype)
+        is_name = isinstance(dtype, np.dtype | str)
+        came = dtype if is_name else getattr(dtype, "__name__", told(dtype))
         raise TypeError(f"{name} must be {_or(FLOATS)}, got {came}.")
 
 
@@ -64,31 +66,70 @@ def _or(words: Sequence[object]) -> str:
 
 def is_array(x: object) -> bool:
     """Whether `x` holds numbers: a `jax.ShapeDtypeStruct` has a type, but none of them."""
-    return hasattr(x, "dtype") and (hasattr(x, "__array__") or hasattr(x, "__jax_array__"))
+    holds = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
+    return holds and hasattr(x, "dtype") and not isinstance(x, type)
+
+
+def told(x: object) -> str:
+    """What came, for the one line of an error; what does not fit there by its type."""
+    text = repr(x)
+    if "\n" not in text and len(text) <= 80:
+        return text
+    return f"an array of {x.dtype} {x.shape}" if is_array(x) else f"a {type(x).__name__}"
 
 
 def check_flag(name: str, value: bool) -> None:
     """Raises TypeError unless `value` is True or False: a word would pass for True."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {told(value)}.")
 
 
-def check_flags(layer: object) -> None:
-    """Raises TypeError unless what a layer declares `bool` is one; the same for its types.
+def check_function(name: str, value: Callable) -> None:
+    """Raises TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {told(value)}.")
 
-    They are `param_dtype`, a floating-point type to compute in, and `dtype`, one too or None.
+
+def check_word(name: str, value: str, words: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of these words."""
+    if not (isinstance(value, str) and value in words):
+        raise ValueError(f"{name} must be one of {tuple(words)}, got {told(value)}.")
+
+
+def check_fields(layer: object) -> None:
+    """Raises unless the switches, functions, numbers and types of a layer are what it declares.
+
+    Its types are `param_dtype`, a floating-point type to compute in, and `dtype`, one too or None.
     """
     for field in dataclasses.fields(layer):
-        value = getattr(layer, field.name)
+        value, kinds = getattr(layer, field.name), {field.type, *get_args(field.type)}
+        if value is None and (type(None) in kinds or field.name == "dtype"):
+            continue
         if field.type is bool:
             check_flag(field.name, value)
-        elif field.name == "param_dtype" or (field.name == "dtype" and value is not None):
+        elif float in kinds:
+            check_number(field.name, value)
+        elif Callable in map(get_origin, kinds):
+            check_function(field.name, value)
+        elif field.name in ("dtype", "param_dtype"):
             check_dtype(field.name, value)
+
+
+def check_inputs(name: str, inputs: Array, batch: Sequence[int] | None = None) -> None:
+    """Raises unless `inputs` are real numbers `[..., T, D]`, with batch axes `batch` if given."""
+    if not is_array(inputs):
+        raise TypeError(f"{name} must be an array, got {told(inputs)}.")
+    if not is_real(inputs.dtype):
+        raise TypeError(f"{name} must be real numbers, got {inputs.dtype}.")
+    if inputs.ndim < 2 or inputs.shape[-1] < 1:
+        raise ValueError(f"{name} must be [..., T, D] with D at least 1, got shape {inputs.shape}.")
+    if batch is not None and inputs.shape[:-2] != tuple(batch):
+        raise ValueError(f"{name} must have the batch axes {batch}, got shape {inputs.shape}.")
 
 
 def as_floating(name: str, array: Array) -> Array:
     """`array` as an array of floating-point numbers, or the error that says why not."""
-    array = _as_array(array)
+    array = as_array(name, array)
     check_floating(name, array)
     return jnp.asarray(array)
 
@@ -100,13 +141,14 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     They are of 32 bits at least, and signed: a difference of two must not wrap around. Arrays of
     numpy may hold some that do not fit; those of jax have been cut already.
     """
-    array = _as_array(array)
+    array = as_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {array.dtype}.")
     if array.ndim < axes:
         raise ValueError(f"{name} must have at least {axes} axis, got shape {array.shape}.")
-    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(array.dtype, jnp.int32))
-    if isinstance(array, np.ndarray) and array.size:
+    wide = array.dtype in (jnp.uint32, jnp.int64, jnp.uint64)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.int64 if wide else jnp.int32)
+    if wide and isinstance(array, np.ndarray) and array.size:
         for extreme in (array.min(), array.max()):
             if not jnp.iinfo(dtype).min <= extreme <= jnp.iinfo(dtype).max:
                 raise ValueError(f"{name} must fit in {dtype}, got {extreme}.")
@@ -126,10 +168,13 @@ def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
     return positions
 
 
-def _as_array(array: Array) -> Array:
-    """An array, of numpy where nothing in it is jax's."""
+def as_array(name: str, array: Array) -> Array:
+    """An array, of numpy where nothing in it is jax's, or the error that says why not."""
     of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
-    return jnp.asarray(array) if of_jax else np.asarray(array)
+    try:
+        return jnp.asarray(array) if of_jax else np.asarray(array)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array, got {told(array)}.") from None
 
 
 def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -194,10 +239,18 @@ def check_number(name: str, x: float | Array) -> None:
     else:
         fits = isinstance(x, int | float) and not isinstance(x, bool)
     if not fits:
-        came = x.dtype if is_array(x) else repr(x)
+        came = x.dtype if is_array(x) else told(x)
         raise TypeError(f"{name} must be a real number, got {came}.")
     if np.ndim(x) > 0:
         raise ValueError(f"{name} must be one number, got shape {x.shape}.")
+
+
+def known(x: float | Array) -> float | None:
+    """A number as Python has it, or None for one that is traced.
+
+    Where a function is traced, a comparison of any other array of jax would be traced too.
+    """
+    return None if isinstance(x, jax.core.Tracer) else float(x)
 
 
 def check_rate(name: str, rate: float | Array) -> None:
@@ -205,7 +258,7 @@ def check_rate(name: str, rate: float | Array) -> None:
     check_number(name, rate)
     if is_array(rate):
         check_floating(name, rate)
-    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1:
+    if known(rate) is not None and not 0 <= known(rate) < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
 
 
@@ -241,7 +294,7 @@ def as_size(name: str, value: int, minimum: int = 1, maximum: int | None = None)
     try:
         size = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+        raise TypeError(f"{name} must be an integer, got {told(value)}.") from None
     if size < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {size}.")
     if maximum is not None and size > maximum:

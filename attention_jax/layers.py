@@ -13,8 +13,9 @@ from attention_jax.checks import (
     as_integers,
     as_positions,
     as_size,
+    check_fields,
     check_flag,
-    check_flags,
+    check_inputs,
     check_rate,
 )
 from attention_jax.functional import biases, masks
@@ -96,12 +97,16 @@ class SingleHeadAttention(nn.Module):
             ValueError: Sizes do not fit together.
             NotImplementedError: `positions` are given.
         """
-        check_flags(self)
+        check_fields(self)
+        _check_both(inputs_q, inputs_kv)
         if positions is not None:
             raise NotImplementedError(
                 "positions are for MultiHeadAttention(rotary=True): SingleHeadAttention does not "
                 "know where its tokens stand."
             )
+        for name in ("head_dim", "out_features"):
+            if getattr(self, name) is not None:
+                as_size(name, getattr(self, name))
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim = inputs_q.shape[-1] if self.head_dim is None else self.head_dim
 
@@ -231,7 +236,8 @@ class MultiHeadAttention(nn.Module):
                 (outside `jit`) the cache has no room.
             NotImplementedError: `rotary` or `decode` with `inputs_kv`, or `decode` with dropout.
         """
-        check_flags(self)
+        check_fields(self)
+        _check_both(inputs_q, inputs_kv)
         if inputs_kv is not None and (self.rotary or self.decode):
             word = "rotary" if self.rotary else "decode"
             raise NotImplementedError(
@@ -424,7 +430,9 @@ class GatedDeltaAttention(nn.Module):
             NotImplementedError: Another mask, `sow_weights` or `positions`.
         """
         del deterministic
-        check_flags(self)
+        check_fields(self)
+        check_inputs("inputs", inputs)
+        check_flag("sow_weights", sow_weights)
         if sow_weights:
             raise NotImplementedError("sow_weights=True: the gated delta rule has no weights.")
         if positions is not None:
@@ -493,6 +501,12 @@ def _inverse_softplus(low: float, high: float) -> Initializer:
         return jnp.log(jnp.expm1(step))
 
     return init
+
+
+def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
+    check_inputs("inputs_q", inputs_q)
+    if inputs_kv is not None:
+        check_inputs("inputs_kv", inputs_kv, inputs_q.shape[:-2])
 
 
 def _head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:

@@ -14,8 +14,13 @@ from attention_jax.checks import (
     as_rng,
     as_size,
     check_broadcastable,
-    check_flags,
+    check_fields,
+    check_flag,
+    check_inputs,
+    check_rate,
+    check_word,
     jax_defaults,
+    known,
 )
 from attention_jax.functional import ATTENTION_FNS, biases, masks
 from attention_jax.functional.biases import Bias
@@ -65,7 +70,9 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        if deterministic or (not isinstance(self.rate, jax.core.Tracer) and self.rate == 0):
+        check_rate("dropout_rate", self.rate)
+        check_flag("deterministic", deterministic)
+        if deterministic or known(self.rate) == 0:
             return x
         with jax_defaults():
             rng = as_rng("dropout", self.make_rng("dropout"))
@@ -148,7 +155,8 @@ class Block(nn.Module):
         Raises:
             ValueError: `short_conv` or `mlp_ratio` is negative, or leaves the MLP no width.
         """
-        check_flags(self)
+        check_fields(self)
+        check_inputs("x", x)
         short_conv = as_size("short_conv", self.short_conv, minimum=0)
         hidden_features = _hidden_features(self.mlp_ratio, x.shape[-1])
 
@@ -352,9 +360,8 @@ class SequenceModel(nn.Module):
             ("pattern", PATTERNS),
             ("positions", POSITIONS),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        check_flags(self)
+            check_word(name, getattr(self, name), choices)
+        check_fields(self)
         as_size("features", self.features)
         as_size("num_layers", self.num_layers)
         for name in ("num_heads", "vocab_size", "out_features", "max_length", "stride"):
@@ -422,13 +429,14 @@ class SequenceModel(nn.Module):
         """The batch axes of the inputs, or the error that says what does not fit."""
         if self.vocab_size is not None:
             batch = as_integers("inputs", inputs, axes=1).shape[:-1]
-        elif inputs.ndim < 2 or inputs.shape[-1] != self.features:
-            raise ValueError(
-                f"inputs must be [..., T, {self.features}] (features={self.features}), got shape "
-                f"{inputs.shape}."
-            )
         else:
+            check_inputs("inputs", inputs)
             batch = inputs.shape[:-2]
+            if inputs.shape[-1] != self.features:
+                raise ValueError(
+                    f"inputs must be [..., T, {self.features}] (features={self.features}), got "
+                    f"shape {inputs.shape}."
+                )
         if output_positions is not None:
             shape = as_integers("output_positions", output_positions, axes=1).shape
             if shape[:-1] != batch:

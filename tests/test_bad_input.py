@@ -103,6 +103,18 @@ SETTINGS = {
         TypeError,
         "bias.*ShapeDtypeStruct",
     ),
+    "an array for yes": (
+        {"return_residual": np.ones((9, 9))},
+        TypeError,
+        r"return_residual.*float64 \(9, 9\)",
+    ),
+    "an array for a word": ({"implementation": np.ones(3)}, ValueError, "implementation"),
+    "an array for a size": (
+        {"implementation": "blockwise", "block_size": np.ones((9, 9))},
+        (TypeError, ValueError),
+        "block_size",
+    ),
+    "a type for a number": ({"scale": np.float32}, TypeError, "scale"),
     "implementation": ({"implementation": "fast"}, ValueError, "implementation.*fast"),
     "block size of zero": ({"block_size": 0}, ValueError, "block_size"),
 }

@@ -38,7 +38,7 @@ def test_alibi_falls_with_distance_on_both_sides():
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_relative_follows_the_buckets_of_t5(bidirectional):
-    for num_buckets, max_distance in [(32, 128), (8, 20)]:
+    for num_buckets, max_distance in [(32, 128), (8, 20), (12, 243), (16, 2**20)]:
         rule = {"bidirectional": bidirectional, "max_distance": max_distance}
         table = np.arange(num_buckets, dtype=np.float32)[:, None]
         for T, S in [(1, 200), (200, 1)]:
@@ -115,6 +115,12 @@ def test_biases_learn():
             lambda: biases.relative(np.ones((8, 2), np.float32), max_distance=0),
             ValueError,
             "max_distance",
+        ),
+        (lambda: biases.relative(np.ones((8, 2)), max_distance=2**29), ValueError, "max_distance"),
+        (
+            lambda: biases.relative(np.ones((8, 2)), num_buckets=np.ones(3)),
+            TypeError,
+            "num_buckets",
         ),
         (lambda: biases.relative(None), TypeError, "table"),
         (

@@ -60,6 +60,8 @@ def test_what_is_refused_is_not_explained():
         explain(SMALL, SMALL, SMALL, mask=jnp.ones((3, 3), bool))
     with pytest.raises(ValueError, match="bias"):
         explain(SMALL, SMALL, SMALL, bias=jnp.ones((3, 1, 1)))
+    with pytest.raises(TypeError, match="key must be an array, got bytes"):
+        explain(SMALL, b"key", SMALL)
 
 
 def test_every_array_may_be_without_content():

@@ -315,6 +315,7 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         (["--epochs=many"], ["--epochs", "integer", "'many'"]),
         (["--epochs=2.5"], ["--epochs", "integer", "'2.5'"]),
         (["--config.train.epochs=many"], ["config.train.epochs", "integer", "'many'"]),
+        (["--config.train.epochs=1\n2"], ["config.train.epochs", "integer", r"'1\n2'"]),
         (["--config.model.window=wide"], ["config.model.window", "integer", "'wide'"]),
         (["--config.model.causal=maybe"], ["config.model.causal", "true or false", "'maybe'"]),
         (["--learning_rate=nan"], ["--learning_rate", "finite", "nan"]),

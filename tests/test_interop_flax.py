@@ -159,6 +159,22 @@ def test_a_dtype_that_is_not_computed_in_is_refused(dtype):
         attention_fn(*random_qkv(), dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"key": "text", "dtype": jnp.float32}, "key"),
+        ({"mask": "text"}, "mask"),
+        ({"mask": np.array(["text"])}, "mask"),
+        ({"dropout_rate": "text"}, "dropout_rate"),
+    ],
+)
+def test_what_is_cast_is_looked_at_before(settings, word):
+    inputs = dict(zip(("query", "key", "value"), random_qkv(), strict=True))
+    with pytest.raises(TypeError, match=word) as refusal:
+        attention_fn(**{**inputs, **settings})
+    assert "\n" not in str(refusal.value)
+
+
 def test_precision_reaches_the_products():
     qkv = random_qkv()
     for precision in ("highest", jax.lax.Precision.HIGHEST):

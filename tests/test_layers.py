@@ -14,6 +14,7 @@ from attention_jax import (
     DifferentialAttention,
     GatedDeltaAttention,
     MultiHeadAttention,
+    SequenceModel,
     SingleHeadAttention,
     biases,
     differential_attention,
@@ -475,6 +476,15 @@ def test_parameters_may_be_bfloat16():
         (MultiHeadAttention(num_heads=4, rotary="no"), {}, TypeError, "rotary.*'no'"),
         (GatedDeltaAttention(num_heads=4, use_bias=None), {}, TypeError, "use_bias.*None"),
         (MultiHeadAttention(num_heads=4), {"sow_weights": "no"}, TypeError, "sow_weights.*'no'"),
+        (SingleHeadAttention(attention_fn=None), {}, TypeError, "attention_fn.*None"),
+        (MultiHeadAttention(num_heads=4, kernel_init="ones"), {}, TypeError, "kernel_init.*'ones'"),
+        (SingleHeadAttention(out_features=0.5), {}, TypeError, "out_features.*0.5"),
+        (SingleHeadAttention(head_dim=0), {}, ValueError, "head_dim.*0"),
+        (MultiHeadAttention(num_heads=4, rotary_base="far"), {}, TypeError, "rotary_base.*'far'"),
+        (DifferentialAttention(num_heads=2, lambda_init=None), {}, TypeError, "lambda_init.*None"),
+        (MultiHeadAttention(num_heads=4), {"inputs_kv": "keys"}, TypeError, "inputs_kv.*'keys'"),
+        (MultiHeadAttention(num_heads=4), {"inputs_kv": normal(12)}, ValueError, "inputs_kv.*12"),
+        (SingleHeadAttention(), {"inputs_kv": normal(3, 7, 12)}, ValueError, "inputs_kv.*3, 7, 12"),
         (DifferentialAttention(num_heads=4), {}, ValueError, "head_dim.*3"),
         (DifferentialAttention(num_heads=4, qk_norm=True), {}, ValueError, "head_dim.*3"),
         (
@@ -536,6 +546,29 @@ def test_a_layer_that_cannot_be_is_refused(layer, settings, error, word):
     settings = {"deterministic": True, **settings}
     with pytest.raises(error, match=word) as refusal:
         jax.eval_shape(lambda: layer.init(jax.random.key(0), normal(2, 5, 12), **settings))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error"),
+    [
+        *((3, TypeError), ({"x": 1}, TypeError), (np.array(["a"]), TypeError)),
+        *((np.ones((2, 4), complex), TypeError), (np.ones(4), ValueError)),
+        (np.ones((2, 0)), ValueError),
+    ],
+)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        SingleHeadAttention(),
+        MultiHeadAttention(num_heads=2),
+        GatedDeltaAttention(num_heads=2),
+        SequenceModel(4),
+    ],
+)
+def test_what_is_no_sequence_of_vectors_is_refused(layer, inputs, error):
+    with pytest.raises(error, match=r"^inputs") as refusal:
+        jax.eval_shape(lambda: layer.init(jax.random.key(0), inputs))
     assert "\n" not in str(refusal.value)
 
 

@@ -77,6 +77,15 @@ def test_other_masks_are_an_honest_limit(case, mask):
 
 
 @every_linear
+def test_a_bad_feature_map_is_refused(case):
+    with pytest.raises(TypeError, match="feature_map must be a function, got 'elu'"):
+        case.attend(*random_qkv(), feature_map="elu")
+    for sums in (lambda x: x.sum(), lambda x: None):
+        with pytest.raises(ValueError, match=r"feature_map must map \(2, 6, 5, 11\)"):
+            case.attend(*random_qkv(), feature_map=sums)
+
+
+@every_linear
 def test_a_bad_chunk_is_refused(case):
     with pytest.raises(ValueError, match="chunk_size"):
         case.attend(*random_qkv(), mask=masks.causal(), chunk_size=0)

@@ -325,6 +325,11 @@ def rows(size):
         (lambda: masks.key_lengths(np.array([3, 2**40])), ValueError, "lengths.*1099511627776"),
         (lambda: masks.key_lengths(np.array([2**32 - 1], np.uint32)), ValueError, "lengths"),
         (lambda: masks.key_lengths(None), TypeError, "lengths"),
+        (lambda: masks.key_lengths([[1], [2, 3]]), TypeError, "lengths"),
+        (lambda: masks.query_lengths(np.uint64(2**63)), ValueError, "lengths"),
+        (lambda: masks.segments(masks.causal()), TypeError, "query_ids"),
+        (lambda: masks.dense(jax.ShapeDtypeStruct((2, 2), bool)), TypeError, "mask"),
+        (lambda: masks.window(np.ones((9, 9))), TypeError, r"left.*float64 \(9, 9\)"),
         (lambda: masks.segments(np.array([0, 2**32])), ValueError, "query_ids"),
         (lambda: masks.dense(np.ones((2, 2))), TypeError, "mask"),
         (lambda: masks.causal() & None, TypeError, "mask"),
@@ -353,8 +358,29 @@ def rows(size):
     ],
 )
 def test_a_bad_mask_is_refused(make, error, word):
-    with pytest.raises(error, match=word):
+    with pytest.raises(error, match=word) as refusal:
         make()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "uint8", "uint32", "int64", "uint64"])
+def test_integers_of_any_width_count(dtype):
+    lengths = np.array([2, 0]).astype(jnp.dtype(dtype))
+    for mask in (masks.key_lengths(lengths), masks.key_lengths(jnp.asarray(lengths))):
+        want = oracles.key_lengths(3, 4, np.array([2, 0]))
+        np.testing.assert_array_equal(mask.materialize(3, 4), want)
+
+
+def test_a_picture_is_drawn_where_a_function_is_traced():
+    pictures = []
+
+    @jax.jit
+    def attend(x):
+        pictures.append(str(masks.causal()))
+        return x
+
+    attend(1.0)
+    assert pictures == [str(masks.causal())]
 
 
 def test_a_rule_may_reach_as_far_as_it_says():

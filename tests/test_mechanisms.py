@@ -187,12 +187,15 @@ def test_the_future_cannot_leak(case):
 def test_empty_sizes_are_legal(case, axis):
     sizes = case.small._replace(**{"B": {"batch": (0,)}, "T": {"T": 0}, "S": {"S": 0}}[axis])
     inputs = inputs_of(case, sizes)
-    out, (grads,) = value_and_pull(lambda inputs: case.attend(**inputs))(inputs)
-    assert out.shape == sizes.out
-    assert not out.any()
-    for name, grad in grads.items():
-        assert grad.shape == inputs[name].shape
-        assert not grad.any()
+    for name in {case.masks[0], case.masks[-1]}:
+        mask, _ = MASKS[name](sizes)
+        attend = lambda inputs, mask=mask: case.attend(**inputs, mask=mask)
+        out, (grads,) = value_and_pull(attend)(inputs)
+        assert out.shape == sizes.out
+        assert not out.any()
+        for leaf, grad in grads.items():
+            assert grad.shape == inputs[leaf].shape
+            assert not grad.any()
 
 
 # That all this can fail.

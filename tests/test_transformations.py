@@ -25,7 +25,7 @@ from cases import (
 )
 from jax.sharding import PartitionSpec as P
 
-from attention_jax import biases, masks
+from attention_jax import MultiHeadAttention, biases, masks, positions
 
 SETTINGS = {
     "causal": (DOT_PRODUCT + LINEAR, lambda: {"mask": masks.causal()}),
@@ -264,6 +264,25 @@ def test_empty_rows_have_no_tangent_and_no_curvature():
             assert not x[1].any()
             assert not x[0, 3:].any()
             assert x[0, :3].any()
+
+
+def test_numbers_of_jax_are_known_where_a_function_is_traced():
+    query, key, value = random_qkv()
+    numbers = {name: jnp.float32(0.5) for name in ("scale", "softcap", "dropout_rate")}
+    for case in DOT_PRODUCT:
+        attend = lambda query, case=case: case.attend(
+            query, key, value, **numbers, dropout_rng=jax.random.key(0)
+        )
+        assert_close(jax.jit(attend)(query), attend(query), 1e-6)
+    two = jnp.float32(2)
+    with pytest.raises(ValueError, match="dropout_rate"):
+        jax.jit(lambda query: case.attend(query, key, value, dropout_rate=two))(query)
+    base, fraction = jnp.float32(9), jnp.float32(1)
+    turned = jax.jit(lambda x: positions.rotary(x, base=base, fraction=fraction))
+    assert_close(turned(query[..., :10]), positions.rotary(query[..., :10], base=9.0), 1e-6)
+    layer = MultiHeadAttention(1, dropout_rate=jnp.float32(0.5), deterministic=False)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    jax.eval_shape(lambda: layer.init(rngs, query[..., 0, :]))
 
 
 def test_equal_shapes_are_traced_once(max_traces):

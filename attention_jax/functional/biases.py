@@ -249,7 +249,7 @@ def relative(
         bidirectional: Half of the buckets for keys after the query, half for those before it. If
             False, all are for keys before it, and every key after it shares bucket 0.
         num_buckets: The number of rows of `table`, which is the default.
-        max_distance: From here on all distances share the last bucket.
+        max_distance: From here on all distances share the last bucket. At most 2^20.
         offset: As in `masks.causal`. With an array, differentiate with respect to the table, not to
             the bias: see above.
 
@@ -263,7 +263,7 @@ def relative(
     check_flag("bidirectional", bidirectional)
     if table.ndim != 2:
         raise ValueError(f"table must be [num_buckets, N], got shape {table.shape}.")
-    if num_buckets is not None and num_buckets != table.shape[0]:
+    if num_buckets is not None and as_size("num_buckets", num_buckets) != table.shape[0]:
         raise ValueError(
             f"num_buckets must be the number of rows of table: got {num_buckets} and shape "
             f"{table.shape}."
@@ -274,7 +274,7 @@ def relative(
             f"table must have at least {fewest} rows{' and an even number' * bidirectional}, got "
             f"shape {table.shape}."
         )
-    as_size("max_distance", max_distance, minimum=table.shape[0] // fewest + 1)
+    as_size("max_distance", max_distance, table.shape[0] // fewest + 1, maximum=2**20)
     return Relative(table, bool(bidirectional), int(max_distance), as_offset(offset))
 
 
@@ -298,19 +298,19 @@ def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of every distance 0 ... max_distance.
 
     Distance n is in logarithmic bucket j when log(n / exact) / log(max_distance / exact) * rest
-    reaches j. Compared as whole numbers: a logarithm in floating point misses by one where the
-    quotient is an integer.
+    reaches j. Where the quotient is close to an integer it is compared in whole numbers: there a
+    logarithm in floating point may miss by one.
     """
     exact = num_buckets // 2
     rest = num_buckets - exact
-
-    def bucket(n):
-        if n < exact:
-            return n
-        reached = (j for j in range(1, rest) if n**rest * exact**j >= max_distance**j * exact**rest)
-        return exact + max(reached, default=0)
-
-    return np.array([bucket(n) for n in range(max_distance + 1)], np.int32)
+    far = np.arange(exact, max_distance + 1)
+    reached = np.log(far / exact) * rest / np.log(max_distance / exact)
+    buckets = np.floor(reached).astype(int)
+    for i in np.flatnonzero(abs(reached - np.rint(reached)) < 1e-6):
+        n, j = int(far[i]), round(reached[i])
+        buckets[i] = j if n**rest * exact**j >= max_distance**j * exact**rest else j - 1
+    near = np.arange(min(exact, max_distance + 1))
+    return np.concatenate([near, exact + np.minimum(buckets, rest - 1)]).astype(np.int32)
 
 
 def shifted(bias: Bias, offset: int | Array) -> Bias:

@@ -21,7 +21,10 @@ from attention_jax.checks import (
     check_number,
     check_qkv,
     check_rate,
+    check_word,
     jax_defaults,
+    known,
+    told,
 )
 from attention_jax.functional.biases import Bias, as_bias
 from attention_jax.functional.blockwise import blockwise_attention
@@ -151,7 +154,7 @@ def explain(*arguments, **options) -> Choice:
     arrays = {
         name: numbers.pop(name)
         for name, x in bound.arguments.items()
-        if name in ("query", "key", "value") or isinstance(x, jax.ShapeDtypeStruct)
+        if isinstance(x, jax.ShapeDtypeStruct)
     }
     explained = []
 
@@ -191,13 +194,11 @@ def _prepare(
     sinks = _check_options(query, scale, softcap, sinks)
     rate = _active_rate(dropout_rate, dropout_rng, deterministic)
     check_flag("return_residual", return_residual)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}."
-        )
+    if implementation is not None:
+        check_word("implementation", implementation, IMPLEMENTATIONS)
     if block_size is not None and implementation != "blockwise":
         raise ValueError(
-            f'block_size is for implementation="blockwise", got {block_size} with '
+            f'block_size is for implementation="blockwise", got {told(block_size)} with '
             f"{implementation!r}."
         )
     options = dict(bias=bias, mask=mask, scale=scale, softcap=softcap, sinks=sinks, rate=rate)
@@ -384,9 +385,9 @@ def _check_options(query: Array, scale, softcap, sinks: Array | None) -> Array |
         if x is None:
             continue
         check_number(name, x)
-        if not isinstance(x, jax.core.Tracer) and not math.isfinite(x):
+        if known(x) is not None and not math.isfinite(known(x)):
             raise ValueError(f"{name} must be finite, got {x}.")
-    if softcap is not None and not isinstance(softcap, jax.core.Tracer) and not softcap > 0:
+    if softcap is not None and known(softcap) is not None and known(softcap) <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is None:
         return None
@@ -404,7 +405,7 @@ def _check_blocks(block_size) -> tuple[int, int] | None:
     sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
     if len(sizes) != 2:
         raise ValueError(
-            f"block_size must be an integer or (query_block, key_block), got {block_size!r}."
+            f"block_size must be an integer or (query_block, key_block), got {told(block_size)}."
         )
     return tuple(as_size("block_size", size) for size in sizes)
 
@@ -413,7 +414,7 @@ def _active_rate(rate, rng, deterministic: bool) -> float | Array | None:
     """The dropout rate, or None where nothing is dropped."""
     check_rate("dropout_rate", rate)
     check_flag("deterministic", deterministic)
-    if deterministic or (not isinstance(rate, jax.core.Tracer) and rate == 0):
+    if deterministic or known(rate) == 0:
         return None
     if rng is None:
         raise ValueError(f"dropout_rate {rate} needs a dropout_rng, got None.")

@@ -8,7 +8,14 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from attention_jax.checks import as_size, check_qkv, jax_defaults
+from attention_jax.checks import (
+    as_size,
+    check_function,
+    check_qkv,
+    is_array,
+    jax_defaults,
+    told,
+)
 from attention_jax.functional.masks import Mask, as_mask, is_causal
 from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
@@ -48,6 +55,7 @@ def linear_attention(
 
     Raises:
         ValueError: The shapes do not fit together.
+        TypeError: An argument has the wrong type.
         NotImplementedError: Another mask; `dot_product_attention` takes any.
 
     Reference:
@@ -56,6 +64,7 @@ def linear_attention(
     """
     query, key, value = check_qkv(query, key, value)
     chunk_size = as_size("chunk_size", chunk_size)
+    check_function("feature_map", feature_map)
     mask = None if mask is None else as_mask(mask)
     causal = is_causal(mask)
     if mask is not None and not causal:
@@ -80,9 +89,8 @@ def _compute(query, key, value, *, causal, feature_map, chunk_size):
     spoilt = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))  # [..., K, S]
     key, value = (jnp.where(spoilt[..., None], 0, x) for x in (key, value))
 
-    query = feature_map(query)  # [..., N, T, F]
+    query, key = (_features(feature_map, x) for x in (query, key))  # [..., N, T, F], [..., K, S, F]
     query = query.reshape(*batch, K, N // K, T, query.shape[-1])  # [..., K, G, T, F]
-    key = feature_map(key)  # [..., K, S, F]
     # A column of ones: the same sums that average the values count the weights.
     value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
@@ -96,6 +104,14 @@ def _compute(query, key, value, *, causal, feature_map, chunk_size):
     mixed = jnp.where(seen[..., None, :, None], jnp.nan, mixed)
     mixed = mixed.reshape(*batch, N, T, V)
     return jnp.swapaxes(mixed, -2, -3).astype(out_dtype)
+
+
+def _features(feature_map, x: Array) -> Array:
+    features = feature_map(x)
+    if not is_array(features) or features.shape[:-1] != x.shape[:-1]:
+        came = features.shape if is_array(features) else told(features)
+        raise ValueError(f"feature_map must map {x.shape} to (*{x.shape[:-1]}, F), got {came}.")
+    return features
 
 
 def _bidirectional(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
@@ -122,7 +138,7 @@ def _causal(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
     weights = jnp.where(jnp.tri(c, dtype=bool), weights, 0)
     present = jnp.einsum("...KGmij,...KmjV->...KGmiV", weights, value)
     sums = past + present
-    return sums.reshape(*sums.shape[:-3], -1, sums.shape[-1])[..., :T, :]
+    return sums.reshape(*sums.shape[:-3], sums.shape[-3] * c, sums.shape[-1])[..., :T, :]
 
 
 def _chunks(x: Array, length: int, c: int) -> Array:

@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.checks import as_integers, as_size, check_alike, is_array, jax_defaults
+from attention_jax.checks import (
+    as_array,
+    as_integers,
+    as_size,
+    check_alike,
+    is_array,
+    jax_defaults,
+)
 from attention_jax.functional.positions import Standing, in_documents
 from attention_jax.functional.tiles import (
     FARTHEST,
@@ -150,7 +157,8 @@ class Mask(Rule):
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self))
         if traced or max(T, S) > _PICTURE_LIMIT:
             return repr(self)
-        visible = np.asarray(self.materialize(T, S))
+        with jax.ensure_compile_time_eval():  # Also where a function is traced.
+            visible = np.asarray(self.materialize(T, S))
         first = visible.reshape(-1, T, S)[0] if visible.size else visible.reshape(T, S)
         rows = ["".join("■" if seen else "·" for seen in row) for row in first]
         note = f" (the first of {visible.shape[:-2]})" if visible.ndim > 2 else ""
@@ -603,13 +611,13 @@ def query_lengths(lengths: Array) -> Mask:
 
 def dense(array: Array) -> Mask:
     """A boolean array, broadcastable to `[..., N, T, S]`; True means "may attend"."""
-    array = jnp.asarray(array)
+    array = as_array("mask", array)
     if array.dtype != bool:
         raise TypeError(
             f"mask must be boolean (True = may attend), got {array.dtype}: take mask != 0 where 0 "
             "masks; numbers to add to the logits are a bias."
         )
-    return Dense(jnp.atleast_2d(array))
+    return Dense(jnp.atleast_2d(jnp.asarray(array)))
 
 
 def shifted(mask: Mask, offset: int | Array) -> Mask:

@@ -4,11 +4,18 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import as_size, check_floating, check_number, is_real, jax_defaults
+from attention_jax.checks import (
+    as_array,
+    as_size,
+    check_floating,
+    check_number,
+    is_real,
+    jax_defaults,
+    known,
+)
 from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.types import Array
 
@@ -47,17 +54,20 @@ def rotary(
         raise ValueError(f"x must be [..., T, N, H], got shape {x.shape}.")
     check_number("fraction", fraction)
     check_number("base", base)
+    if known(fraction) is None:
+        raise TypeError("fraction must be known before the program runs, got a traced number.")
+    fraction = known(fraction)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}.")
-    if not isinstance(base, jax.core.Tracer) and not base > 0:
+    if known(base) is not None and not known(base) > 0:
         raise ValueError(f"base must be positive, got {base}.")
     T, H = x.shape[-3], x.shape[-1]
     rotated = round(fraction * H)
     if rotated % 2:
         raise ValueError(
-            f"rotary needs an even number of rotated coordinates, got {rotated} of head size {H}."
+            f"fraction must rotate an even number of coordinates, got {rotated} of head size {H}."
         )
-    positions = jnp.arange(T) if positions is None else jnp.asarray(positions)
+    positions = jnp.arange(T) if positions is None else as_array("positions", positions)
     if not is_real(positions.dtype):
         raise TypeError(f"positions must be real numbers, got {positions.dtype}.")
     batch = x.shape[:-3]

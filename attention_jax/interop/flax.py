@@ -5,7 +5,15 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import check_dtype, check_flag, check_qkv
+from attention_jax.checks import (
+    as_array,
+    check_dtype,
+    check_flag,
+    check_qkv,
+    check_rate,
+    is_real,
+    known,
+)
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
@@ -64,10 +72,10 @@ def attention_fn(
     check_flag("broadcast_dropout", broadcast_dropout)
     check_flag("is_causal", is_causal)
     check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
+    query, key, value = check_qkv(query, key, value)
     if dtype is not None:
         check_dtype("dtype", dtype)
         query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-    query, key, value = check_qkv(query, key, value)
     for name, einsum in (
         ("qk_attn_weights_einsum", qk_attn_weights_einsum),
         ("attn_weights_value_einsum", attn_weights_value_einsum),
@@ -77,13 +85,18 @@ def attention_fn(
                 f"{name} (a layer's {name}_cls) must be None: the products are those of this "
                 "package."
             )
-    if broadcast_dropout and dropout_rate > 0 and not deterministic:
+    check_flag("deterministic", deterministic)
+    check_rate("dropout_rate", dropout_rate)
+    if broadcast_dropout and known(dropout_rate) != 0 and not deterministic:
         raise NotImplementedError(
             "broadcast_dropout=True would drop the same weights in all batch rows and heads; here "
             "they are independent: give the layer broadcast_dropout=False."
         )
     if mask is not None and not isinstance(mask, Mask):
-        mask = masks.dense(jnp.asarray(mask) != 0)
+        mask = as_array("mask", mask)
+        if mask.dtype != bool and not is_real(mask.dtype):
+            raise TypeError(f"mask must be boolean or numbers, got {mask.dtype}.")
+        mask = masks.dense(mask != 0)
     if is_causal:
         mask = _causal(mask, query.shape[-3], key.shape[-3])
     with _precision(precision):

@@ -782,7 +782,7 @@ def _override(config, arguments):
         )
         rest = values(arguments)[1:]
     except flags.IllegalFlagValueError as error:
-        path, text = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error)).groups()
+        path, text = re.match(r"(?s)flag --config\.([^=]*)=(.*?): ", str(error)).groups()
         words = _KINDS[_kind(path, known[path])]
         raise ConfigError(f"config.{path} must be {words}: got {text!r}.") from error
     except flags.Error as error:
