@@ -55,6 +55,15 @@ def _train(argv):
             return 128 + 13  # SIGPIPE, which Windows does not have.
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "train.py: out of memory: a smaller model or batch takes less, or "
+            "config.optimizer.accumulate, or config.model.remat.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

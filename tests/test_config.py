@@ -415,6 +415,48 @@ def test_a_missing_config_file_is_named(tmp_path):
     assert "get_config() is missing" in refusal(f"--config={__file__}")
 
 
+def numbers_of(task):
+    """The fields of a task that take a number, and whether it is an integer.
+
+    Of the first task all fields of its config, which the others share.
+    """
+    for path, value in flatten(default_config(task)).items():
+        if not (path.startswith("task.") or task == "teacher"):
+            continue
+        message = "" if isinstance(value, str) else refusal(f"--task={task}", f"--config.{path}=x")
+        if "integer" in message or "number" in message:
+            yield path, "integer" in message
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_number_has_an_upper_bound(task):
+    for path, is_integer in numbers_of(task):
+        name = path.rpartition(".")[2]
+        texts = (str(2**63), str(10**30), "9" * 5000) if is_integer else ("1e31", "-1e300", "1e-40")
+        for text in texts:
+            message = refusal(f"--task={task}", f"--config.{path}={text}")
+            assert name in message or f"--{name}" in message or "--embed_dim" in message, message
+            assert "must be" in message
+            assert len(message) < 200, message
+
+
+def test_steps_and_trials_have_an_upper_bound():
+    message = refusal("--epochs=2000000000", "--config.train.steps_per_epoch=2000000000")
+    assert "(config.train.epochs) times config.train.steps_per_epoch must be at most" in message
+    many = ",".join(map(str, range(1, 201)))
+    message = refusal(f"--sweep=seed={many}", f"--sweep=optimizer.momentum={many}")
+    assert message == "--sweep must come to at most 10000 trials: got 40000."
+
+
+def test_what_came_is_told_in_a_line_however_long_it_is():
+    for arguments in (
+        *(["--config." + path + "=" + "x" * 1000] for path in ("model.name", "train.target")),
+        *(["--task=" + "x" * 1000], ["--sweep=" + "x" * 1000], ["x" * 1000]),
+        *(["--config.eval.slices=" + "x" * 1000], ["--sweep=seed=1," + "x" * 1000]),
+    ):
+        assert len(refusal(*arguments)) < 300
+
+
 def test_every_default_is_sound():
     for task in TASKS:
         check(default_config(task))

@@ -170,7 +170,7 @@ def default_config(task: str = "teacher") -> ConfigDict:
     True
     """
     if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}: got {task!r}.")
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}: got {shown(task)}.")
     config = ConfigDict(copy.deepcopy(DEFAULTS))
     for section, fields in TASKS[task].items():
         config[section].update(fields)
@@ -240,6 +240,26 @@ _RULES = {
     # One to continue from while the next is being written.
     "checkpoint.keep": _at_least(2),
 }
+# The largest integers, where 32 bits are not the limit: more than anybody trains with, and small
+# enough for the memory that they need to be told.
+_MOST = {
+    "model.num_layers": 1000,  # Each is traced and compiled.
+    "model.features": 2**20,
+    "model.num_heads": 2**20,
+    "model.num_kv_heads": 2**20,
+    "model.head_dim": 2**20,
+    "model.window": 2**29,  # As far as rules of masks reach.
+    "model.stride": 2**29,
+    "model.short_conv": 2**10,
+    "train.batch_size": 2**24,
+    "eval.num_batches": 2**24,
+    "optimizer.accumulate": 2**24,
+    "task.max_depth": 2**10,
+}
+_MOST_OF_TASK, _MOST_32_BITS = 2**24, 2**31 - 1
+_FLOATS = 1e-30, 1e30  # By size, or 0: well inside of what float32 holds, squares excepted.
+_MAX_MLP_RATIO = 2.0**10
+_MAX_TRIALS = 10_000
 _WORDS = {"true": True, "false": False}
 # What no sweep can change: the trials run side by side, on one clock.
 _SHARED = (
@@ -274,10 +294,10 @@ class Target(NamedTuple):
         except ValueError:
             value = math.nan
         if not (equals and metric.strip() and math.isfinite(value)):
-            raise ValueError(f"must be a metric and a number, as accuracy=0.99: got {text!r}.")
+            raise ValueError(f"must be a metric and a number, as accuracy=0.99: got {shown(text)}.")
         target = cls(metric.strip(), value)
         if target.metric.startswith("accuracy") and not 0 < value <= 1:
-            raise ValueError(f"must be an accuracy in (0, 1]: got {text!r}.")
+            raise ValueError(f"must be an accuracy in (0, 1]: got {shown(text)}.")
         return target
 
     def is_reached(self, metrics: Mapping[str, float]) -> bool:
@@ -301,7 +321,8 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """What is wrong with a config, as (path of a field, sentence); no jax, no devices."""
     task = config.get("task", {}).get("name")
     if task not in TASKS:
-        yield "task.name", f"{_label('task.name')} must be one of {', '.join(TASKS)}: got {task!r}."
+        words = f"{_label('task.name')} must be one of {', '.join(TASKS)}"
+        yield "task.name", f"{words}: got {shown(task)}."
         return
     leaves, known = flatten(config), flatten(default_config(task))
     strangers = [*(leaves.keys() - known.keys()), *(known.keys() - leaves.keys())]
@@ -323,10 +344,10 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             words = f"must be {_KINDS[kind]}"
         elif rule and not rule.holds(value):
             words = rule.words
-        else:
+        elif not (words := _excess(path, value)):
             continue
         bad.add(path)
-        yield path, f"{_label(path)} {words}: got {value!r}."
+        yield path, f"{_label(path)} {words}: got {shown(value)}."
     if bad:
         return  # What follows relates sound values to one another.
 
@@ -390,6 +411,12 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             f"with adam.",
         )
     total_steps = train.epochs * train.steps_per_epoch
+    if total_steps > _MOST_32_BITS:
+        yield (
+            "train.epochs",
+            f"{_label('train.epochs')} times config.train.steps_per_epoch must be at most "
+            f"{_MOST_32_BITS} steps: got {total_steps}.",
+        )
     if optimizer.schedule == "cosine" and optimizer.warmup_steps >= total_steps:
         yield (
             "optimizer.warmup_steps",
@@ -438,7 +465,7 @@ def slice_settings(config: ConfigDict, section: str = "eval") -> dict[str, dict[
                 others = ", ".join(sorted(set(config.task) - {"name"}))
                 raise ConfigError(
                     f"{field}: {name} must change settings of {config.task.name} "
-                    f"({others}), each once: got {part!r}."
+                    f"({others}), each once: got {shown(part)}."
                 )
             kind = type(config.task[setting])
             try:
@@ -446,7 +473,9 @@ def slice_settings(config: ConfigDict, section: str = "eval") -> dict[str, dict[
             except (KeyError, ValueError):
                 value = None
             if value is None or not _is_a(kind, value):
-                raise ConfigError(f"{field}: {setting} must be {_KINDS[kind]}: got {text!r}.")
+                raise ConfigError(f"{field}: {setting} must be {_KINDS[kind]}: got {shown(text)}.")
+            if words := _excess(f"task.{setting}", value):
+                raise ConfigError(f"{field}: {setting} {words}: got {shown(value)}.")
             slices[name][setting] = value
     return slices
 
@@ -465,6 +494,34 @@ def _is_a(kind, value):
     if kind is float:
         return _is_a(int, value) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _excess(path, value):
+    """Words for a number that is too large or too small to compute with; None for all others."""
+    if isinstance(value, float):
+        least, most = _FLOATS
+        if path == "model.mlp_ratio" and value > _MAX_MLP_RATIO:
+            return f"must be at most {_MAX_MLP_RATIO:g}"
+        sound = value == 0 or least <= abs(value) <= most
+        return None if sound else f"must be 0, or from {least:g} to {most:g} by size"
+    if isinstance(value, int):
+        of_task = path.startswith("task.") and path != "task.seed"
+        most = _MOST.get(path, _MOST_OF_TASK if of_task else _MOST_32_BITS)
+        return None if value <= most else f"must be at most {most}"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as a line can tell it, however long it is.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa... (102 characters)"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # More digits than Python writes.
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _unknown(path, known):
@@ -632,7 +689,7 @@ def _with_model_of(init_from, workdir, config, task):
                 raise ConfigError(f"its config.{path}={value!r} is unknown here.")
             kind = _kind(path, known[path])
             if not (_is_a(kind, value) or (value is None and path in _OPTIONAL)):
-                raise ConfigError(f"its config.{path} must be {_KINDS[kind]}: got {value!r}.")
+                raise ConfigError(f"its config.{path} must be {_KINDS[kind]}: got {shown(value)}.")
             _set(config, path, value)
     return config
 
@@ -656,7 +713,7 @@ def _axes(texts, config):
         if path in _FLAT_FLAGS:
             path = _FLAT_FLAGS[path].path or path
         if not (equals and listed.strip()):
-            raise ConfigError(f"--sweep must be field=value,value,...: got {text!r}.")
+            raise ConfigError(f"--sweep must be field=value,value,...: got {shown(text)}.")
         if path not in leaves:
             raise ConfigError(f"--sweep={text}: {_unknown(path, leaves)}")
         if path.endswith(".slices"):
@@ -676,7 +733,7 @@ def _read(path, default, text):
         return _WORDS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"--sweep: config.{path} must be {_KINDS[kind]}: got {text!r}."
+            f"--sweep: config.{path} must be {_KINDS[kind]}: got {shown(text)}."
         ) from error
 
 
@@ -699,8 +756,10 @@ def trials(config: ConfigDict, axes: Mapping[str, Sequence[Any]]) -> list[Config
             raise ConfigError(f"config.{path} cannot be swept: all trials share it.")
         if not values or len(set(values)) < len(values):
             raise ConfigError(
-                f"--sweep: config.{path} must have values, each once: got {list(values)}."
+                f"--sweep: config.{path} must have values, each once: got {shown(list(values))}."
             )
+    if (count := math.prod(len(values) for values in axes.values())) > _MAX_TRIALS:
+        raise ConfigError(f"--sweep must come to at most {_MAX_TRIALS} trials: got {count}.")
     found = []
     for values in itertools.product(*axes.values()):
         trial = copy.deepcopy(config)
@@ -784,11 +843,11 @@ def _override(config, arguments):
     except flags.IllegalFlagValueError as error:
         path, text = re.match(r"(?s)flag --config\.([^=]*)=(.*?): ", str(error)).groups()
         words = _KINDS[_kind(path, known[path])]
-        raise ConfigError(f"config.{path} must be {words}: got {text!r}.") from error
+        raise ConfigError(f"config.{path} must be {words}: got {shown(text)}.") from error
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     if rest:
-        raise ConfigError(f"Arguments start with --: got {rest[0]!r}.")
+        raise ConfigError(f"Arguments start with --: got {shown(rest[0])}.")
     leaves = flatten(config)
     return config, {path: leaves[path] for path in paths}
 
@@ -798,7 +857,7 @@ def _convert(path, text):
     try:
         return kind(text)
     except ValueError as error:
-        raise ConfigError(f"{_label(path)} must be {_KINDS[kind]}: got {text!r}.") from error
+        raise ConfigError(f"{_label(path)} must be {_KINDS[kind]}: got {shown(text)}.") from error
 
 
 def _path(text, name):

@@ -31,6 +31,7 @@ from attention_jax.training import step as steps
 from attention_jax.training.checkpoint import fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
 from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.memory import check_memory
 from attention_jax.training.metrics import Busy, Console, metrics_line
 from attention_jax.training.run_directory import (
     NoDirectory,
@@ -201,6 +202,7 @@ def _line(text):
 
 
 def _build(config):
+    check_memory(config)
     launcher = LAUNCHERS[config.launcher]()
     rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
     accumulate = config.optimizer.accumulate

@@ -27,6 +27,7 @@ from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS, Launcher
+from attention_jax.training.memory import check_memory
 from attention_jax.training.metrics import Busy, Console, JsonLines
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
 from attention_jax.training.step import all_finite, first_bad_step, not_finite
@@ -183,6 +184,7 @@ def _name(paths, values):
 
 def _build(numbers, name, configs, traced, launcher):
     config, mine = configs[numbers[0]], [configs[number] for number in numbers]
+    check_memory(config, len(numbers))
     settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
     if "seed" in traced and config.task.name == "teacher":
         # Drawn by NumPy: not inside a program, so each trial is given its teacher.

@@ -1,0 +1,71 @@
+"""The memory that a run needs at the least, which is looked at before anything is made."""
+
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+
+def check_memory(config: ConfigDict, num_trials: int = 1) -> None:
+    """Raises ValueError, with the sizes, where the memory cannot hold what a config asks for.
+
+    It counts the arrays that a run cannot do without. A run that passes may still run out.
+
+    Args:
+        config: Checked.
+        num_trials: Trials of a sweep that are held at once.
+    """
+    needed, there = least_bytes(config, num_trials), available_bytes()
+    if there is not None and sum(needed.values()) > there:
+        parts = ", ".join(f"{name} {_shown(size)}" for name, size in needed.items())
+        raise ValueError(
+            f"config.model and config.train need more memory than there is ({_shown(there)}). "
+            f"At the least: {parts}."
+        )
+
+
+def least_bytes(config: ConfigDict, num_trials: int = 1) -> dict[str, int]:
+    """The bytes that a run needs for certain, by what needs them.
+
+    >>> from attention_jax.training.config import default_config
+    >>> least_bytes(default_config())["parameters, gradients and the optimizer's state"]
+    262144
+    """
+    model, train, optimizer = config.model, config.train, config.optimizer
+    width, is_multihead = model.features, model.name == "multihead"
+    heads = model.num_heads if is_multihead else 1
+    kv_heads = (model.num_kv_heads or heads) if is_multihead else 1
+    head_dim = model.head_dim or width // heads
+    layer = width * head_dim * (heads + 2 * kv_heads + heads * is_multihead)  # The projections.
+    layer += 2 * width * int(model.mlp_ratio * width)
+    vocabulary = config.task.get("vocab_size", 0)
+    positions = config.task.seq_length if model.positions == "learned" else 0
+    num_params = model.num_layers * layer + (vocabulary + positions) * width
+    # Each parameter, its gradient, and what the optimizer keeps of it.
+    copies = 4 if optimizer.name != "sgd" else 3 if optimizer.momentum else 2
+    vectors = train.batch_size * config.task.seq_length
+    needed = {
+        "parameters, gradients and the optimizer's state": 4 * copies * num_params * num_trials,
+        "a batch": vectors // optimizer.accumulate // jax.device_count() * width * 2,
+    }
+    if config.task.name == "teacher":  # Its baseline sees the targets of all of them together.
+        needed["the held-out batches"] = config.eval.num_batches * vectors * width * 4
+    return needed
+
+
+def available_bytes() -> int | None:
+    """The memory of a device, or of the machine where devices have none of their own; None where
+    it is not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    try:
+        return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Of `sysconf`, which Windows does not have.
+        return None
+
+
+def _shown(size):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} TB"
