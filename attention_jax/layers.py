@@ -17,6 +17,7 @@ from attention_jax.checks import (
     check_flag,
     check_inputs,
     check_rate,
+    jax_defaults,
 )
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
@@ -67,6 +68,7 @@ class SingleHeadAttention(nn.Module):
     out_kernel_init: Initializer | None = None
 
     @nn.compact
+    @jax_defaults()
     def __call__(
         self,
         inputs_q: Array,
@@ -192,6 +194,7 @@ class MultiHeadAttention(nn.Module):
     sinks: bool = False
 
     @nn.compact
+    @jax_defaults()
     def __call__(
         self,
         inputs_q: Array,
@@ -404,6 +407,7 @@ class GatedDeltaAttention(nn.Module):
     out_kernel_init: Initializer | None = None
 
     @nn.compact
+    @jax_defaults()
     def __call__(
         self,
         inputs: Array,

@@ -69,15 +69,15 @@ class Dropout(nn.Module):
     rate: float | Array
 
     @nn.compact
+    @jax_defaults()
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         check_rate("dropout_rate", self.rate)
         check_flag("deterministic", deterministic)
         if deterministic or known(self.rate) == 0:
             return x
-        with jax_defaults():
-            rng = as_rng("dropout", self.make_rng("dropout"))
-            kept = jax.random.bernoulli(rng, jnp.float32(1 - self.rate), x.shape)
-            return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+        rng = as_rng("dropout", self.make_rng("dropout"))
+        kept = jax.random.bernoulli(rng, jnp.float32(1 - self.rate), x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -101,6 +101,7 @@ class ShortConvolution(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
+    @jax_defaults()
     def __call__(self, x: Array) -> Array:
         """`[..., T, D] -> [..., T, D]`; what lies before the first position counts as 0."""
         shape = (as_size("width", self.width), x.shape[-1])
@@ -140,6 +141,7 @@ class Block(nn.Module):
     short_conv: int = 0
 
     @nn.compact
+    @jax_defaults()
     def __call__(
         self,
         x: Array,
@@ -261,6 +263,7 @@ class SequenceModel(nn.Module):
     short_conv: int = 0
 
     @nn.compact
+    @jax_defaults()
     def __call__(
         self,
         inputs: Array,

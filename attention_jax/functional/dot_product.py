@@ -317,12 +317,14 @@ def _rules(bias, mask, query, key) -> tuple[Array | None, Array | None]:
 def _product(a: Array, b: Array) -> Array:
     """`_product_at` the precision that is the default here and now.
 
-    The derivative is traced later, maybe outside of the context that set the precision.
+    The derivative is traced later, maybe outside of the contexts that set the precision and the
+    defaults.
     """
     return _product_at(a, b, jax.config.jax_default_matmul_precision)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@jax_defaults()
 def _product_at(a: Array, b: Array, precision: str | None) -> Array:
     """The matrix product a b, in float32 at least, with derivatives fit for attention.
 
@@ -335,6 +337,7 @@ def _product_at(a: Array, b: Array, precision: str | None) -> Array:
 
 
 @_product_at.defjvp
+@jax_defaults()
 def _(precision, primals, tangents):
     product = functools.partial(_product_at, precision=precision)
     d_a, d_b = tangents

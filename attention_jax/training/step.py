@@ -68,7 +68,8 @@ def cross_entropy(apply: Apply) -> LossFn:
         error = jax.nn.logsumexp(logits, axis=-1) - target_logits  # [B, P]
         # Alone at the top. On a CPU `argmax` takes more time than the whole loss.
         correct = (logits >= target_logits[..., None]).sum(axis=-1) == 1
-        sums = {"weight": batch.weights.sum(), "accuracy": (batch.weights * correct).sum()}
+        right = batch.weights * correct.astype(batch.weights.dtype)
+        sums = {"weight": batch.weights.sum(), "accuracy": right.sum()}
         return (batch.weights * error).sum(), sums
 
     return loss_fn
