@@ -12,6 +12,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until the run has something to save; then it takes them over.
         signal.signal(number, _leave)
+    sys.unraisablehook = _leave_all_the_same
     if hasattr(signal, "SIGXFSZ"):
         # A file that grows too long is an error to tell. Python ignores the signal, and LLVM, when
         # it compiles, no longer does.
@@ -67,10 +68,26 @@ def _train(argv):
     return 0
 
 
+_left_by: list[int] = []  # The signals that were told to the user.
+
+
 def _leave(number, frame):
-    # Not `print`, which may be what the signal interrupts.
-    os.write(2, f"train.py: stopped by {signal.Signals(number).name}.\n".encode())
+    if number not in _left_by:
+        _left_by.append(number)
+        # Not `print`, which may be what the signal interrupts.
+        os.write(2, f"train.py: stopped by {signal.Signals(number).name}.\n".encode())
     sys.exit(128 + number)
+
+
+def _leave_all_the_same(unraisable):
+    """Repeats a signal that came in a callback of the garbage collector, where Python ignores
+    exceptions, that of leaving too."""
+    if _left_by and isinstance(unraisable.exc_value, SystemExit):
+        import threading
+
+        threading.Timer(0.01, os.kill, (os.getpid(), _left_by[-1])).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

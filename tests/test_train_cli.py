@@ -218,6 +218,28 @@ def test_a_signal_before_the_first_step_is_one_line(environment, tmp_path):
     assert (process.returncode, errors) == (143, "train.py: stopped by SIGTERM.\n")
 
 
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment, tmp_path):
+    # Python ignores what is raised there.
+    program = (
+        "import gc, os, signal, sys, train\n"
+        "def callback(phase, info):\n"
+        "    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:\n"
+        "        gc.callbacks.remove(callback)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "gc.callbacks.append(callback)\n"
+        "sys.exit(train.main(['train.py', *sys.argv[1:]]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *TINY, "--epochs=1000"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (143, "train.py: stopped by SIGTERM.\n")
+
+
 def test_a_reader_that_leaves_is_no_traceback(environment, tmp_path):
     process = subprocess.Popen(
         [sys.executable, TRAIN, *TINY],
