@@ -3,6 +3,7 @@
 `python train.py` runs the defaults, `python train.py --help` lists the flags.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -90,5 +91,19 @@ def _leave_all_the_same(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
+def _exit(argv):
+    """Ends the process with the status of `main`."""
+    try:
+        status = main(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    if _left_by or status in (130, 143):
+        # Threads of XLA that still compile may crash while Python takes itself apart.
+        with contextlib.suppress(OSError):  # The reader may have left.
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    _exit(sys.argv)
