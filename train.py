@@ -48,25 +48,32 @@ def _train(argv):
     except EOFError:
         print("\nNo more answers: nothing was trained.")
     except config.RunError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.status
+        return _tell(error, error.status)
     except OSError as error:
         # Of the screen's, or of what stands behind `>` or `|`; nor can the rest be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # The reader has left, `train.py | head` say.
             return 128 + 13  # SIGPIPE, which Windows does not have.
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return _tell(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
-            "train.py: out of memory: a smaller model or batch takes less, or "
-            "config.optimizer.accumulate, or config.model.remat.",
-            file=sys.stderr,
+        return _tell(
+            "out of memory: a smaller model or batch takes less, or "
+            "config.optimizer.accumulate, or config.model.remat."
         )
-        return 1
     return 0
+
+
+def _tell(error, status=1):
+    """Prints an error, and returns the status.
+
+    After a signal to leave an error is of what the signal cut short; the signal has been told.
+    """
+    if _left_by:
+        return 128 + _left_by[-1]
+    print(f"train.py: {error}", file=sys.stderr)
+    return status
 
 
 _left_by: list[int] = []  # The signals that were told to the user.
@@ -97,6 +104,10 @@ def _exit(argv):
         status = main(argv)
     except SystemExit as leaving:
         status = leaving.code
+    except Exception as error:
+        if not _left_by:
+            raise
+        status = _tell(error)
     if _left_by or status in (130, 143):
         # Threads of XLA that still compile may crash while Python takes itself apart.
         with contextlib.suppress(OSError):  # The reader may have left.

@@ -240,6 +240,30 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
     assert (result.returncode, result.stderr) == (143, "train.py: stopped by SIGTERM.\n")
 
 
+@pytest.mark.parametrize("error", ["RunError('x')", "RuntimeError('x')"])
+def test_what_a_second_signal_cuts_short_is_no_error(error, environment):
+    program = (
+        "import os, signal, train\n"
+        "from attention_jax.training import experiment\n"
+        "from attention_jax.training.config import RunError\n"
+        "def run(*arguments):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        f"        raise {error}\n"
+        "experiment.run = run\n"
+        "train._exit(['train.py'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (143, "train.py: stopped by SIGTERM.\n")
+
+
 def test_a_reader_that_leaves_is_no_traceback(environment, tmp_path):
     process = subprocess.Popen(
         [sys.executable, TRAIN, *TINY],
