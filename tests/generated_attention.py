@@ -118,6 +118,9 @@ def settings_of(s):
         "precision": st.sampled_from([None, "highest", jax.lax.Precision.HIGH]),
         "module": st.none(),
         "is_causal": st.booleans(),
+        "force_fp32_for_softmax": st.booleans(),
+        "qk_attn_weights_einsum": st.none(),
+        "attn_weights_value_einsum": st.none(),
     }
 
 

@@ -189,3 +189,12 @@ def is_tiny(config):
     sizes = [*sizes.values(), *(x for changes in changed for x in changes.values())]
     few = config.model.num_layers <= 2 and config.train.batch_size <= 64 and len(changed) <= 4
     return few and all(x <= 256 for x in sizes)
+
+
+ALL = (command_lines(), try_command)
+
+
+def write_files(place):
+    """Puts the config files that command lines name into a directory, the current one then."""
+    for name, text in FILES.items():
+        (place / name).write_text(text)

@@ -95,6 +95,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     distributions = importlib.metadata.packages_distributions()
+    # Tests and benchmarks import their neighbours by name.
+    neighbours = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    own = {"attention_jax", *(p.stem for p in neighbours), *(p.parent.name for p in neighbours)}
 
     def named(requirements):
         return {re.match(r"[\w-]+", x)[0].lower().replace("_", "-") for x in requirements}
@@ -102,8 +105,6 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     def imported(*folders):
         """The distributions that the files of some folders import."""
         files = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
-        # Tests and benchmarks import their neighbours by name.
-        own = {"attention_jax", *(p.stem for p in files if "attention_jax" not in p.parts)}
         names = {name for path in files for name in roots(path)} - own - sys.stdlib_module_names
         # What is not installed here is called as it is imported.
         return named(distributions.get(name, [name])[0] for name in names)
@@ -113,7 +114,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert used | imported("benchmarks", "configs") <= declared
     assert named(project["dependencies"]) <= used
     plugins = {"pytest-xdist"}  # Named in the options of pytest.
-    assert named(extras["test"]) - plugins <= used | {"hypothesis"}
+    assert named(extras["test"]) - plugins <= used
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "functional"], ids=str)

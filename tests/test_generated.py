@@ -1,7 +1,7 @@
 """Generated calls: each ends in a right result or in an error that names an argument.
 
-About a hundred of each kind run with the other tests, always the same ones. `pytest -m slow
-tests/test_generated.py` runs 2000 of calls of attention, and 2000 command lines.
+About a hundred of each kind run with the other tests, always the same ones; thousands of them are a
+part of benchmarks/reliability.py.
 """
 
 import collections
@@ -42,8 +42,7 @@ ATTENTION = {
 def config_files(tmp_path, monkeypatch):
     """A directory of its own, with the config files that command lines name."""
     monkeypatch.chdir(tmp_path)
-    for name, text in generated_commands.FILES.items():
-        (tmp_path / name).write_text(text)
+    generated_commands.write_files(tmp_path)
     yield
     assert {path.name for path in tmp_path.iterdir()} == set(generated_commands.FILES)
 
@@ -56,29 +55,6 @@ def test_a_call_of_attention_is_right_or_refused_by_name(kind):
 
 
 def test_a_command_line_is_built_or_refused_by_name(config_files):
-    counts = tally(generated_commands.command_lines(), generated_commands.try_command, 100)
+    counts = tally(*generated_commands.ALL, 100)
     assert counts["built"] >= 10, counts
     assert counts["refused"] >= 20, counts
-
-
-@pytest.mark.slow
-def test_2000_calls_of_attention_are_right_or_refused_by_name(capsys):
-    shares = {"functions": 900, "rules": 500, "layers": 600}
-    report(capsys, "calls", [tally(*ATTENTION[kind], n) for kind, n in shares.items()])
-
-
-@pytest.mark.slow
-def test_2000_command_lines_are_built_or_refused_by_name(capsys, config_files):
-    calls = generated_commands.command_lines(), generated_commands.try_command
-    report(capsys, "command lines", [tally(*calls, 2000)])
-
-
-def report(capsys, what, counts):
-    """Says what a proof has tried; one call that ends in another way ends the proof."""
-    total = sum(counts, collections.Counter())
-    with capsys.disabled():
-        print(
-            f"\ngenerated {what}: {total.total()} tried, 0 tracebacks, 0 hangs, 0 undocumented "
-            f"errors; {', '.join(f'{n} {how}' for how, n in sorted(total.items()))}"
-        )
-    assert total.total() >= 2000

@@ -1,4 +1,7 @@
-"""`python train.py` as a user meets it: its streams, its statuses, and the signals sent to it."""
+"""`python train.py` as a user meets it: its streams and its statuses.
+
+What it keeps when it is killed or the disk is full is in test_reliability.py.
+"""
 
 import importlib.util
 import json
@@ -7,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -152,28 +154,6 @@ def test_a_sweep_is_a_flag(main, capsys, tmp_path):
     assert [trial["seed"] for trial in result["trials"]] == [0, 1]
 
 
-def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
-    main, environment, tmp_path
-):
-    """As on a full disk; that of the checkpoint comes first."""
-    tiny = [*TINY, "--epochs=60", "--workdir=run", "--embed_dim=32"]
-    # In blocks of 512 bytes, or of 1024.
-    limited = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh", sys.executable, TRAIN, *tiny]
-    result = subprocess.run(
-        limited, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stderr.splitlines()) == (
-        1,
-        [
-            "train.py: the run directory cannot be used: File too large: "
-            f"{tmp_path / 'run' / 'checkpoints'}."
-        ],
-    )
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert main(*tiny) == 0
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 240
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
 def test_a_screen_that_takes_no_lines_is_one_line(environment):
     command = [sys.executable, TRAIN, "--help"]
@@ -278,52 +258,3 @@ def test_a_reader_that_leaves_is_no_traceback(environment, tmp_path):
     assert process.wait(timeout=120) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    ["single", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pmap", "sharded"))],
-)
-def test_kill_9_and_sigterm_lose_nothing(train, environment, tmp_path, launcher):
-    tiny = [*TINY, f"--launcher={launcher}", "--epochs=160"]
-    environment = environment | {"JAX_NUM_CPU_DEVICES": "2"}
-
-    def until(directory, epoch, number):
-        """Starts the run, and sends it a signal when the epoch is on the disk."""
-        process = subprocess.Popen(
-            [sys.executable, TRAIN, *tiny, f"--workdir={directory}"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        metrics, deadline = tmp_path / directory / "metrics.jsonl", time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") > epoch:
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
-
-    whole = train(*tiny, "--workdir=whole", env=environment)
-    assert (whole.returncode, whole.stderr) == (0, "")
-    wanted = json.loads((tmp_path / "whole" / "result.json").read_text())
-
-    assert until("cut", 60, signal.SIGKILL) == (-signal.SIGKILL, "")
-    status, errors = until("cut", 100, signal.SIGTERM)
-    assert status == 143
-    assert len(errors.splitlines()) == 1
-    assert "SIGTERM" in errors
-    last = json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert str(last["step"]) in os.listdir(tmp_path / "cut" / "checkpoints")
-
-    end = train(*tiny, "--workdir=cut", env=environment)
-    assert (end.returncode, end.stderr) == (0, "")
-    assert f"continuing after step {last['step']}" in end.stdout
-    found = json.loads((tmp_path / "cut" / "result.json").read_text())
-    assert found["fingerprint"] == wanted["fingerprint"]
-    lines = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("cut", "whole")]
-    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
-    assert steps[0] == steps[1] == [1, *range(4, 641, 4)]
