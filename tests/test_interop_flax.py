@@ -175,6 +175,15 @@ def test_what_is_cast_is_looked_at_before(settings, word):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("precision", "error"), [("bogus", ValueError), (np.ones((30, 3)), NotImplementedError)]
+)
+def test_a_precision_that_is_none_is_one_line(precision, error):
+    with pytest.raises(error, match=r"^precision must be") as refusal:
+        attention_fn(*random_qkv(), precision=precision)
+    assert "\n" not in str(refusal.value)
+
+
 def test_precision_reaches_the_products():
     qkv = random_qkv()
     for precision in ("highest", jax.lax.Precision.HIGHEST):

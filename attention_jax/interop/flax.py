@@ -13,6 +13,7 @@ from attention_jax.checks import (
     check_rate,
     is_real,
     known,
+    told,
 )
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
@@ -137,8 +138,17 @@ def _precision(precision):
         precision = precision.name.lower()
     if not isinstance(precision, str):
         raise NotImplementedError(
-            f"precision must be one word or jax.lax.Precision for both operands, got {precision}."
+            "precision must be one word or jax.lax.Precision for both operands, got "
+            f"{told(precision)}."
         )
+    try:
+        with jax.default_matmul_precision(precision):
+            pass
+    except ValueError:
+        raise ValueError(
+            'precision must be "default", "high", "highest" or another word of '
+            f"jax.default_matmul_precision, got {told(precision)}."
+        ) from None
     return jax.default_matmul_precision(precision)
 
 

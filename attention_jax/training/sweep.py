@@ -184,7 +184,9 @@ def _name(paths, values):
 
 def _build(numbers, name, configs, traced, launcher):
     config, mine = configs[numbers[0]], [configs[number] for number in numbers]
-    check_memory(config, len(numbers))
+    # The other launchers deal the trials out to the devices.
+    devices = 1 if config.launcher == "single" else jax.device_count()
+    check_memory(config, -(-len(numbers) // devices))
     settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
     if "seed" in traced and config.task.name == "teacher":
         # Drawn by NumPy: not inside a program, so each trial is given its teacher.
