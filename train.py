@@ -13,7 +13,6 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until the run has something to save; then it takes them over.
         signal.signal(number, _leave)
-    sys.unraisablehook = _leave_all_the_same
     if hasattr(signal, "SIGXFSZ"):
         # A file that grows too long is an error to tell. Python ignores the signal, and LLVM, when
         # it compiles, no longer does.
@@ -100,6 +99,7 @@ def _leave_all_the_same(unraisable):
 
 def _exit(argv):
     """Ends the process with the status of `main`."""
+    sys.unraisablehook = _leave_all_the_same
     try:
         status = main(argv)
     except SystemExit as leaving:

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from attention_jax.training import experiment
-from attention_jax.training.config import ConfigError, check, default_config
+from attention_jax.training import experiment, memory, sweep
+from attention_jax.training.config import ConfigError, check, default_config, trials
+from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import least_bytes
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -42,6 +43,21 @@ def test_what_must_be_held_is_no_more_than_what_is():
         gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         counted = least_bytes(config)["parameters, gradients and the optimizer's state"]
         assert 0.8 * (held + gradients) < counted <= held + gradients
+
+
+def test_a_device_holds_its_share_of_the_trials(monkeypatch):
+    config, axes = default_config(), {"seed": list(range(jax.device_count()))}
+    config.train.batch_size, config.eval.num_batches = jax.device_count(), 1
+    one = sum(least_bytes(config).values())
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * one)
+    for name in ("single", "sharded"):
+        config.launcher = name
+        build = lambda name=name: sweep.build(trials(config, axes), axes, LAUNCHERS[name]())
+        if name == "single":
+            with pytest.raises(ValueError, match="more memory than there is"):
+                build()
+        else:
+            build()
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
         "        gc.callbacks.remove(callback)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "gc.callbacks.append(callback)\n"
-        "sys.exit(train.main(['train.py', *sys.argv[1:]]))"
+        "train._exit(['train.py', *sys.argv[1:]])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, *TINY, "--epochs=1000"],
