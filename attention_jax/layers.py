@@ -29,6 +29,7 @@ from attention_jax.functional.gated_delta import (
     unit_length,
 )
 from attention_jax.functional.masks import Mask
+from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.functional.positions import rotary
 from attention_jax.types import Array, AttentionFn
 
@@ -543,9 +544,12 @@ class _Cache:
         self.ready = layer.has_variable("cache", "cached_key")
         if not (self.ready or layer.is_initializing()):
             raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
-        self.key = layer.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
-        self.value = layer.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
-        self.index = layer.variable("cache", "cache_index", jnp.zeros, key.shape[:-3], jnp.int32)
+        # Like the keys: on a mesh each device holds the cache of its own rows and heads.
+        self.key = layer.variable("cache", "cached_key", jnp.zeros_like, key)
+        self.value = layer.variable("cache", "cached_value", jnp.zeros_like, value)
+        self.index = layer.variable(
+            "cache", "cache_index", lambda: jnp.zeros_like(key[..., 0, 0, 0], jnp.int32)
+        )
         if self.ready and self.key.value.shape[:-3] != key.shape[:-3]:
             raise ValueError(
                 f"inputs_q must have the cache's batch axes {self.key.value.shape[:-3]}, got "
@@ -601,7 +605,19 @@ def put(cached: Array, places: Array, new: Array) -> Array:
     write = lambda row, place, x: row.at[place].set(x.astype(row.dtype), mode="drop")
     for _ in range(places.ndim - 1):
         write = jax.vmap(write)
-    return write(cached, places, new)
+    return in_auto(write, (cached, places, new), partition_of(cached, *range(cached.ndim)))
+
+
+class Embed(nn.Embed):
+    """`flax.linen.Embed` for tokens that may be split over Explicit axes of a mesh."""
+
+    @jax_defaults()
+    def __call__(self, tokens: Array) -> Array:
+        """`[...] -> [..., features]`; a token without a row in the table becomes NaN."""
+        (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        take = functools.partial(jnp.take, axis=0)
+        rows = partition_of(tokens, *range(tokens.ndim), None)
+        return in_auto(take, (table, tokens), rows)
 
 
 def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:

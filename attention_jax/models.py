@@ -29,6 +29,7 @@ from attention_jax.functional.masks import Mask
 from attention_jax.functional.positions import sinusoidal_at
 from attention_jax.layers import (
     DifferentialAttention,
+    Embed,
     GatedDeltaAttention,
     Initializer,
     MultiHeadAttention,
@@ -313,7 +314,7 @@ class SequenceModel(nn.Module):
         if self.vocab_size is None:
             x = inputs
         else:
-            embed = nn.Embed(
+            embed = Embed(
                 self.vocab_size,
                 self.features,
                 dtype=self.dtype,
@@ -596,7 +597,7 @@ class SequenceModel(nn.Module):
             # A sinusoid's mean square is 1/2: as large as the tokens, it cannot drown them.
             scale = 1.0 if self.vocab_size is None else 2**0.5 * EMBEDDING_SCALE
             return x + (scale * sinusoidal_at(tokens, x.shape[-1])).astype(x.dtype)
-        table = nn.Embed(
+        table = Embed(
             self.max_length,
             self.features,
             dtype=self.dtype,

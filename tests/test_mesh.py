@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from attention_jax import (
     MultiHeadAttention,
+    SequenceModel,
     attention_weights,
     biases,
     differential_attention,
@@ -284,3 +285,58 @@ def test_explicit_axes_of_a_layer():
     wanted = gradient(params, inputs)
     with jax.set_mesh(mesh):
         assert_equal(gradient(params, *place(mesh, ROWS, inputs)), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_explicit_axes_of_a_model(positions):
+    mesh = make_mesh(AxisType.Explicit)
+    model = SequenceModel(
+        16,
+        num_heads=N,
+        vocab_size=7,
+        causal=True,
+        positions=positions,
+        max_length=T if positions == "learned" else None,
+    )
+    tokens = jnp.arange(B * T).reshape(B, T) % 7
+    lengths = jnp.array([T, 3, 11, T])
+    params = model.init(jax.random.key(0), tokens)
+
+    def loss(params, tokens, lengths):
+        return (model.apply(params, tokens, mask=masks.key_lengths(lengths)) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    wanted = gradient(params, tokens, lengths)
+    with jax.set_mesh(mesh):
+        assert_equal(gradient(params, *place(mesh, ROWS, tokens, lengths)), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split_cache", "whole_cache"])
+def test_explicit_axes_while_decoding(split):
+    mesh = make_mesh(AxisType.Explicit)
+    model = SequenceModel(16, num_heads=N, vocab_size=7, causal=True, decode=True, window=5)
+    tokens = jnp.arange(B * T).reshape(B, T) % 7
+    halves = jnp.split(tokens, 2, axis=1)
+    variables = model.init(jax.random.key(0), tokens)
+    with jax.set_mesh(mesh):
+        cache = model.init(jax.random.key(0), *place(mesh, ROWS if split else P(), tokens))["cache"]
+
+    @jax.jit
+    def step(cache, new):
+        variables_now = {"params": variables["params"], "cache": cache}
+        return model.apply(variables_now, new, mutable=["cache"])
+
+    def decode(cache, halves):
+        found = []
+        for new in halves:
+            out, updated = step(cache, new)
+            cache = updated["cache"]
+            found.append(out)
+        return found, cache
+
+    wanted, _ = decode(variables["cache"], halves)
+    found, cache = decode(cache, place(mesh, ROWS, *halves))
+    assert_equal(found, wanted, 1e-5)
+    for name in ("cached_key", "cached_value"):
+        spec = jax.typeof(cache["block_0"]["attention"][name]).sharding.spec
+        assert (spec[0] == "data") == split

@@ -755,6 +755,9 @@ def _keep_compiled_programs():
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        # Addresses in memory are other ones in each process. What is called is in the key all the
+        # same: see `functional.mesh`.
+        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     # On a full disk they are compiled anew each time; jax tells of each of them, in two lines.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
