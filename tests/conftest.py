@@ -42,9 +42,9 @@ def hollow(monkeypatch):
 
     Returns a function from a config to a list that says of each step whether it is such a one.
     """
-    from attention_jax.training import experiment
+    from attention_jax.training import build
 
-    squared_error = experiment.steps.LOSSES["squared_error"]
+    squared_error = build.steps.LOSSES["squared_error"]
 
     def hollow_squared_error(apply):
         loss_fn = squared_error(apply)
@@ -57,14 +57,14 @@ def hollow(monkeypatch):
         return loss
 
     def bad_steps(config):
-        task, train = experiment.make_task(config), config.train
-        rng = jax.random.fold_in(jax.random.key(config.seed), experiment._TRAIN)
+        task, train = build.make_task(config), config.train
+        rng = jax.random.fold_in(jax.random.key(config.seed), build._TRAIN)
         rows = jnp.arange(train.batch_size)
         inputs = lambda step: task.sample(jax.random.fold_in(rng, step), rows).inputs
         numbers = jnp.arange(train.epochs * train.steps_per_epoch)
         return jax.jit(jax.vmap(lambda step: inputs(step).max() > 3))(numbers).tolist()
 
-    monkeypatch.setitem(experiment.steps.LOSSES, "squared_error", hollow_squared_error)
+    monkeypatch.setitem(build.steps.LOSSES, "squared_error", hollow_squared_error)
     return bad_steps
 
 

@@ -9,7 +9,7 @@ from generated_attention import several
 from hypothesis import strategies as st
 from outcomes import outcome
 
-from attention_jax.training import experiment, sweep
+from attention_jax.training import build, experiment, sweep
 from attention_jax.training.config import (
     TASKS,
     ConfigError,
@@ -168,7 +168,7 @@ def try_command(call):
         configs = trials(command.config, command.sweep)
         if len(configs) > 4 or not all(map(is_tiny, configs)):
             return "parsed"
-        with experiment.refusals():
+        with build.refusals():
             sweep.build(configs, command.sweep, LAUNCHERS[command.config.launcher]())
         return "built"
 

@@ -21,7 +21,7 @@ import optax
 import pytest
 
 from attention_jax import report
-from attention_jax.training import experiment, metrics
+from attention_jax.training import build, experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
 from attention_jax.training.metrics import Console, JsonLines, TensorBoard
@@ -242,8 +242,8 @@ def test_a_task_that_holds_out_is_evaluated_on_what_it_holds_out(tmp_path, monke
 
         return task._replace(sample_held_out=zeros, held_out="rows of zeros")
 
-    teacher = experiment.TASKS["teacher"]
-    monkeypatch.setitem(experiment.TASKS, "teacher", holding_out)
+    teacher = build.TASKS["teacher"]
+    monkeypatch.setitem(build.TASKS, "teacher", holding_out)
     config = tiny(train__epochs=1, model__use_bias=False, eval__slices="7")
     result = experiment.run(config, tmp_path).metrics
     assert result["train_loss"] > 0.1
@@ -286,9 +286,9 @@ def test_a_step_trains_on_all_slices_together():
     before = program.init()
     after, metrics = program.epoch(program.put_state(program.init()), program.rows)
 
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), experiment._TRAIN), 0)
-    model = experiment.make_model(config, program.task)
-    (other,) = experiment.make_slices(config, program.task, "train").values()
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), build._TRAIN), 0)
+    model = build.make_model(config, program.task)
+    (other,) = build.make_slices(config, program.task, "train").values()
     batches = [program.task.sample(key, program.rows)]
     batches += [other.sample(jax.random.fold_in(key, 2**31 + 1), program.rows)]
     assert not np.allclose(batches[0].inputs, batches[1].inputs[:, : batches[0].inputs.shape[1]])
@@ -307,10 +307,10 @@ def test_a_step_trains_on_all_slices_together():
 def test_learned_positions_reach_to_the_longest_slice():
     config = default_config("copy")
     config.model.positions, config.eval.slices = "learned", "64 8 vocab_size=16"
-    model = experiment.make_model(config, experiment.make_task(config))
+    model = build.make_model(config, build.make_task(config))
     assert model.max_length == 64
     config.train.slices = "128"
-    assert experiment.make_model(config, experiment.make_task(config)).max_length == 128
+    assert build.make_model(config, build.make_task(config)).max_length == 128
 
 
 def test_what_a_task_hides_is_hidden_from_the_model():
@@ -501,7 +501,7 @@ def sound_json(path):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypatch):
     """The row of a position that training never sees becomes infinite at step 10."""
-    make_optimizer = experiment.steps.make_optimizer
+    make_optimizer = build.steps.make_optimizer
 
     def break_last_row(updates, state, params=None):
         embed = updates["positions_embed"]["embedding"]
@@ -513,7 +513,7 @@ def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypa
         broken = optax.GradientTransformation(lambda params: jnp.int32(0), break_last_row)
         return optax.chain(make_optimizer(**settings), broken)
 
-    monkeypatch.setattr(experiment.steps, "make_optimizer", breaking)
+    monkeypatch.setattr(build.steps, "make_optimizer", breaking)
     config = default_config("copy")
     config.update_from_flattened_dict(
         {
@@ -776,7 +776,7 @@ def test_the_default_kind_of_keys_changes_no_number():
 
 def test_trials_do_not_depend_on_one_another_under_any_default():
     def start(seed):
-        functions = experiment.make_functions(tiny(), {"seed": seed})
+        functions = build.make_functions(tiny(), {"seed": seed})
         return functions.init().params, functions.baseline()
 
     alone = [jax.jit(start)(seed) for seed in range(2)]

@@ -12,7 +12,7 @@ import pytest
 
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.teacher import attention_layer
-from attention_jax.training import experiment
+from attention_jax.training import build, experiment
 from attention_jax.training.config import default_config
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
@@ -138,14 +138,14 @@ def test_state_is_donated_and_the_second_call_compiles_nothing(name):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_run_traces_its_programs_once(name, monkeypatch, max_traces):
-    make = experiment.make_functions
+    make = build.make_functions
 
     def bounded(*arguments, **settings):
         functions = make(*arguments, **settings)
         programs = {x: max_traces(getattr(functions, x), n=1) for x in ("epoch", "evaluate")}
         return functions._replace(**programs)
 
-    monkeypatch.setattr(experiment, "make_functions", bounded)
+    monkeypatch.setattr(build, "make_functions", bounded)
     config = default_config()
     config.update_from_flattened_dict(
         {

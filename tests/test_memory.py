@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from attention_jax.training import experiment, memory, sweep
+from attention_jax.training import build, experiment, memory, sweep
 from attention_jax.training.config import ConfigError, check, default_config, trials
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import least_bytes
@@ -38,7 +38,7 @@ def test_what_must_be_held_is_no_more_than_what_is():
         config.model.name, config.model.positions = name, "learned"
         if name == "multihead":
             config.model.num_kv_heads, config.model.mlp_ratio = 2, 2.5
-        state = jax.eval_shape(experiment.make_functions(config).init)
+        state = jax.eval_shape(build.make_functions(config).init)
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         counted = least_bytes(config)["parameters, gradients and the optimizer's state"]

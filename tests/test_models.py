@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from attention_jax import MultiHeadAttention, SequenceModel, SingleHeadAttention, masks, models
 from attention_jax.models import Dropout
+from attention_jax.training.build import make_model, make_task
 from attention_jax.training.config import check, default_config, problems
-from attention_jax.training.experiment import make_model, make_task
 
 VOCAB = 17
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 7)), jnp.int32)

@@ -27,7 +27,7 @@ from attention_jax import (
 )
 from attention_jax.interop.flax import attention_fn
 from attention_jax.tasks import TASKS
-from attention_jax.training import experiment
+from attention_jax.training import build
 from attention_jax.training.config import default_config
 
 SIZES = Sizes(N=4, K=2, H=8, V=3)  # B = 2, T = 5, S = 7.
@@ -151,7 +151,7 @@ def training(**settings):
     )
 
     def run(rows):
-        functions = experiment.make_functions(config)
+        functions = build.make_functions(config)
         state, metrics = functions.epoch(functions.init(), rows)
         return state.params, metrics, functions.evaluate(state.params, rows), functions.baseline()
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from attention_jax import report
 from attention_jax.tasks.teacher import draw_weights
+from attention_jax.training import build as builder
 from attention_jax.training import experiment
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
@@ -132,7 +133,7 @@ def run(
     noted = ConfigDict(config.to_dict() | {"sweep": _nested(axes)})
     started = time.perf_counter()
     experiment.prepare()
-    with experiment.refusals():
+    with builder.refusals():
         launcher = LAUNCHERS[config.launcher]()
         groups = build(configs, axes, launcher)
 
@@ -163,7 +164,7 @@ def build(
     """Sorts trials into programs and builds these; nothing is compiled yet.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: As `experiment.make_functions`, or the trials of
+        ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of
             a program cannot be dealt out evenly to the devices.
     """
     static = [path for path in axes if path not in TRACED]
@@ -197,8 +198,8 @@ def _build(numbers, name, configs, traced, launcher):
     given = {"number": np.array(numbers, np.int32), "settings": settings}
     rows = np.arange(config.train.batch_size, dtype=np.int32)
 
-    def functions(given: PyTree) -> experiment.Functions:
-        return experiment.make_functions(config, given["settings"])
+    def functions(given: PyTree) -> builder.Functions:
+        return builder.make_functions(config, given["settings"])
 
     def init(_, __, given: PyTree) -> PyTree:
         state = functions(given).init()
@@ -240,7 +241,7 @@ def _build(numbers, name, configs, traced, launcher):
         over = jax.vmap(evaluate, in_axes=(None, 0, 0))
         active = np.ones(len(numbers), bool)
         _, held_out = jax.eval_shape(over, None, like[0], (given, active))
-        experiment.check_target(config, held_out)
+        builder.check_target(config, held_out)
     return group
 
 
@@ -544,7 +545,7 @@ def _summary(configs, axes, launcher, groups, params, log, step):
     results = [{} for _ in configs]
     for group in groups:
         baselines = launcher.get_trials(group.baseline(None, None, group.settings))
-        task = experiment.make_task(group.config)
+        task = builder.make_task(group.config)
         for i, number in enumerate(group.numbers):
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}

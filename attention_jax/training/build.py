@@ -1,0 +1,305 @@
+"""From the words of a config to values: task, model, optimizer, and the functions of a run."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from attention_jax.checks import jax_defaults
+from attention_jax.models import SequenceModel
+from attention_jax.tasks import TASKS, Task
+from attention_jax.training import step as steps
+from attention_jax.training.config import ConfigError, Target, slice_settings
+from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.memory import check_memory
+from attention_jax.types import Array, Batch, PyTree, TrainState
+
+# The streams of randomness, each `fold_in(key(seed), stream)`.
+_PARAMS, _TRAIN, _HELD_OUT, _DROPOUT = range(4)
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run and what they work on.
+
+    Attributes:
+        task: What is learnt.
+        init: `() -> TrainState`.
+        put_state: Places a state on the devices.
+        epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the state given is used up.
+        evaluate: `(params, rows) -> metrics` on the held-out batches.
+        baseline: `() -> loss` of the task's baseline on them.
+        rows: The row numbers of a batch, split over the devices.
+    """
+
+    task: Task
+    init: Callable[[], TrainState]
+    put_state: Callable[[TrainState], TrainState]
+    epoch: Callable[[TrainState, Array], tuple[TrainState, dict]]
+    evaluate: Callable[[PyTree, Array], dict]
+    baseline: Callable[[], Array]
+    rows: Array
+
+
+def build(config: ConfigDict) -> Program:
+    """Builds what a config names; nothing is compiled yet.
+
+    Raises:
+        ConfigError: The task, the model, the optimizer or the devices cannot honour the config, or
+            the environment names devices that jax does not find.
+    """
+    with refusals():
+        program = _build(config)
+        # Traced here, and not again when it is called: the errors of the model are among these.
+        state = program.init.eval_shape()
+        if config.train.target:
+            found = jax.eval_shape(program.evaluate, state.params, program.rows)
+            check_target(config, found)
+    return program
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turns what cannot be built into a ConfigError, of one line."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # The latter where JAX_PLATFORMS finds none.
+        names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+        asked = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        message = f"jax finds no device with {asked or 'its defaults'}. {error}"
+        raise ConfigError(_line(message)) from error
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(_line(str(error))) from error
+
+
+def check_target(config: ConfigDict, held_out: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the held-out metrics have the one that the target is about."""
+    metric, metrics = Target.parse(config.train.target).metric, held_out.keys() - {"weight"}
+    if metric not in metrics:
+        raise ValueError(
+            f"--target (config.train.target) must name a held-out metric of {config.task.name} "
+            f"({', '.join(sorted(metrics))}): got {metric!r}."
+        )
+
+
+def _line(text):
+    return " ".join(text.split())
+
+
+def _build(config):
+    check_memory(config)
+    launcher = LAUNCHERS[config.launcher]()
+    rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
+    accumulate = config.optimizer.accumulate
+    if rows.shape[-1] % accumulate:  # [B], or [devices, B / devices]
+        raise ValueError(
+            f"{rows.shape[-1]} rows (per device) cannot be accumulated in {accumulate} parts."
+        )
+    functions = make_functions(config, axis_name=launcher.axis_name, constrain=launcher.constrain)
+    return Program(
+        task=functions.task,
+        init=jax.jit(functions.init),
+        put_state=launcher.put_state,
+        epoch=launcher.compile(functions.epoch, donate=True),
+        evaluate=launcher.compile(functions.evaluate),
+        baseline=jax.jit(functions.baseline),
+        rows=rows,
+    )
+
+
+class Functions(NamedTuple):
+    """What a config comes to, as pure functions; `Program` says what they do."""
+
+    task: Task
+    init: Callable[[], TrainState]
+    epoch: Callable[[TrainState, Array], tuple[TrainState, dict]]
+    evaluate: Callable[[PyTree, Array], dict]
+    baseline: Callable[[], Array]
+    dropout_rng: Callable[[], Array]
+
+
+def make_functions(
+    config: ConfigDict,
+    traced: Mapping[str, Any] | None = None,
+    *,
+    axis_name: str | None = None,
+    constrain: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Functions:
+    """Makes the functions of a run from its config.
+
+    Args:
+        config: Checked.
+        traced: Values that stand instead of those of the config, by the path of the field; arrays
+            in a function that jax traces, so that one program serves many. The seed, numbers of the
+            optimizer and of the model; and `task.*`, arguments of the task.
+        axis_name, constrain: Of the launcher.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: The task, the model or the optimizer cannot
+            honour the config.
+    """
+
+    traced = {} if traced is None else traced
+
+    def of(section: str) -> dict[str, Any]:
+        start = f"{section}."
+        return {p.removeprefix(start): x for p, x in traced.items() if p.startswith(start)}
+
+    task = make_task(config, **of("task"))
+    slices = make_slices(config, task, **of("task"))
+    parts = [task, *make_slices(config, task, "train", **of("task")).values()]
+    model = make_model(config, task).clone(**of("model"))
+    num_steps = config.train.steps_per_epoch
+    settings = config.optimizer.to_dict() | of("optimizer")
+    accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
+    optimizer = steps.make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
+    if max_skipped:
+        optimizer = steps.skipping(optimizer)
+    seed = traced.get("seed", config.seed)
+
+    def make_loss(task: Task) -> steps.LossFn:
+        def apply(params: PyTree, batch: Batch, rng: Array | None) -> Array:
+            return model.apply(
+                {"params": params},
+                batch.inputs,
+                output_positions=batch.positions,
+                mask=task.mask,
+                deterministic=rng is None,
+                rngs=None if rng is None else {"dropout": rng},
+            )
+
+        return steps.LOSSES[task.loss](apply)
+
+    def part_of(rng: Array, number: int) -> Array:
+        """The key of a part of the mixture. No row has it: rows are counted from 0 to 2**31 - 1."""
+        return jax.random.fold_in(rng, 2**31 + number) if number else rng
+
+    def mixed_loss(params: PyTree, batches: list[Batch], rng: Array | None) -> tuple[Array, dict]:
+        """The loss of a batch of each part, which a step takes together."""
+        found = []
+        for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            part_rng = None if rng is None else part_of(rng, number)
+            found.append(make_loss(part)(params, batch, part_rng))
+        return jax.tree.map(lambda *sums: sum(sums), *found)
+
+    def mixed_sample(rng: Array, rows: Array) -> list[Batch]:
+        return [part.sample(part_of(rng, number), rows) for number, part in enumerate(parts)]
+
+    # The keys are made inside the programs: outside, each operation would be a program of its own.
+    def stream(number: int) -> Array:
+        # Of one kind, whatever the default is: the numbers are the same under each.
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+
+    def init() -> TrainState:
+        example = task.sample(stream(_TRAIN), jnp.arange(1))
+        with jax_defaults():
+            variables = model.init(
+                stream(_PARAMS),
+                example.inputs,
+                output_positions=example.positions,
+                mask=task.mask,
+            )
+        params = variables["params"]
+        return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
+
+    def epoch(state: TrainState, rows: Array) -> tuple[TrainState, dict]:
+        step = steps.make_train_step(
+            mixed_loss, optimizer, axis_name=axis_name, accumulate=accumulate
+        )
+        return steps.make_epoch(
+            step, mixed_sample, num_steps, rng=stream(_TRAIN), constrain=constrain
+        )(state, rows)
+
+    def evaluate(params: PyTree, rows: Array) -> dict:
+        def held_out(task):
+            step = steps.make_eval_step(make_loss(task), axis_name=axis_name)
+            return steps.make_evaluation(
+                step,
+                task.sample_held_out or task.sample,
+                config.eval.num_batches,
+                rng=stream(_HELD_OUT),
+                constrain=constrain,
+            )(params, rows)
+
+        metrics = held_out(task)
+        for name, other in slices.items():
+            found = held_out(other)
+            metrics |= {f"{metric}@{name}": found[metric] for metric in found if metric != "weight"}
+        return metrics
+
+    def baseline() -> Array:
+        # The rows of all held-out batches as one batch, whole whatever the launcher.
+        def batch(index):
+            rng = jax.random.fold_in(stream(_HELD_OUT), index)
+            sample = task.sample_held_out or task.sample
+            return sample(rng, jnp.arange(config.train.batch_size))
+
+        batches = jax.vmap(batch)(jnp.arange(config.eval.num_batches))
+        return task.baseline[1](jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
+
+    return Functions(task, init, epoch, evaluate, baseline, lambda: stream(_DROPOUT))
+
+
+def make_task(config: ConfigDict, **traced: Any) -> Task:
+    """The task that `config.task` names; the teacher is as wide as its student."""
+    settings = config.task.to_dict()
+    name = settings.pop("name")
+    if name == "teacher":
+        heads = config.model.num_heads if config.model.name == "multihead" else 1
+        settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}
+    return TASKS[name](**settings | traced)
+
+
+def make_slices(
+    config: ConfigDict, task: Task, section: str = "eval", **traced: Any
+) -> dict[str, Task]:
+    """The task as each of `config.eval.slices` (or `.train`) changes it, by the name of the slice.
+
+    Raises:
+        ValueError: A slice cannot be, or needs a model for other inputs.
+    """
+    slices = {}
+    for name, changes in slice_settings(config, section).items():
+        changed = ConfigDict(config.to_dict())
+        changed.task.update(changes)
+        try:
+            slices[name] = make_task(changed, **traced)
+        except ValueError as error:
+            raise ValueError(f"config.{section}.slices: {name}: {error}") from error
+        if slices[name].vocab_size != task.vocab_size:
+            raise ValueError(
+                f"config.{section}.slices: {name}: the vocabulary must stay as it is: got "
+                f"{slices[name].vocab_size} tokens for {task.vocab_size}."
+            )
+    return slices
+
+
+def make_model(config: ConfigDict, task: Task) -> SequenceModel:
+    """The model that `config.model` names, as wide as the task and as long as its longest slice.
+
+    Raises:
+        ValueError, NotImplementedError: Its settings do not go together.
+    """
+    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
+    lengths = [changes.get("seq_length", 0) for changes in slices]
+    settings = config.model.to_dict()
+    attention, dtype = settings.pop("name"), jnp.dtype(settings.pop("dtype"))
+    if attention == "selfhead":
+        del settings["num_heads"]
+    learned = settings["positions"] == "learned"
+    model = SequenceModel(
+        attention=attention,
+        vocab_size=task.vocab_size,
+        max_length=max([config.task.seq_length, *lengths]) if learned else None,
+        softcap=settings.pop("softcap") or None,
+        dtype=dtype,
+        **settings,
+    )
+    model.check()
+    return model
