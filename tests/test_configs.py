@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax.training import experiment
+from attention_jax.training.build import build
 from attention_jax.training.config import check, load
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -31,7 +31,7 @@ def test_the_first_step_runs(file):
         config.eval.num_batches = 1
     # The schedule may count on more steps than one; nothing else is changed.
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.epochs - 1)
-    program = experiment.build(config)
+    program = build(config)
     state, metrics = program.epoch(program.put_state(program.init()), program.rows)
     assert int(state.step) == 1
     assert all(np.isfinite(values).all() for values in jax.device_get(metrics).values())

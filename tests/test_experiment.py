@@ -501,7 +501,7 @@ def sound_json(path):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypatch):
     """The row of a position that training never sees becomes infinite at step 10."""
-    make_optimizer = build.steps.make_optimizer
+    make_optimizer = build.make_optimizer
 
     def break_last_row(updates, state, params=None):
         embed = updates["positions_embed"]["embedding"]
@@ -513,7 +513,7 @@ def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypa
         broken = optax.GradientTransformation(lambda params: jnp.int32(0), break_last_row)
         return optax.chain(make_optimizer(**settings), broken)
 
-    monkeypatch.setattr(build.steps, "make_optimizer", breaking)
+    monkeypatch.setattr(build, "make_optimizer", breaking)
     config = default_config("copy")
     config.update_from_flattened_dict(
         {

@@ -9,16 +9,14 @@ import pytest
 
 from attention_jax.models import SequenceModel
 from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.optimizer import make_optimizer, make_schedule, skipping
 from attention_jax.training.step import (
     check_finite,
     cross_entropy,
     make_epoch,
     make_eval_step,
     make_evaluation,
-    make_optimizer,
-    make_schedule,
     make_train_step,
-    skipping,
     squared_error,
     summarize,
 )

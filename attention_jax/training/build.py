@@ -17,6 +17,7 @@ from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import check_memory
+from attention_jax.training.optimizer import make_optimizer, skipping
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 # The streams of randomness, each `fold_in(key(seed), stream)`.
@@ -158,9 +159,9 @@ def make_functions(
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
     accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
-    optimizer = steps.make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
+    optimizer = make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
     if max_skipped:
-        optimizer = steps.skipping(optimizer)
+        optimizer = skipping(optimizer)
     seed = traced.get("seed", config.seed)
 
     def make_loss(task: Task) -> steps.LossFn:

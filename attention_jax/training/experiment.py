@@ -6,27 +6,23 @@
 """
 
 import contextlib
-import importlib.metadata
-import logging
 import os
-import platform
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from attention_jax import __version__
 from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import step as steps
 from attention_jax.training.build import build
 from attention_jax.training.checkpoint import fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
 from attention_jax.training.metrics import Busy, Console, metrics_line
+from attention_jax.training.process import StopSignals, prepare, say, versions
 from attention_jax.training.run_directory import (
     NoDirectory,
     RunDirectory,
@@ -92,13 +88,6 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     return in_directory(workdir, config, lambda store: _run(config, program, store, started))
 
 
-def prepare() -> None:
-    """What every run wants of jax."""
-    # "Unable to initialize backend 'tpu'" is no news on a machine without one.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    _keep_compiled_programs()
-
-
 def in_directory(
     workdir: str | os.PathLike | None,
     config: ConfigDict,
@@ -111,7 +100,7 @@ def in_directory(
     if workdir is None:
         return work(NoDirectory())
     with owned(workdir) as path:
-        claim(path, config, _versions())
+        claim(path, config, versions())
         try:
             with contextlib.closing(RunDirectory(path, config)) as directory:
                 return work(directory)
@@ -420,52 +409,3 @@ def num_sequences(config):
 
 def num_params(params):
     return sum(x.size for x in jax.tree.leaves(params))
-
-
-def say(*lines):
-    print(*lines, sep="\n", flush=True)
-
-
-class StopSignals:
-    """SIGTERM and SIGINT become a number to look at; a second one acts as it did before.
-
-    Python handles signals in the main thread alone; elsewhere they are left as they are.
-    """
-
-    def __init__(self):
-        self.number: int | None = None
-        self._before = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error):
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def _note(self, number, frame):
-        self.number = number
-        self.__exit__()
-
-
-def _keep_compiled_programs():
-    """A program compiled once is read from the disk by the next process."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        # Addresses in memory are other ones in each process. What is called is in the key all the
-        # same: see `functional.mesh`.
-        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
-    # On a full disk they are compiled anew each time; jax tells of each of them, in two lines.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-
-def _versions():
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "attention_jax": __version__, **versions}

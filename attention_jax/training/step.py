@@ -14,15 +14,14 @@ drops the update of a bad step; any other applies it as it is.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_map_with_path
 
 from attention_jax.checks import as_rng, jax_defaults
+from attention_jax.training.optimizer import SkipState
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 Sums = dict[str, Array]
@@ -171,38 +170,6 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
 
 
-class SkipState(NamedTuple):
-    """The state of an optimizer made by `skipping`.
-
-    Attributes:
-        inner: That of the optimizer itself.
-        bad_steps: Steps skipped since the last sound one, int32 scalar.
-    """
-
-    inner: PyTree
-    bad_steps: Array
-
-
-def skipping(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer for a run that skips bad steps.
-
-    `make_train_step` then leaves parameters and optimizer state as they were, bit for bit, at every
-    bad step, and counts. `state.step` goes on, and with it the data and the dropout key. When to
-    give up is for the caller to say: see `check_finite`.
-    """
-
-    def init(params: PyTree) -> SkipState:
-        return SkipState(optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    def update(
-        grads: PyTree, state: SkipState, params: PyTree | None = None
-    ) -> tuple[PyTree, SkipState]:
-        updates, inner = optimizer.update(grads, state.inner, params)
-        return updates, state._replace(inner=inner)
-
-    return optax.GradientTransformation(init, update)
-
-
 def make_eval_step(
     loss_fn: LossFn, *, axis_name: str | None = None
 ) -> Callable[[PyTree, Batch], Sums]:
@@ -345,138 +312,3 @@ def not_finite(metrics: Mapping[str, np.ndarray], prefix: str = "") -> str:
     'held-out loss is nan'
     """
     return ", ".join(f"{prefix}{name} is {x}" for name, x in metrics.items() if not np.isfinite(x))
-
-
-def make_schedule(
-    learning_rate: float | Array,
-    *,
-    schedule: str = "constant",
-    warmup_steps: int | Array = 0,
-    total_steps: int | None = None,
-) -> optax.Schedule:
-    """Learning rate as a function of the step.
-
-    It rises linearly to `learning_rate` over the first `warmup_steps` (whose first step is not
-    wasted at zero), then stays (`"constant"`) or falls to 0 at `total_steps` along half a cosine
-    (`"cosine"`).
-
-    Args:
-        learning_rate, warmup_steps: May be traced, and are then taken on trust.
-        schedule: `"constant"` or `"cosine"`.
-        total_steps: Where a cosine ends.
-
-    Raises:
-        ValueError: An unknown schedule, a negative number, or a cosine without room to fall.
-    """
-    if schedule not in ("constant", "cosine"):
-        raise ValueError(f"schedule must be 'constant' or 'cosine': got {schedule!r}.")
-    if not (_holds(learning_rate, lambda x: x >= 0) and _holds(warmup_steps, lambda x: x >= 0)):
-        raise ValueError(
-            f"learning_rate and warmup_steps must not be negative: got {learning_rate} and "
-            f"{warmup_steps}."
-        )
-    if schedule == "cosine" and (
-        total_steps is None or not _holds(warmup_steps, lambda x: x < total_steps)
-    ):
-        raise ValueError(
-            f"a cosine needs total_steps > warmup_steps: got {total_steps=}, {warmup_steps=}."
-        )
-
-    def rate(step: Array) -> Array:
-        warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
-        if schedule == "constant":
-            return learning_rate * warmup
-        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
-        return learning_rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-    return rate
-
-
-def make_optimizer(
-    name: str = "adam",
-    *,
-    learning_rate: float | Array = 1e-3,
-    schedule: str = "constant",
-    warmup_steps: int | Array = 0,
-    total_steps: int | None = None,
-    weight_decay: float | Array = 0.0,
-    decay: str = "matrices",
-    clip_norm: float | Array = 0.0,
-    momentum: float | Array = 0.0,
-) -> optax.GradientTransformation:
-    """Builds an optimizer from plain settings.
-
-    Args:
-        name: `"adam"`, `"adamw"` or `"sgd"`.
-        learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`. These and the
-            numbers below may be traced, so that many trials are one program.
-        weight_decay: Pulls parameters towards 0 by this fraction of the learning rate per step;
-            adamw and sgd only.
-        decay: Which ones: `"matrices"`, see `is_matrix`, or `"all"`.
-        clip_norm: Longer gradients are shortened to this norm. 0: none is.
-        momentum: sgd only.
-
-    Raises:
-        ValueError: An unknown name, a number out of range, or a setting that the optimizer named
-            would ignore.
-    """
-    if name not in ("adam", "adamw", "sgd"):
-        raise ValueError(f"optimizer must be 'adam', 'adamw' or 'sgd': got {name!r}.")
-    if decay not in ("matrices", "all"):
-        raise ValueError(f"decay must be 'matrices' or 'all': got {decay!r}.")
-    if not (
-        _holds(weight_decay, lambda x: x >= 0)
-        and _holds(clip_norm, lambda x: x >= 0)
-        and _holds(momentum, lambda x: 0 <= x < 1)
-    ):
-        raise ValueError(
-            "weight_decay and clip_norm must not be negative and momentum must lie in [0, 1): "
-            f"got {weight_decay}, {clip_norm} and {momentum}."
-        )
-    has_decay, has_momentum = (_is_traced(x) or bool(x) for x in (weight_decay, momentum))
-    if has_decay and name == "adam":
-        raise ValueError(f"adam has no weight_decay, use adamw: got {weight_decay=}.")
-    if has_momentum and name != "sgd":
-        raise ValueError(f"momentum belongs to sgd, {name} has its own: got {momentum=}.")
-    rate = make_schedule(
-        learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
-    )
-    if name == "sgd":
-        direction = optax.trace(momentum) if has_momentum else optax.identity()
-    else:
-        direction = optax.scale_by_adam()
-    if _is_traced(clip_norm):
-        clip = optax.clip_by_global_norm(jnp.where(clip_norm > 0, clip_norm, jnp.inf))
-    else:
-        clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    mask = None if decay == "all" else lambda params: tree_map_with_path(is_matrix, params)
-    return optax.chain(
-        clip,
-        direction,
-        optax.add_decayed_weights(weight_decay, mask) if has_decay else optax.identity(),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-def is_matrix(path: tuple, parameter: Array) -> bool:
-    """Whether a parameter multiplies features: kernels, embeddings and convolutions.
-
-    Such a parameter has two axes or more. So have some biases, which are told by their names: those
-    of heads `[N, H]`, and the table of relative positions. Biases, scales of norms, sinks and rates
-    are left alone, as is usual for transformers.
-
-    Args:
-        path: Of the parameter in its tree, as `jax.tree_util` has it.
-        parameter: The array, or its shape.
-    """
-    name = keystr(path[-1:], simple=True)
-    return parameter.ndim >= 2 and not name.endswith("bias")
-
-
-def _is_traced(value: float | Array) -> bool:
-    return isinstance(value, jax.core.Tracer)
-
-
-def _holds(value: float | Array, rule: Callable[[float], bool]) -> bool:
-    """Whether a number keeps a rule; one that is traced is taken on trust."""
-    return _is_traced(value) or rule(value)

@@ -30,6 +30,7 @@ from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS, Launcher
 from attention_jax.training.memory import check_memory
 from attention_jax.training.metrics import Busy, Console, JsonLines
+from attention_jax.training.process import StopSignals, prepare, say
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
 from attention_jax.training.step import all_finite, first_bad_step, not_finite
 from attention_jax.types import Array, PyTree, TrainState
@@ -132,7 +133,7 @@ def run(
     configs = trials(config, axes)
     noted = ConfigDict(config.to_dict() | {"sweep": _nested(axes)})
     started = time.perf_counter()
-    experiment.prepare()
+    prepare()
     with builder.refusals():
         launcher = LAUNCHERS[config.launcher]()
         groups = build(configs, axes, launcher)
@@ -250,20 +251,18 @@ def _build(numbers, name, configs, traced, launcher):
 
 def _run(config, configs, axes, launcher, groups, store, started):
     directory = store.path
-    with experiment.StopSignals() as stop, ExitStack() as files:
+    with StopSignals() as stop, ExitStack() as files:
         state = store.restore(lambda: _like(groups))
         log = _Log(configs, axes, state, directory, files)
         if store.result is not None:
             if len(store.result.get("trials") or ()) != len(configs):
                 raise ConfigError(f"{directory / 'result.json'} is not of this sweep.")
-            experiment.say(
-                f"{store} holds this sweep, complete, nothing to do.", log.table(store.result)
-            )
+            say(f"{store} holds this sweep, complete, nothing to do.", log.table(store.result))
             params = _params(groups, [params for params, _ in state.trials], log)
             return Result(store.result, log.histories, params)
         _announce(config, axes, groups, len(configs), store.step)
         if state is None:
-            states, busy = [], Busy(experiment.say)
+            states, busy = [], Busy(say)
             for group, told in zip(groups, _compiling(groups, "the start"), strict=True):
                 with busy(told):
                     states.append(_first_trials(group))
@@ -273,12 +272,12 @@ def _run(config, configs, axes, launcher, groups, store, started):
         params = _params(groups, [launcher.get_trials(params) for params, _ in states], log)
         metrics = _summary(configs, axes, launcher, groups, params, log, step)
     rows = dict.fromkeys(x["held_out"] for x in metrics["trials"] if "held_out" in x)
-    experiment.say(log.table(metrics), *(f"held-out rows: {words}" for words in rows))
-    experiment.say(*_best_line(metrics, directory))
+    say(log.table(metrics), *(f"held-out rows: {words}" for words in rows))
+    say(*_best_line(metrics, directory))
     if directory is not None:
         with reported(directory):
             log.draw(metrics, directory / "sweep.png")
-    experiment.say(store.complete(metrics))
+    say(store.complete(metrics))
     return Result(metrics, log.histories, params)
 
 
@@ -304,7 +303,7 @@ def _best_line(metrics, directory):
 def _announce(config, axes, groups, num_trials, step):
     count, train = experiment.count, config.train
     devices = jax.tree.leaves(groups[0].settings)[0].sharding.device_set
-    experiment.say(
+    say(
         f"{config.task.name}: {count(num_trials, 'trial')} over {', '.join(axes)} in "
         f"{count(len(groups), 'program')}; {count(train.epochs, 'epoch')} of "
         f"{count(train.steps_per_epoch, 'step')} of "

@@ -72,6 +72,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], list[Path]]] = {
 def damages(lab: Lab, count: int = 200) -> Iterator[Row]:
     """Damages copies of a complete run, and goes back to its newest checkpoint."""
     from attention_jax.training import experiment
+    from attention_jax.training.build import build
     from attention_jax.training.checkpoint import fingerprint
     from attention_jax.training.config import RunError, default_config
     from attention_jax.training.run_directory import RunDirectory, claim
@@ -90,7 +91,7 @@ def damages(lab: Lab, count: int = 200) -> Iterator[Row]:
             "checkpoint.keep": 3,
         }
     )
-    program = experiment.build(config)
+    program = build(config)
 
     def restore(workdir: Path) -> tuple[int, str] | None:
         """The step that a run would continue from, and a fingerprint of all that it is made of."""

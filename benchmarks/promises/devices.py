@@ -38,7 +38,7 @@ def _near(far: float) -> None:
 
 
 def _params(lab: Lab, launcher: str, number: int) -> Any:
-    from attention_jax.training import experiment
+    from attention_jax.training.build import build
     from attention_jax.training.checkpoint import restore_params
     from attention_jax.training.config import parse
 
@@ -46,7 +46,7 @@ def _params(lab: Lab, launcher: str, number: int) -> Any:
     flags = [*SGD, f"--launcher={launcher}"]
     Trainer(lab, *flags, devices=number).finish(workdir)
     config = parse(["train.py", *SGD]).config
-    like = experiment.build(config).init.eval_shape().params
+    like = build(config).init.eval_shape().params
     return restore_params(workdir, like=like)
 
 

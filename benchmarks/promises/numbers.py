@@ -147,9 +147,10 @@ def poisoned(source: str, value: float, bad: int) -> Iterator[None]:
     import jax.numpy as jnp
     import optax
 
+    from attention_jax.training import build
     from attention_jax.training import step as steps
 
-    make_epoch, make_optimizer = steps.make_epoch, steps.make_optimizer
+    make_epoch, make_optimizer = steps.make_epoch, build.make_optimizer
     squared_error = steps.LOSSES["squared_error"]
     mark = 1e6  # In a target of the bad step: how a loss, which knows no step, knows it.
 
@@ -211,7 +212,7 @@ def poisoned(source: str, value: float, bad: int) -> Iterator[None]:
         if source in ("a loss", "the gradient of a device"):
             patches.enter_context(mock.patch.dict(steps.LOSSES, squared_error=loss))
         if source == "the last update":
-            patches.enter_context(mock.patch.object(steps, "make_optimizer", optimizer))
+            patches.enter_context(mock.patch.object(build, "make_optimizer", optimizer))
         yield
 
 
@@ -220,9 +221,9 @@ def _finite_states(lab: Lab, workdir: Path, config: Any) -> dict[int, Any]:
     import jax
     import numpy as np
 
-    from attention_jax.training import experiment
+    from attention_jax.training.build import build
 
-    found = saved_states(lab, workdir, experiment.build(config).init)
+    found = saved_states(lab, workdir, build(config).init)
     for step, state in found.items():
         leaves = jax.tree.leaves((state.params, state.opt_state))
         if not all(np.isfinite(leaf).all() for leaf in leaves):

@@ -68,13 +68,14 @@ def _open_files(process: Process) -> int:
 def _cost(lab: Lab, rounds: int) -> Row:
     """The time of a run that saves beside the same run that does not, in turn, in one process."""
     from attention_jax.training import experiment
+    from attention_jax.training.build import build
     from attention_jax.training.config import default_config
 
     config = default_config()
     config.update_from_flattened_dict(
         STEP | {"train.epochs": COST_EPOCHS, "checkpoint.every_epochs": 1}
     )
-    program = experiment.build(config)
+    program = build(config)
 
     def seconds(workdir: Path | None) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
