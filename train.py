@@ -39,7 +39,7 @@ def _train(argv):
         except ValueError as error:  # jax reads its JAX_ variables when it is imported.
             raise config.ConfigError(f"in the environment: {error}.") from error
         if command.sweep:
-            from attention_jax.training import sweep
+            from attention_jax.laboratory import sweep
 
             sweep.run(command.config, command.sweep, command.workdir)
         else:

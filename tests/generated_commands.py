@@ -9,7 +9,8 @@ from generated_attention import several
 from hypothesis import strategies as st
 from outcomes import outcome
 
-from attention_jax.training import build, experiment, sweep
+from attention_jax.laboratory import sweep
+from attention_jax.training import build, experiment
 from attention_jax.training.config import (
     TASKS,
     ConfigError,

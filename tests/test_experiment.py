@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from attention_jax import report
+from attention_jax.laboratory import report
 from attention_jax.training import build, experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from attention_jax.training import build, experiment, memory, sweep
+from attention_jax.laboratory import sweep
+from attention_jax.training import build, experiment, memory
 from attention_jax.training.config import ConfigError, check, default_config, trials
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import least_bytes

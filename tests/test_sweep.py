@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax import report
-from attention_jax.training import experiment, metrics, sweep
+from attention_jax.laboratory import report, sweep
+from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
 from attention_jax.training.config import ConfigError, RunError, default_config, parse, trials
 from attention_jax.training.launch import LAUNCHERS

@@ -121,7 +121,8 @@ def _run(lab: Lab, source: str, value: float, max_skipped: int) -> None:
 
 def _sweep(lab: Lab, launcher: str, max_skipped: int) -> None:
     """Of four trials one has a learning rate that no float bears."""
-    from attention_jax.training import experiment, sweep
+    from attention_jax.laboratory import sweep
+    from attention_jax.training import experiment
 
     rates = [0.01, 0.02, 1e30, 0.03]
     config = _config(optimizer__max_skipped=max_skipped, launcher=launcher)

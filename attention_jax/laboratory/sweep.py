@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from attention_jax import report
+from attention_jax.laboratory import report
 from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import build as builder
 from attention_jax.training import experiment

@@ -1,0 +1,1 @@
+"""The laboratory: many trials in one program, and tables and pictures of what came out."""
