@@ -385,7 +385,7 @@ def test_bad_steps_are_skipped_up_to_as_many_as_allowed(hollow, tmp_path, at_ste
 def test_a_run_whose_steps_were_all_skipped_has_no_result():
     history = [{"step": step, "epoch": 1, "skipped": 1, "seconds": 0.5} for step in (1, 2)]
     with pytest.raises(experiment.Diverged, match="all 2 steps were skipped"):
-        experiment.result_metrics(tiny(optimizer__max_skipped=9), None, {}, history, 0.5)
+        experiment.result_metrics(tiny(optimizer__max_skipped=9), None, None, {}, history, 0.5)
 
 
 # Interruptions -----------------------------------------------------------------------------------

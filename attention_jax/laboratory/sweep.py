@@ -2,16 +2,15 @@
 
     train.py --sweep optimizer.learning_rate=1e-4,1e-3,1e-2 --sweep seed=0,1,2,3
 
-Numbers that only enter the arithmetic (TRACED) become arrays with a value for each trial, and the
-train step is mapped over them with `jax.vmap`. What changes shapes or operations makes a program of
-its own; in each, the product of the rest is mapped. A trial is the run that `experiment.run` makes
-of the same config, up to rounding.
+Numbers that only enter the arithmetic become arrays with a value for each trial, and the train step
+is mapped over them with `jax.vmap`. What changes shapes or operations makes a program of its own;
+in each, the product of the rest is mapped: groups.py. A trial is the run that `experiment.run`
+makes of the same config, up to rounding.
 """
 
 import os
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
@@ -21,31 +20,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.laboratory import report
-from attention_jax.tasks.teacher import draw_weights
+from attention_jax.laboratory.groups import build, first_trials
 from attention_jax.training import build as builder
 from attention_jax.training import experiment
-from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import trial_directory
-from attention_jax.training.launch import LAUNCHERS, Launcher
-from attention_jax.training.memory import check_memory
+from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.metrics import Busy, Console, JsonLines
 from attention_jax.training.process import StopSignals, prepare, say
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
-from attention_jax.training.step import all_finite, first_bad_step, not_finite
-from attention_jax.types import Array, PyTree, TrainState
-
-# Fields that one program can have many values of, and their types in it.
-TRACED = {
-    "seed": np.int32,
-    "model.dropout_rate": np.float32,
-    "model.init_scale": np.float32,
-    "optimizer.learning_rate": np.float32,
-    "optimizer.warmup_steps": np.int32,
-    "optimizer.weight_decay": np.float32,
-    "optimizer.clip_norm": np.float32,
-    "optimizer.momentum": np.float32,
-}
+from attention_jax.training.step import first_bad_step, not_finite
+from attention_jax.types import PyTree
 
 
 class SweepState(NamedTuple):
@@ -65,34 +50,6 @@ class SweepState(NamedTuple):
     trials: tuple[tuple[PyTree, PyTree], ...]
     diverged: np.ndarray
     reached: np.ndarray
-
-
-class Group(NamedTuple):
-    """Trials that are one program, and its compiled functions over all of them.
-
-    Attributes:
-        numbers: Which trials of the sweep these are.
-        name: What tells the program from those of the other groups; "" where it is the only one.
-        config: That of the first.
-        settings: The traced values, `[trials, ...]` each, on the devices.
-        init: `(None, None, settings) -> state`, the state being `(params, opt_state)`.
-        epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. A trial that is not
-            active stays as it is, as does one that diverges, which is no longer active then.
-        evaluate: `(None, params, (settings, active)) -> (active, metrics)`. A trial with a metric
-            that is not finite is no longer active.
-        baseline: `(None, None, settings) -> loss`.
-        like: What `init` returns, as shapes.
-    """
-
-    numbers: list[int]
-    name: str
-    config: ConfigDict
-    settings: PyTree
-    init: Callable
-    epoch: Callable
-    evaluate: Callable
-    baseline: Callable
-    like: PyTree
 
 
 class Result(NamedTuple):
@@ -156,101 +113,9 @@ def _nested(axes):
     return nested
 
 
-# What is run -------------------------------------------------------------------------------------
-
-
-def build(
-    configs: Sequence[ConfigDict], axes: Mapping[str, Sequence[Any]], launcher: Launcher
-) -> list[Group]:
-    """Sorts trials into programs and builds these; nothing is compiled yet.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of
-            a program cannot be dealt out evenly to the devices.
-    """
-    static = [path for path in axes if path not in TRACED]
-    sorts: dict[tuple, list[int]] = {}
-    for number, config in enumerate(configs):
-        leaves = flatten(config)
-        sorts.setdefault(tuple(leaves[path] for path in static), []).append(number)
-    traced = [path for path, values in axes.items() if path in TRACED and len(values) > 1]
-    return [
-        _build(numbers, _name(static, values), configs, traced, launcher)
-        for values, numbers in sorts.items()
-    ]
-
-
-def _name(paths, values):
-    return ", ".join(f"{path}={value}" for path, value in zip(paths, values, strict=True))
-
-
-def _build(numbers, name, configs, traced, launcher):
-    config, mine = configs[numbers[0]], [configs[number] for number in numbers]
-    # The other launchers deal the trials out to the devices.
-    devices = 1 if config.launcher == "single" else jax.device_count()
-    check_memory(config, -(-len(numbers) // devices))
-    settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
-    if "seed" in traced and config.task.name == "teacher":
-        # Drawn by NumPy: not inside a program, so each trial is given its teacher.
-        heads = config.model.num_heads if config.model.name == "multihead" else 1
-        layers = [draw_weights(c.seed, config.model.features, heads) for c in mine]
-        settings["task.layer"] = jax.tree.map(lambda *x: np.stack(x), *layers)
-    # For the axis of trials also where nothing is traced.
-    given = {"number": np.array(numbers, np.int32), "settings": settings}
-    rows = np.arange(config.train.batch_size, dtype=np.int32)
-
-    def functions(given: PyTree) -> builder.Functions:
-        return builder.make_functions(config, given["settings"])
-
-    def init(_, __, given: PyTree) -> PyTree:
-        state = functions(given).init()
-        return state.params, state.opt_state
-
-    def epoch(step: Array, state: PyTree, given: PyTree) -> tuple[PyTree, Array, dict]:
-        given, active = given
-        make = functions(given)
-        # The step is the same for all trials: so are their batches, unless they have seeds.
-        new, metrics = make.epoch(TrainState(step, *state, make.dropout_rng()), rows)
-        active &= (metrics["bad_steps"] <= config.optimizer.max_skipped).all()
-        new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new.params, new.opt_state), state)
-        return new, active, metrics
-
-    def evaluate(_, params: PyTree, given: PyTree) -> tuple[Array, dict]:
-        given, active = given
-        metrics = functions(given).evaluate(params, rows)
-        return active & all_finite(metrics), metrics
-
-    def baseline(_, __, given: PyTree) -> Array:
-        return functions(given).baseline()
-
-    def init_all(given: PyTree) -> PyTree:
-        return jax.vmap(init, in_axes=(None, None, 0))(None, None, given)
-
-    like = jax.eval_shape(init_all, given)
-    group = Group(
-        numbers=numbers,
-        name=name,
-        config=config,
-        settings=launcher.put_trials(given),
-        init=launcher.compile_trials(init),
-        epoch=launcher.compile_trials(epoch, donate=True),
-        evaluate=launcher.compile_trials(evaluate),
-        baseline=launcher.compile_trials(baseline),
-        like=like,
-    )
-    if config.train.target:
-        over = jax.vmap(evaluate, in_axes=(None, 0, 0))
-        active = np.ones(len(numbers), bool)
-        _, held_out = jax.eval_shape(over, None, like[0], (given, active))
-        builder.check_target(config, held_out)
-    return group
-
-
-# The loop ----------------------------------------------------------------------------------------
-
-
 def _run(config, configs, axes, launcher, groups, store, started):
     directory = store.path
+    target = Target.parse(config.train.target)
     with StopSignals() as stop, ExitStack() as files:
         state = store.restore(lambda: _like(groups))
         log = _Log(configs, axes, state, directory, files)
@@ -265,12 +130,12 @@ def _run(config, configs, axes, launcher, groups, store, started):
             states, busy = [], Busy(say)
             for group, told in zip(groups, _compiling(groups, "the start"), strict=True):
                 with busy(told):
-                    states.append(_first_trials(group))
+                    states.append(first_trials(group))
         else:
             states = [launcher.put_trials(trials) for trials in state.trials]
-        step = _train(config, launcher, groups, states, log, store, started, stop)
+        step = _train(config, target, launcher, groups, states, log, store, started, stop)
         params = _params(groups, [launcher.get_trials(params) for params, _ in states], log)
-        metrics = _summary(configs, axes, launcher, groups, params, log, step)
+        metrics = _summary(configs, axes, target, launcher, groups, params, log, step)
     rows = dict.fromkeys(x["held_out"] for x in metrics["trials"] if "held_out" in x)
     say(log.table(metrics), *(f"held-out rows: {words}" for words in rows))
     say(*_best_line(metrics, directory))
@@ -301,16 +166,11 @@ def _best_line(metrics, directory):
 
 
 def _announce(config, axes, groups, num_trials, step):
-    count, train = experiment.count, config.train
+    count = experiment.count
     devices = jax.tree.leaves(groups[0].settings)[0].sharding.device_set
-    say(
-        f"{config.task.name}: {count(num_trials, 'trial')} over {', '.join(axes)} in "
-        f"{count(len(groups), 'program')}; {count(train.epochs, 'epoch')} of "
-        f"{count(train.steps_per_epoch, 'step')} of "
-        f"{count(experiment.num_sequences(config), 'sequence')}; "
-        f"{config.launcher} on {count(len(devices), 'device')}",
-        *([f"continuing after step {step}"] if step else []),
-    )
+    programs = count(len(groups), "program")
+    what = f"{count(num_trials, 'trial')} over {', '.join(axes)} in {programs}"
+    experiment.announce(config, what, devices, step)
 
 
 def _compiling(groups, what):
@@ -334,20 +194,6 @@ def _like(groups):
         none,
         none,
     )
-
-
-def _first_trials(group):
-    params, opt_state = group.init(None, None, group.settings)
-    init_from = group.config.init_from
-    if init_from:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group.like[0])
-        try:
-            found = restore_params(init_from, like=like)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"--init_from={init_from}: {error}") from error
-        spread = lambda x, old: jax.device_put(np.broadcast_to(x, old.shape), old.sharding)
-        params = jax.tree.map(spread, found, params)
-    return params, opt_state
 
 
 class _Log:
@@ -421,14 +267,13 @@ class _Log:
         report.draw_curves(runs, path)
 
 
-def _train(config, launcher, groups, states, log, store, started, stop):
+def _train(config, target, launcher, groups, states, log, store, started, stop):
     """Runs the epochs that are left, and leaves the states that they end with in `states`.
 
     Returns the last step of the last epoch that was run.
     """
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     first_epoch = store.step // num_steps
-    target = Target.parse(config.train.target) if config.train.target else None
     if store.rows:
         started -= store.rows[-1]["seconds"]
 
@@ -520,12 +365,7 @@ def _train(config, launcher, groups, states, log, store, started, stop):
             if epoch == epochs or saves or not log.active.any():
                 _save(step, launcher, groups, states, log, store)
             if stop.number and epoch < epochs and log.active.any():
-                store.wait()  # Or it may not say that it has saved.
-                name = signal.Signals(stop.number).name
-                saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
-                raise experiment.Interrupted(
-                    f"stopped by {name} at step {step}{saved}.", stop.number
-                )
+                experiment.leave(stop.number, step, store)
     return step
 
 
@@ -539,7 +379,7 @@ def _save(step, launcher, groups, states, log, store):
     store.save(SweepState(np.int32(step), numbers, trials, diverged, reached))
 
 
-def _summary(configs, axes, launcher, groups, params, log, step):
+def _summary(configs, axes, target, launcher, groups, params, log, step):
     """The result of a sweep that has come to its end."""
     results = [{} for _ in configs]
     for group in groups:
@@ -552,7 +392,7 @@ def _summary(configs, axes, launcher, groups, params, log, step):
             try:
                 if not log.diverged[number]:
                     found = experiment.result_metrics(
-                        configs[number], task, params[number], history, baselines[i]
+                        configs[number], task, target, params[number], history, baselines[i]
                     )
                     del found["steps_per_second"]  # Its steps were not alone on the clock.
             except experiment.Diverged:
@@ -572,8 +412,7 @@ def _summary(configs, axes, launcher, groups, params, log, step):
         "trial_steps_per_second": float(f"{total / seconds:.4g}") if total else 0.0,
         "trials": results,
     }
-    target = configs[0].train.target
-    by = f"eval_{Target.parse(target).metric}" if target else report.main_metric(log.runs(metrics))
+    by = f"eval_{target.metric}" if target else report.main_metric(log.runs(metrics))
     found = {result["trial"]: result[by] for result in results if by in result}
     best = (min if report.is_loss(by) else max)(found, key=found.get) if found else None
     return metrics | {"best": best, "best_by": by}

@@ -29,6 +29,7 @@ class Program(NamedTuple):
 
     Attributes:
         task: What is learnt.
+        target: Where to stop, or None.
         init: `() -> TrainState`.
         put_state: Places a state on the devices.
         epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the state given is used up.
@@ -38,6 +39,7 @@ class Program(NamedTuple):
     """
 
     task: Task
+    target: Target | None
     init: Callable[[], TrainState]
     put_state: Callable[[TrainState], TrainState]
     epoch: Callable[[TrainState, Array], tuple[TrainState, dict]]
@@ -57,9 +59,9 @@ def build(config: ConfigDict) -> Program:
         program = _build(config)
         # Traced here, and not again when it is called: the errors of the model are among these.
         state = program.init.eval_shape()
-        if config.train.target:
+        if program.target:
             found = jax.eval_shape(program.evaluate, state.params, program.rows)
-            check_target(config, found)
+            check_target(program.target, config.task.name, found)
     return program
 
 
@@ -79,13 +81,13 @@ def refusals() -> Iterator[None]:
         raise ConfigError(_line(str(error))) from error
 
 
-def check_target(config: ConfigDict, held_out: Mapping[str, Any]) -> None:
+def check_target(target: Target, task: str, held_out: Mapping[str, Any]) -> None:
     """Raises ValueError unless the held-out metrics have the one that the target is about."""
-    metric, metrics = Target.parse(config.train.target).metric, held_out.keys() - {"weight"}
-    if metric not in metrics:
+    metrics = held_out.keys() - {"weight"}
+    if target.metric not in metrics:
         raise ValueError(
-            f"--target (config.train.target) must name a held-out metric of {config.task.name} "
-            f"({', '.join(sorted(metrics))}): got {metric!r}."
+            f"--target (config.train.target) must name a held-out metric of {task} "
+            f"({', '.join(sorted(metrics))}): got {target.metric!r}."
         )
 
 
@@ -105,6 +107,7 @@ def _build(config):
     functions = make_functions(config, axis_name=launcher.axis_name, constrain=launcher.constrain)
     return Program(
         task=functions.task,
+        target=Target.parse(config.train.target),
         init=jax.jit(functions.init),
         put_state=launcher.put_state,
         epoch=launcher.compile(functions.epoch, donate=True),

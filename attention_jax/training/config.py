@@ -286,8 +286,10 @@ class Target(NamedTuple):
     value: float
 
     @classmethod
-    def parse(cls, text: str) -> "Target":
-        """Reads "metric=value"; ValueError where it is something else."""
+    def parse(cls, text: str) -> "Target | None":
+        """Reads "metric=value", and "" as None; ValueError where it is something else."""
+        if not text:
+            return None
         metric, equals, number = text.rpartition("=")
         try:
             value = float(number)
@@ -362,11 +364,10 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             yield "init_from", str(error)
     model, optimizer, train = config.model, config.optimizer, config.train
-    if train.target:
-        try:
-            Target.parse(train.target)
-        except ValueError as error:
-            yield "train.target", f"{_label('train.target')} {error}"
+    try:
+        Target.parse(train.target)
+    except ValueError as error:
+        yield "train.target", f"{_label('train.target')} {error}"
     if model.name == "selfhead":
         # A number of heads that nobody chose is no contradiction.
         unset = {1, DEFAULTS["model"]["num_heads"], known["model.num_heads"]}

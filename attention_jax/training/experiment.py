@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -119,7 +119,8 @@ def _run(config, program, store, started):
             with Busy(say)("compiling the start"):
                 state = _first_state(config, program)
         state = program.put_state(state)
-        _announce(config, program, state, store.step)
+        what = f"{config.model.name}, {num_params(state.params):,} parameters"
+        announce(config, what, state.step.sharding.device_set, store.step)
         state, history, pace = _train(config, program, state, store, started, stop)
     result = _summary(config, program, state, history, pace)
     say(store.complete(result.metrics))
@@ -129,12 +130,16 @@ def _run(config, program, store, started):
 def _first_state(config, program):
     state = program.init()
     if config.init_from:
-        try:
-            params = restore_params(config.init_from, like=state.params)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"--init_from={config.init_from}: {error}") from error
-        state = state._replace(params=params)
+        state = state._replace(params=first_params(config.init_from, like=state.params))
     return state
+
+
+def first_params(init_from: str, like: PyTree) -> PyTree:
+    """The parameters of `--init_from`; ConfigError where there are none, or they do not fit."""
+    try:
+        return restore_params(init_from, like=like)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"--init_from={init_from}: {error}") from error
 
 
 def _train(config, program, state, store, started, stop):
@@ -147,7 +152,7 @@ def _train(config, program, state, store, started, stop):
     history = list(store.rows)
     if history:
         started -= history[-1]["seconds"]
-    target = Target.parse(config.train.target) if config.train.target else None
+    target = program.target
     if is_at(target, history):  # And the process died before it could say so.
         return state, history, None
 
@@ -190,12 +195,7 @@ def _train(config, program, state, store, started, stop):
                 waiting = None
                 store.save(state)
             if stop.number and not last:
-                store.wait()  # Or it may not say that it has saved.
-                name = signal.Signals(stop.number).name
-                saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
-                raise Interrupted(
-                    f"stopped by {name} at step {epoch * num_steps}{saved}.", stop.number
-                )
+                leave(stop.number, epoch * num_steps, store)
             if last:
                 break
     done = (epoch - first_epoch - 1) * num_steps
@@ -203,6 +203,13 @@ def _train(config, program, state, store, started, stop):
         return state, history, None
     first_calls = run_epoch.seconds + evaluate.seconds
     return state, history, done / (time.perf_counter() - begun - first_calls)
+
+
+def leave(number: int, step: int, store: RunDirectory | NoDirectory) -> NoReturn:
+    """Ends what a signal stopped: raises Interrupted, once what was saved is on the disk."""
+    store.wait()  # Or it may not say that it has saved.
+    saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
+    raise Interrupted(f"stopped by {signal.Signals(number).name} at step {step}{saved}.", number)
 
 
 def is_at(target: Target | None, history: list[dict[str, Any]]) -> bool:
@@ -294,7 +301,9 @@ def _loss_first(metrics):
 def _summary(config, program, state, history, pace):
     """The result of a run that has come to its end, said and returned."""
     params = jax.device_get(state.params)
-    metrics = result_metrics(config, program.task, params, history, program.baseline(), pace)
+    metrics = result_metrics(
+        config, program.task, program.target, params, history, program.baseline(), pace
+    )
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
     # A mixture begins with the loss of all its parts, which is another.
     below = (
@@ -314,7 +323,7 @@ def _summary(config, program, state, history, pace):
         if name.startswith(f"eval_{kind}@"):
             shown = f"{value:.2%}" if kind == "accuracy" else f"{value:.4g}"
             say(f"held-out {kind} at {name.partition('@')[2]}: {shown}")
-    if config.train.target:
+    if program.target:
         say(f"target             {config.train.target} {_when_reached(metrics)}")
     say(
         f"{count(metrics['step'], 'step')}"
@@ -329,6 +338,7 @@ def _summary(config, program, state, history, pace):
 def result_metrics(
     config: ConfigDict,
     task: Task,
+    target: Target | None,
     params: PyTree,
     history: list[dict[str, Any]],
     baseline: Array,
@@ -337,7 +347,7 @@ def result_metrics(
     """What `result.json` holds of a run at its end; `Result` lists it.
 
     Args:
-        config, task: Of the run.
+        config, task, target: Of the run.
         params: Its parameters, in host memory.
         history: Its rows.
         baseline: The loss of the task's baseline.
@@ -366,13 +376,10 @@ def result_metrics(
     }
     if config.optimizer.max_skipped:
         metrics["skipped"] = sum(row["skipped"] for row in history)
-    return metrics | (target_metrics(config, history) if config.train.target else {})
-
-
-def target_metrics(config: ConfigDict, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """When a run reached its target, `target_step` and `target_seconds`; None where it did not."""
-    last = history[-1] if is_at(Target.parse(config.train.target), history) else {}
-    return {"target_step": last.get("step"), "target_seconds": last.get("seconds")}
+    if target is not None:  # None in both where it was not reached.
+        end = last if is_at(target, history) else {}
+        metrics |= {"target_step": end.get("step"), "target_seconds": end.get("seconds")}
+    return metrics
 
 
 def _when_reached(metrics):
@@ -381,14 +388,17 @@ def _when_reached(metrics):
     return f"reached at step {metrics['target_step']}, after {metrics['target_seconds']:.1f} s"
 
 
-def _announce(config, program, state, step):
-    model, train = config.model, config.train
-    devices = sorted(state.step.sharding.device_set, key=lambda device: device.id)
+def announce(config: ConfigDict, what: str, devices: Collection[jax.Device], step: int) -> None:
+    """Says what is about to be trained, and after which step."""
+    train = config.train
+    # A step takes a batch of the task and one of each slice.
+    num_sequences = train.batch_size * (1 + len(slice_settings(config, "train")))
+    platform = next(iter(devices)).platform
     say(
-        f"{config.task.name}: {model.name}, {num_params(state.params):,} parameters; "
+        f"{config.task.name}: {what}; "
         f"{count(train.epochs, 'epoch')} of {count(train.steps_per_epoch, 'step')} of "
-        f"{count(num_sequences(config), 'sequence')}; "
-        f"{config.launcher} on {count(len(devices), devices[0].platform + ' device')}",
+        f"{count(num_sequences, 'sequence')}; "
+        f"{config.launcher} on {count(len(devices), f'{platform} device')}",
         *([f"continuing after step {step}"] if step else []),
     )
 
@@ -400,11 +410,6 @@ def count(number, thing):
     ('1 epoch', '2 epochs')
     """
     return f"{number} {thing}{'s' * (number != 1)}"
-
-
-def num_sequences(config):
-    """How many sequences a step takes: a batch of the task and one of each slice."""
-    return config.train.batch_size * (1 + len(slice_settings(config, "train")))
 
 
 def num_params(params):

@@ -1,0 +1,156 @@
+"""Trials that are one program: what one compiled function can have many values of, and what not."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from attention_jax.tasks.teacher import draw_weights
+from attention_jax.training import build as builder
+from attention_jax.training.config import Target, flatten
+from attention_jax.training.experiment import first_params
+from attention_jax.training.launch import Launcher
+from attention_jax.training.memory import check_memory
+from attention_jax.training.step import all_finite
+from attention_jax.types import Array, PyTree, TrainState
+
+# Fields that one program can have many values of, and their types in it.
+TRACED = {
+    "seed": np.int32,
+    "model.dropout_rate": np.float32,
+    "model.init_scale": np.float32,
+    "optimizer.learning_rate": np.float32,
+    "optimizer.warmup_steps": np.int32,
+    "optimizer.weight_decay": np.float32,
+    "optimizer.clip_norm": np.float32,
+    "optimizer.momentum": np.float32,
+}
+
+
+class Group(NamedTuple):
+    """Trials that are one program, and its compiled functions over all of them.
+
+    Attributes:
+        numbers: Which trials of the sweep these are.
+        name: What tells the program from those of the other groups; "" where it is the only one.
+        config: That of the first.
+        settings: The traced values, `[trials, ...]` each, on the devices.
+        init: `(None, None, settings) -> state`, the state being `(params, opt_state)`.
+        epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. A trial that is not
+            active stays as it is, as does one that diverges, which is no longer active then.
+        evaluate: `(None, params, (settings, active)) -> (active, metrics)`. A trial with a metric
+            that is not finite is no longer active.
+        baseline: `(None, None, settings) -> loss`.
+        like: What `init` returns, as shapes.
+    """
+
+    numbers: list[int]
+    name: str
+    config: ConfigDict
+    settings: PyTree
+    init: Callable
+    epoch: Callable
+    evaluate: Callable
+    baseline: Callable
+    like: PyTree
+
+
+def build(
+    configs: Sequence[ConfigDict], axes: Mapping[str, Sequence[Any]], launcher: Launcher
+) -> list[Group]:
+    """Sorts trials into programs and builds these; nothing is compiled yet.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of
+            a program cannot be dealt out evenly to the devices.
+    """
+    static = [path for path in axes if path not in TRACED]
+    sorts: dict[tuple, list[int]] = {}
+    for number, config in enumerate(configs):
+        leaves = flatten(config)
+        sorts.setdefault(tuple(leaves[path] for path in static), []).append(number)
+    traced = [path for path, values in axes.items() if path in TRACED and len(values) > 1]
+    return [
+        _build(numbers, _name(static, values), configs, traced, launcher)
+        for values, numbers in sorts.items()
+    ]
+
+
+def _name(paths, values):
+    return ", ".join(f"{path}={value}" for path, value in zip(paths, values, strict=True))
+
+
+def _build(numbers, name, configs, traced, launcher):
+    config, mine = configs[numbers[0]], [configs[number] for number in numbers]
+    # The other launchers deal the trials out to the devices.
+    devices = 1 if config.launcher == "single" else jax.device_count()
+    check_memory(config, -(-len(numbers) // devices))
+    settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
+    if "seed" in traced and config.task.name == "teacher":
+        # Drawn by NumPy: not inside a program, so each trial is given its teacher.
+        heads = config.model.num_heads if config.model.name == "multihead" else 1
+        layers = [draw_weights(c.seed, config.model.features, heads) for c in mine]
+        settings["task.layer"] = jax.tree.map(lambda *x: np.stack(x), *layers)
+    # For the axis of trials also where nothing is traced.
+    given = {"number": np.array(numbers, np.int32), "settings": settings}
+    rows = np.arange(config.train.batch_size, dtype=np.int32)
+
+    def functions(given: PyTree) -> builder.Functions:
+        return builder.make_functions(config, given["settings"])
+
+    def init(_, __, given: PyTree) -> PyTree:
+        state = functions(given).init()
+        return state.params, state.opt_state
+
+    def epoch(step: Array, state: PyTree, given: PyTree) -> tuple[PyTree, Array, dict]:
+        given, active = given
+        make = functions(given)
+        # The step is the same for all trials: so are their batches, unless they have seeds.
+        new, metrics = make.epoch(TrainState(step, *state, make.dropout_rng()), rows)
+        active &= (metrics["bad_steps"] <= config.optimizer.max_skipped).all()
+        new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new.params, new.opt_state), state)
+        return new, active, metrics
+
+    def evaluate(_, params: PyTree, given: PyTree) -> tuple[Array, dict]:
+        given, active = given
+        metrics = functions(given).evaluate(params, rows)
+        return active & all_finite(metrics), metrics
+
+    def baseline(_, __, given: PyTree) -> Array:
+        return functions(given).baseline()
+
+    def init_all(given: PyTree) -> PyTree:
+        return jax.vmap(init, in_axes=(None, None, 0))(None, None, given)
+
+    like = jax.eval_shape(init_all, given)
+    group = Group(
+        numbers=numbers,
+        name=name,
+        config=config,
+        settings=launcher.put_trials(given),
+        init=launcher.compile_trials(init),
+        epoch=launcher.compile_trials(epoch, donate=True),
+        evaluate=launcher.compile_trials(evaluate),
+        baseline=launcher.compile_trials(baseline),
+        like=like,
+    )
+    if target := Target.parse(config.train.target):
+        over = jax.vmap(evaluate, in_axes=(None, 0, 0))
+        active = np.ones(len(numbers), bool)
+        _, held_out = jax.eval_shape(over, None, like[0], (given, active))
+        builder.check_target(target, config.task.name, held_out)
+    return group
+
+
+def first_trials(group: Group) -> PyTree:
+    """The states that the trials of a group begin with."""
+    params, opt_state = group.init(None, None, group.settings)
+    if init_from := group.config.init_from:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group.like[0])
+        found = first_params(init_from, like=like)
+        spread = lambda x, old: jax.device_put(np.broadcast_to(x, old.shape), old.sharding)
+        params = jax.tree.map(spread, found, params)
+    return params, opt_state
