@@ -30,9 +30,10 @@ def main(argv: list[str]) -> int:
 
 def _train(argv):
     from attention_jax.training import config
+    from attention_jax.training.command import parse
 
     try:
-        command = config.parse(argv)
+        command = parse(argv)
         try:
             # Not before the flags: a refusal and --help must not wait for jax.
             from attention_jax.training import experiment

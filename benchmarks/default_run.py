@@ -144,9 +144,9 @@ def profile() -> None:
     """Does what `train.py` does, with a clock; prints seconds and losses as one line of JSON."""
     begun = time.perf_counter()
     sys.path.insert(0, str(HERE.parent))
-    from attention_jax.training import config
+    from attention_jax.training.command import parse
 
-    command = config.parse(["train.py"])
+    command = parse(["train.py"])
     from attention_jax.training import experiment
 
     imported = time.perf_counter()

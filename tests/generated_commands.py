@@ -11,12 +11,12 @@ from outcomes import outcome
 
 from attention_jax.laboratory import sweep
 from attention_jax.training import build, experiment
+from attention_jax.training.command import parse
 from attention_jax.training.config import (
     TASKS,
     ConfigError,
     default_config,
     flatten,
-    parse,
     slice_settings,
     trials,
 )

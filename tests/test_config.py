@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from attention_jax.training.command import parse
 from attention_jax.training.config import (
     DEFAULTS,
     TASKS,
@@ -13,7 +14,6 @@ from attention_jax.training.config import (
     check,
     default_config,
     flatten,
-    parse,
     problems,
     slice_settings,
     trials,
@@ -572,5 +572,5 @@ def test_the_end_of_the_input_ends_the_interview(answers):
 def test_reading_flags_does_not_import_jax():
     import subprocess
 
-    code = "import sys; from attention_jax.training import config; sys.exit('jax' in sys.modules)"
+    code = "import sys; from attention_jax.training import command; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from attention_jax.training import config
+from attention_jax.training.command import parse
+from attention_jax.training.config import ConfigError, trials
 from attention_jax.training.files import trial_directory
 
 ROOT = Path(__file__).parent.parent
@@ -123,15 +124,15 @@ def test_the_commands_are_understood(page, tmp_path, monkeypatch):
         argv = words[words.index("train.py") :]
         if "--help" in argv:
             with pytest.raises(SystemExit, match=r"^0$"):
-                config.parse(argv)
+                parse(argv)
             continue
         try:
-            command = config.parse(argv)
-        except config.ConfigError as error:
+            command = parse(argv)
+        except ConfigError as error:
             pytest.fail(f"{where}: {error}")
         if command.workdir:  # A command below may start from this run, or from a trial of it.
             found = [(Path(command.workdir), command.config)]
-            for number, trial in enumerate(config.trials(command.config, command.sweep)):
+            for number, trial in enumerate(trials(command.config, command.sweep)):
                 found.append((trial_directory(Path(command.workdir), number), trial))
             for place, noted in found:
                 place.mkdir(parents=True, exist_ok=True)

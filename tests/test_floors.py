@@ -143,7 +143,7 @@ def test_no_module_is_a_drawer(word):
 
 def test_importing_the_package_or_the_config_does_not_import_jax():
     program = (
-        "import sys, attention_jax, attention_jax.training.config;"
+        "import sys, attention_jax, attention_jax.training.command;"
         "print([name for name in ('jax', 'flax', 'numpy') if name in sys.modules])"
     )
     run = subprocess.run(

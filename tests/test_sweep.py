@@ -17,7 +17,8 @@ import pytest
 from attention_jax.laboratory import report, sweep
 from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
-from attention_jax.training.config import ConfigError, RunError, default_config, parse, trials
+from attention_jax.training.command import parse
+from attention_jax.training.config import ConfigError, RunError, default_config, trials
 from attention_jax.training.launch import LAUNCHERS
 
 

@@ -40,7 +40,7 @@ def _near(far: float) -> None:
 def _params(lab: Lab, launcher: str, number: int) -> Any:
     from attention_jax.training.build import build
     from attention_jax.training.checkpoint import restore_params
-    from attention_jax.training.config import parse
+    from attention_jax.training.command import parse
 
     workdir = lab.new("devices")
     flags = [*SGD, f"--launcher={launcher}"]

@@ -1,0 +1,347 @@
+"""The command line: flags, sweep axes, questions. Nothing here imports jax."""
+
+import difflib
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from attention_jax.training.config import (
+    TASKS,
+    ConfigError,
+    check,
+    default_config,
+    flatten,
+    load,
+    problems,
+    refused,
+    set_field,
+    trials,
+)
+from attention_jax.training.files import local_path, locate, read_config, trial_directory
+from attention_jax.training.rules import (
+    FLAGS,
+    OPTIONAL,
+    fault,
+    kind_words,
+    label,
+    read,
+    shown,
+    unknown,
+)
+
+_HELP = {
+    "model": "multihead or selfhead",
+    "embed_dim": "width of the model",
+    "num_heads": "attention heads (multihead only)",
+    "learning_rate": "peak step size of the optimizer",
+    "batch_size": "sequences in a step, over all devices",
+    "seq_length": "positions in a sequence",
+    "epochs": "times config.train.steps_per_epoch steps",
+    "target": "stop at a held-out metric, as accuracy=0.99 or loss=1e-3",
+    "save_path": "run directory; rerun the command to resume; none: write nothing",
+    "workdir": "the same as --save_path",
+    "task": f"{', '.join(TASKS)}; the other defaults follow it",
+    "launcher": "single, pmap or sharded",
+    "seed": "of the parameters, the data and dropout",
+    "init_from": "run directory to take the first parameters from",
+}
+# The fields that the flags set. --save_path and --workdir name the run directory, which is none.
+_FIELDS = {flag: path for path, flag in FLAGS.items()}
+_QUESTIONS = (
+    *("model", "embed_dim", "num_heads", "learning_rate"),
+    *("batch_size", "seq_length", "epochs", "save_path"),
+)
+
+
+class Command(NamedTuple):
+    """What the command line asks for; the run directory is no part of the config.
+
+    Attributes:
+        config: Of the run, or of what the trials of a sweep share.
+        workdir: The run directory. None: nothing is written.
+        sweep: The values of each field that is swept, by its path. Empty: one run.
+    """
+
+    config: ConfigDict
+    workdir: str | None
+    sweep: dict[str, list[Any]]
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads a command line, `argv[0]` being the program's name, and asks if it says --interactive.
+
+    Raises:
+        ConfigError: In one line, the flag or field that cannot be, and what came.
+        SystemExit: After `--help`.
+        EOFError: The input of `--interactive` ended.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # `--config.x 5 --epochs 3`: go on after the unknown one's value.
+    for name in _HELP:
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
+    flags.DEFINE_boolean("interactive", False, "", flag_values=values)
+    flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+    try:
+        overrides = values(list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if values.help:
+        print(_help(argv[0]), flush=True)
+        raise SystemExit(0)
+
+    given = {name: values[name].value for name in _HELP if values[name].value is not None}
+    places = {name: given.pop(name) for name in ("save_path", "workdir") if name in given}
+    places = {_path(text, f"--{name}") for name, text in places.items()}
+    if len(places) > 1:
+        raise ConfigError(f"--save_path and --workdir differ: got {' and '.join(sorted(places))}.")
+    workdir = places.pop() if places else None
+    config = None if values.config is None else load(values.config)
+    if init_from := _init_from(given, overrides, config):
+        config = _with_model_of(init_from, workdir, config, given.get("task"))
+    elif config is None:
+        config = default_config(given.get("task", "teacher"))
+    else:
+        config = _with_task(config, given.get("task"))
+    config, overridden = _override(config, overrides)
+
+    for name, text in given.items():
+        path = _FIELDS[name]
+        value = _convert(path, text)
+        if path in overridden and overridden[path] != value:
+            raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
+        set_field(config, path, value)
+    sweep = _axes(values.sweep, config)
+    for path in sweep:
+        if path in overridden or path in {_FIELDS[name] for name in given}:
+            raise ConfigError(f"--sweep={path}=... contradicts another flag for {label(path)}.")
+    if values.interactive:
+        workdir = _interview(config, workdir)
+    if sweep:
+        trials(config, sweep)
+    else:
+        check(config)
+    return Command(config, workdir, sweep)
+
+
+def _with_task(config, task):
+    """A config file's config with the task of `--task`, if that names another."""
+    if task is not None and config.task.name != task:
+        with config.unlocked():
+            config.task = default_config(task).task
+    return config
+
+
+def _init_from(given, overrides, config):
+    """The run that the flags, or else the config file, say to start from; "" for none."""
+    if "init_from" in given:
+        _path(given["init_from"], "--init_from")  # Empty is no way to say none here.
+        return given["init_from"]
+    found = "" if config is None else config.init_from
+    for argument, following in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
+        if match := re.fullmatch(r"--?config\.init_from(=(.*))?", argument):
+            found = following if match[1] is None else match[2]
+    return found
+
+
+def _with_model_of(init_from, workdir, config, task):
+    """A config with the model of another run, and what its vocabulary depends on.
+
+    Args:
+        init_from: The directory of that run.
+        workdir: That of the run to be, or None. What it has noted of the model counts, so that it
+            can be continued when the other run is gone or is another.
+        config: From a config file, whose fields count where they differ from the defaults; or None.
+        task: What `--task` says, or None. With neither, it is the task of that run.
+
+    Raises:
+        ConfigError: The other run has no config, or one with fields or values unknown here.
+    """
+    if config is None:
+        said = set()
+    else:
+        defaults = flatten(default_config(config.task.get("name")))
+        said = {path for path, value in flatten(config).items() if value != defaults.get(path)}
+        config = _with_task(config, task)
+    with refused(f"--init_from={init_from}: "):
+        theirs = _noted(init_from, workdir)
+        their_task = theirs.pop("task.name", None)
+        if config is None:
+            config = default_config(their_task if task is None else task)
+        known = flatten(config)
+        for path, value in theirs.items():
+            is_known = path in known
+            if path.startswith("task."):
+                wanted = config.task.name == their_task or (path == "task.vocab_size" and is_known)
+            else:
+                wanted = path.startswith("model.")
+            if not wanted or path in said:
+                continue
+            if not is_known:
+                raise ConfigError(f"its config.{path}={value!r} is unknown here.")
+            if words := fault(path, value, known[path]):
+                raise ConfigError(f"its config.{path} {words}: got {shown(value)}.")
+            set_field(config, path, value)
+    return config
+
+
+def _noted(init_from, workdir):
+    """The fields of the run to start from."""
+    if workdir is not None and os.path.exists(Path(workdir) / "config.json"):
+        ours = flatten(read_config(Path(workdir)))
+        if ours.get("init_from") == init_from:
+            return ours
+    run, trial = locate(local_path(init_from, "it"))
+    return flatten(read_config(run if trial is None else trial_directory(run, trial)))
+
+
+def _axes(texts, config):
+    """Reads `--sweep` flags, "field=value,value,..." each."""
+    axes, leaves = {}, flatten(config)
+    for text in texts:
+        name, equals, listed = text.partition("=")
+        path = name.strip().removeprefix("config.")
+        path = _FIELDS.get(path, path)
+        if not (equals and listed.strip()):
+            raise ConfigError(f"--sweep must be field=value,value,...: got {shown(text)}.")
+        if path not in leaves:
+            raise ConfigError(f"--sweep={text}: {unknown(path, leaves)}")
+        if path.endswith(".slices"):
+            raise ConfigError(f"--sweep={text}: commas are part of {path}: sweep it from Python.")
+        if path in axes:
+            raise ConfigError(f"--sweep names config.{path} twice.")
+        axes[path] = [
+            _value(path, value.strip(), leaves[path], f"--sweep: config.{path}")
+            for value in listed.split(",")
+        ]
+    return axes
+
+
+def _override(config, arguments):
+    """Applies `--config.field=value` arguments; returns the config and the fields by path."""
+    known, paths = flatten(config), []
+    for argument in arguments:
+        if match := re.match(r"--?(no)?config\.([^=]*)", argument):
+            paths.append(match[2])
+            inner = [f"--config.{name}" for name in known if name.startswith(f"{match[2]}.")]
+            if inner:
+                raise ConfigError(
+                    f"config.{match[2]} is no field, but has some: {inner[0]} and the like."
+                )
+            if match[2] not in known:
+                raise ConfigError(unknown(match[2], known))
+        elif argument.startswith("-"):
+            name = argument.lstrip("-").split("=")[0]
+            close = difflib.get_close_matches(name, [*_HELP, "config", "interactive", "sweep"], n=2)
+            hint = f" Did you mean {' or '.join(f'--{flag}' for flag in close)}?" if close else ""
+            raise ConfigError(f"--{name} is unknown.{hint}")
+
+    # config_flags reads None only as a word: an optional field is set here.
+    nothing = [f"--config.{path}={word}" for path in OPTIONAL for word in ("None", "none")]
+    for argument in set(arguments) & set(nothing):
+        set_field(config, argument.partition(".")[2].partition("=")[0], None)
+    arguments = ["train.py", *(a for a in arguments if a not in nothing)]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments, lock_config=True
+        )
+        rest = values(arguments)[1:]
+    except flags.IllegalFlagValueError as error:
+        path, text = re.match(r"(?s)flag --config\.([^=]*)=(.*?): ", str(error)).groups()
+        words = kind_words(path, known[path])
+        raise ConfigError(f"config.{path} {words}: got {shown(text)}.") from error
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if rest:
+        raise ConfigError(f"Arguments start with --: got {shown(rest[0])}.")
+    leaves = flatten(config)
+    return config, {path: leaves[path] for path in paths}
+
+
+def _value(path, text, default, name):
+    """The value of a field that a text says; `name` is what the user calls the field."""
+    try:
+        return read(path, text, default)
+    except ValueError as error:
+        raise ConfigError(f"{name} {error}") from error
+
+
+def _convert(path, text):
+    return _value(path, text, flatten(default_config())[path], label(path))
+
+
+def _path(text, name):
+    with refused():
+        return str(local_path(text, name))
+
+
+def _help(program):
+    defaults = flatten(default_config())
+    lines = [
+        f"usage: {program} [--flag=value ...] [--config=FILE] [--config.any.field=value ...]",
+        "",
+        "Trains an attention model. A config file overrides the defaults, flags override both.",
+        "",
+    ]
+    for name, words in _HELP.items():
+        default = defaults[_FIELDS[name]] if name in _FIELDS else ""
+        default = "none" if default in ("", None) else default
+        lines.append(f"  --{name:14} {words} (default {default})")
+    lines += [
+        "  --sweep          field=value,value,...: all combinations at once; repeatable",
+        "  --interactive    ask for each parameter",
+        "  --config         Python file with get_config(): see configs/ (default none)",
+        "",
+        "Fields for --config.any.field=value, with the defaults of --task=teacher:",
+        "",
+    ]
+    return "\n".join(lines + [f"  {path} = {value}" for path, value in defaults.items()])
+
+
+def _interview(config, workdir):
+    """Asks for each parameter, again after a wrong answer; returns the run directory.
+
+    A default that an answer before it has made impossible is not offered.
+    """
+    print("Enter keeps what stands in brackets; Ctrl-D leaves.")
+    for name in _QUESTIONS:
+        path = _FIELDS.get(name)
+        if name == "num_heads" and config.model.name == "selfhead":
+            continue
+        if path is None:
+            while answer := input(f"{name} [{workdir or 'none'}]: ").strip():
+                try:
+                    workdir = _path(answer, name)
+                    break
+                except ConfigError as error:
+                    print(f"  {error}")
+            continue
+        before = flatten(config)[path]
+        reason = _reason(config, path)
+        question = f"{name}: " if reason else f"{name} [{before}]: "
+        while True:
+            if reason:
+                print(f"  {reason}")
+            answer = input(question).strip()
+            try:
+                set_field(config, path, _convert(path, answer) if answer else before)
+            except ConfigError as error:
+                reason = str(error)
+            else:
+                reason = _reason(config, path)
+            if not reason:
+                break
+    return workdir
+
+
+def _reason(config, path):
+    """Why a field cannot be what it is, or None."""
+    return next((sentence for place, sentence in problems(config) if place == path), None)
