@@ -518,7 +518,7 @@ def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
 def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     (tmp_path / "paper.json").write_text('{"0.03": 0.5, "0.01": 0.6}')
     command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=optimizer.learning_rate"]
-    assert report.main([*command, f"--published={tmp_path / 'paper.json'}"]) == 0
+    report.main(["report", *command, f"--published={tmp_path / 'paper.json'}"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 0.03 | 2 |" in text
     assert "| 0.6 |" in text
@@ -528,11 +528,20 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     assert capsys.readouterr().out.count(str(tmp_path / "out")) == 3
 
 
+def test_the_command_shows_the_table_and_writes_nothing(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report.main(["report", str(whole[0])])
+    rows = capsys.readouterr().out.splitlines()
+    assert "best eval_loss" in rows[0]
+    assert len(rows) == 1 + 2  # A line for each learning rate.
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere", "--out=out"], "nowhere holds no run"),
-        (["{run}"], "--out"),
+        (["--out=out"], "RUN"),
         (["{run}", "--out=out", "--x=model.width"], "'model.width'"),
         (["{run}", "--out=out", "--metric=eval_accuracy"], "must be one of eval_loss"),
         (["{run}", "--out=out", "--metric=fingerprint"], "must be one of eval_loss"),
@@ -542,11 +551,11 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
         (["{run}", "--out=out", "--x=seed", "--published={run}/config.json"], "to numbers"),
     ],
 )
-def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words, capsys):
+def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):
     paper = tmp_path / "paper.json"
     paper.write_text('{"7": 0.5}')
     places = {"run": whole[0], "paper": paper}
-    assert report.main([argument.format_map(places) for argument in arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("report: ")
-    assert words in line
+    with pytest.raises(ConfigError) as error:
+        report.main(["report", *(argument.format_map(places) for argument in arguments)])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

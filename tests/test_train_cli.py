@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from attention_jax.training import process
+
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
 
@@ -53,14 +55,14 @@ def train(environment, tmp_path):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """`main` of train.py in this process, which has paid for jax already."""
+    """What train.py does, in this process, which has paid for jax already."""
     spec = importlib.util.spec_from_file_location("train", TRAIN)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield lambda *arguments: module.main(["train.py", *arguments])
+    handlers = {number: signal.getsignal(number) for number in process.STOPPING}
+    yield lambda *arguments: module.train(["train.py", *arguments])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -202,12 +204,13 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
     # Python ignores what is raised there.
     program = (
         "import gc, os, signal, sys, train\n"
+        "from attention_jax.training import process\n"
         "def callback(phase, info):\n"
         "    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:\n"
         "        gc.callbacks.remove(callback)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "gc.callbacks.append(callback)\n"
-        "train._exit(['train.py', *sys.argv[1:]])"
+        "process.end(train.train, ['train.py', *sys.argv[1:]])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, *TINY, "--epochs=1000"],
@@ -224,7 +227,7 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
 def test_what_a_second_signal_cuts_short_is_no_error(error, environment):
     program = (
         "import os, signal, train\n"
-        "from attention_jax.training import experiment\n"
+        "from attention_jax.training import experiment, process\n"
         "from attention_jax.training.config import RunError\n"
         "def run(*arguments):\n"
         "    try:\n"
@@ -232,7 +235,7 @@ def test_what_a_second_signal_cuts_short_is_no_error(error, environment):
         "    finally:\n"
         f"        raise {error}\n"
         "experiment.run = run\n"
-        "train._exit(['train.py'])"
+        "process.end(train.train, ['train.py'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],

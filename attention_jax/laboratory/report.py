@@ -1,26 +1,25 @@
 """Turns run directories into a table and pictures.
 
-    uv run python -m attention_jax.report runs/a runs/sweep --out=report
-    uv run python -m attention_jax.report runs/* --out=report --x=model.window \\
+    uv run python -m attention_jax report runs/a runs/sweep
+    uv run python -m attention_jax report runs/* --out=report --x=model.window \\
         --published=window.json
 
-A sweep counts as its trials. Writes `report.md`, `curves.png`, with `--x` `by_FIELD.png` and, of
-runs with `eval.slices`, `slices.png`. What differs between the runs is told from their configs;
-runs that differ in the seed alone are one line with a mean and a spread. `--published` names a JSON
-file that maps values of the field to the numbers of a paper, `{"64": 0.515, "128": 0.655}`; they
-stand beside ours in both.
+A sweep counts as its trials. Shows a table; with `--out` it goes to `report.md` instead, beside
+`curves.png`, with `--x` `by_FIELD.png` and, of runs with `eval.slices`, `slices.png`. What differs
+between the runs is told from their configs; runs that differ in the seed alone are one line with a
+mean and a spread. `--published` names a JSON file that maps values of the field to the numbers of a
+paper, `{"64": 0.515, "128": 0.655}`; they stand beside ours in both.
 """
 
 import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attention_jax.training.config import default_config, flatten
+from attention_jax.training.config import ConfigError, default_config, flatten
 from attention_jax.training.files import local_path
 
 SEED = "seed"
@@ -363,12 +362,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
+    """Does the command; `argv[0]` is its name.
+
+    Raises:
+        ConfigError: What cannot be reported, in a line.
+    """
     summary, _, rest = __doc__.partition("\n\n")
-    parser = _Parser("report", description=summary, epilog=rest, allow_abbrev=False)
+    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one of a sweep")
-    parser.add_argument("--out", required=True, help="directory to write to")
+    parser.add_argument("--out", help="directory to write to; default: show the table alone")
     parser.add_argument("--x", help="field to draw the metric against, as model.features")
     parser.add_argument(
         "--metric",
@@ -377,12 +381,23 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--published", help="JSON file: numbers by the value of --x")
     try:
-        written = write(**vars(parser.parse_args(argv)))
+        options = vars(parser.parse_args(argv[1:]))
+        out = options.pop("out")
+        found = [show(**options)] if out is None else write(out=out, **options)
     except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    print(*written, sep="\n")
-    return 0
+        raise ConfigError(str(error)) from error
+    print(*found, sep="\n", flush=True)
+
+
+def show(
+    runs: Sequence[str | Path],
+    x: str | None = None,
+    metric: str | None = None,
+    published: str | Path | None = None,
+) -> str:
+    """The table of `write`, for a screen; raises as that does."""
+    found, numbers = _found(runs, x, metric, published)
+    return aligned(table(found, metric, x, numbers))
 
 
 def write(
@@ -398,18 +413,7 @@ def write(
         ValueError: A directory holds no run; no run has the field or the metric; or `published`
             holds no numbers, or is given without `x`.
     """
-    found = [run for directory in runs for run in load(directory)]
-    if x is not None and not any(x in run.config for run in found):
-        raise ValueError(f"--x must be a field of the config: got {x!r}.")
-    names = {name for run in found for name in run.result if name.startswith("eval_")}
-    names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}
-    if metric is not None and metric not in names:
-        if not names:
-            raise ValueError(f"--metric={metric}: no run has come to its end.")
-        raise ValueError(f"--metric must be one of {', '.join(sorted(names))}: got {metric!r}.")
-    numbers = None if published is None else _published(published, x)
-    if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
-        raise ValueError(f"--published={published} has none of the values that {x} has here.")
+    found, numbers = _found(runs, x, metric, published)
     out = local_path(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"curves.png": lambda path: draw_curves(found, path)}
@@ -422,8 +426,28 @@ def write(
         draw(out / name)
     text = markdown(table(found, metric, x, numbers))
     links = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
-    (out / "report.md").write_text(f"{text}\n\n{links}\n")
+    # A path among the fields may be of any bytes.
+    (out / "report.md").write_text(
+        f"{text}\n\n{links}\n", encoding="utf-8", errors="surrogateescape"
+    )
     return [out / "report.md", *(out / name for name in pictures)]
+
+
+def _found(runs, x, metric, published):
+    """The runs, and the numbers published."""
+    found = [run for directory in runs for run in load(directory)]
+    if x is not None and not any(x in run.config for run in found):
+        raise ValueError(f"--x must be a field of the config: got {x!r}.")
+    names = {name for run in found for name in run.result if name.startswith("eval_")}
+    names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}
+    if metric is not None and metric not in names:
+        if not names:
+            raise ValueError(f"--metric={metric}: no run has come to its end.")
+        raise ValueError(f"--metric must be one of {', '.join(sorted(names))}: got {metric!r}.")
+    numbers = None if published is None else _published(published, x)
+    if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
+        raise ValueError(f"--published={published} has none of the values that {x} has here.")
+    return found, numbers
 
 
 def _published(file, x):
@@ -437,7 +461,3 @@ def _published(file, x):
     if not (isinstance(numbers, dict) and all(map(is_number, numbers.values()))):
         raise ValueError(f"--published={file} must map values of {x} to numbers.")
     return numbers
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

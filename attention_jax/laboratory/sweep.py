@@ -83,7 +83,7 @@ def run(
     Raises:
         ConfigError: Something in the config, the axes or the directory cannot be, or the trials of
             a program cannot be dealt out evenly to the devices.
-        Interrupted: After SIGTERM or SIGINT, with a checkpoint saved.
+        Interrupted: After SIGTERM, SIGINT or SIGHUP, with a checkpoint saved.
     """
     if not axes:
         raise ConfigError("a sweep needs an axis: got none.")

@@ -22,13 +22,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from attention_jax.training.files import local_path
+from attention_jax.training.process import RunError
 from attention_jax.training.rules import MOST_32_BITS, OPTIONAL, fault, label, read, shown, unknown
-
-
-class RunError(Exception):
-    """Ends a run with one line for the user; `status` is the exit status of the process."""
-
-    status = 1
 
 
 class ConfigError(RunError, ValueError):

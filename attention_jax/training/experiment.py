@@ -20,9 +20,9 @@ from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import step as steps
 from attention_jax.training.build import build
 from attention_jax.training.checkpoint import fingerprint, restore_params
-from attention_jax.training.config import ConfigError, RunError, Target, check, slice_settings
+from attention_jax.training.config import ConfigError, Target, check, slice_settings
 from attention_jax.training.metrics import Busy, Console, metrics_line
-from attention_jax.training.process import StopSignals, prepare, say, versions
+from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
 from attention_jax.training.run_directory import (
     NoDirectory,
     RunDirectory,
@@ -35,7 +35,7 @@ from attention_jax.types import Array, PyTree
 
 
 class Interrupted(RunError):
-    """SIGTERM or SIGINT ended the run, after its state was saved."""
+    """SIGTERM, SIGINT or SIGHUP ended the run, after its state was saved."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     Raises:
         ConfigError: Something in the config, or about the run directory, cannot be.
         Diverged: NaN or infinity, named with its step; the last good checkpoint is kept.
-        Interrupted: After SIGTERM or SIGINT, with a checkpoint saved.
+        Interrupted: After SIGTERM, SIGINT or SIGHUP, with a checkpoint saved.
     """
     check(config)
     started = time.perf_counter()

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from attention_jax.training.config import RunError, flatten
+from attention_jax.training.config import flatten
+from attention_jax.training.process import RunError
 
 Row = Mapping[str, int | float]
 

@@ -1,19 +1,155 @@
-"""The process that a run lives in: signals, lines on the screen, the compile cache, versions.
+"""The process that a run lives in: signals, its streams and its end, the compile cache, versions.
 
 Importing this module is cheap: jax is imported by `prepare` alone.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import stat
+import sys
 import threading
 import warnings
+from collections.abc import Callable
+from typing import NoReturn
 
 from attention_jax import __version__
 
+# What asks a process to leave. Windows has no SIGHUP.
+STOPPING = [getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, x)]
+
+
+class RunError(Exception):
+    """Ends a run with one line for the user; `status` is the exit status of the process."""
+
+    status = 1
+
+
+def do(name: str, work: Callable[[], None]) -> int:
+    """Does the work of a command, and says in one line why it could not be done.
+
+    Args:
+        name: Of the command; the lines begin with it.
+        work: A RunError that it raises ends the process with the status of that.
+
+    Returns:
+        The exit status.
+    """
+
+    def leave(number, frame):
+        _hang_up(number)
+        if number not in _left_by:
+            _left_by.append(number)
+            # Not `print`, which may be what the signal interrupts.
+            os.write(2, f"{name}: stopped by {signal.Signals(number).name}.\n".encode())
+        sys.exit(128 + number)
+
+    for number in _heard():
+        # Until the run has something to save; then it takes them over.
+        signal.signal(number, leave)
+    if hasattr(signal, "SIGXFSZ"):
+        # A file that grows too long is an error to tell. Python ignores the signal, and LLVM, when
+        # it compiles, no longer does.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
+    for stream in (sys.stdout, sys.stderr):
+        # A screen of few letters is no reason to end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        work()
+    except ModuleNotFoundError as error:
+        return _tell(name, f"{error.name} is not installed here. {_how_to_install(name)}")
+    except RunError as error:
+        return _tell(name, error, error.status)
+    except OSError as error:
+        # Of the screen's, or of what stands behind `>` or `|`; nor can the rest be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # The reader has left, `train.py | head` say.
+            return 128 + 13  # SIGPIPE, which Windows does not have.
+        return _tell(name, error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _tell(
+            name,
+            "out of memory: a smaller model or batch takes less, or "
+            "config.optimizer.accumulate, or config.model.remat.",
+        )
+    return 0
+
+
+def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
+    """Ends the process with the status of `main(argv)`."""
+    sys.unraisablehook = _leave_all_the_same
+    try:
+        status = main(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    except Exception as error:
+        if not _left_by:
+            raise
+        status = _tell(argv[0], error)
+    if _left_by or status in [128 + number for number in STOPPING]:
+        # Threads of XLA that still compile may crash while Python takes itself apart.
+        with contextlib.suppress(OSError):  # The reader may have left.
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+_left_by: list[int] = []  # The signals that were told to the user.
+
+
+def _tell(name, error, status=1):
+    """Prints an error, and returns the status.
+
+    After a signal to leave an error is of what the signal cut short; the signal has been told.
+    """
+    if _left_by:
+        return 128 + _left_by[-1]
+    print(f"{name}: {error}", file=sys.stderr)
+    return status
+
+
+def _how_to_install(name):
+    if name == "train.py":
+        return "To set up and train: python -m pip install uv && python -m uv run train.py"
+    return "It comes along where pip installs attention_jax."
+
+
+def _heard():
+    """The signals to listen to: not a SIGHUP that `nohup` keeps off."""
+    return [x for x in STOPPING if x != _SIGHUP or signal.getsignal(x) != signal.SIG_IGN]
+
+
+_SIGHUP = getattr(signal, "SIGHUP", None)
+
+
+def _hang_up(number):
+    """After SIGHUP, lets what is printed go nowhere where the terminal has gone.
+
+    It would be an error, and end a run before it has saved.
+    """
+    if number != _SIGHUP:
+        return
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def _leave_all_the_same(unraisable):
+    """Repeats a signal that came in a callback of the garbage collector, where Python ignores
+    exceptions, that of leaving too."""
+    if _left_by and isinstance(unraisable.exc_value, SystemExit):
+        threading.Timer(0.01, os.kill, (os.getpid(), _left_by[-1])).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
 
 class StopSignals:
-    """SIGTERM and SIGINT become a number to look at; a second one acts as it did before.
+    """SIGTERM, SIGINT and SIGHUP become a number to look at; a second one acts as it did before.
 
     Python handles signals in the main thread alone; elsewhere they are left as they are.
     """
@@ -24,7 +160,7 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _heard():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -33,6 +169,7 @@ class StopSignals:
             signal.signal(*self._before.popitem())
 
     def _note(self, number, frame):
+        _hang_up(number)
         self.number = number
         self.__exit__()
 

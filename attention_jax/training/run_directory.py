@@ -26,9 +26,10 @@ from filelock import lock_descriptor
 from ml_collections import ConfigDict
 
 from attention_jax.training.checkpoint import Checkpoints
-from attention_jax.training.config import ConfigError, RunError, flatten, refused
+from attention_jax.training.config import ConfigError, flatten, refused
 from attention_jax.training.files import CHECKPOINTS, TRIALS, local_path, read_config, read_json
 from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
+from attention_jax.training.process import RunError
 from attention_jax.types import TrainState
 
 LOCK = ".lock"  # There as long as a process owns the directory.

@@ -1,0 +1,86 @@
+"""`python -m attention_jax COMMAND ...`, and the script `attention-jax`."""
+
+import sys
+from typing import NoReturn
+
+from attention_jax.training import process
+
+NAME = "attention-jax"
+
+
+def train(argv: list[str]) -> int:
+    """Trains an attention model: flags -> config -> experiment.run; returns the exit status.
+
+    Args:
+        argv: The name that messages begin with, then the flags.
+    """
+
+    def work():
+        from attention_jax.training.command import parse
+        from attention_jax.training.config import ConfigError
+
+        try:
+            command = parse(argv)
+        except EOFError:
+            print("\nNo more answers: nothing was trained.")
+            return
+        try:
+            # Not before the flags: a refusal and --help must not wait for jax.
+            from attention_jax.training import experiment
+        except ValueError as error:  # jax reads its JAX_ variables when it is imported.
+            raise ConfigError(f"in the environment: {error}.") from error
+        if command.sweep:
+            from attention_jax.laboratory import sweep
+
+            sweep.run(command.config, command.sweep, command.workdir)
+        else:
+            experiment.run(command.config, command.workdir)
+
+    return process.do(argv[0], work)
+
+
+def report(argv: list[str]) -> int:
+    """Makes a table and pictures of runs and sweeps; as `train`."""
+
+    def work():
+        from attention_jax.laboratory import report
+
+        report.main(argv)
+
+    return process.do(argv[0], work)
+
+
+COMMANDS = {"train": train, "report": report}
+_HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
+
+  train   train an attention model, or finish what a run has begun
+  report  make a table and pictures of runs and sweeps
+
+`{NAME} COMMAND --help` lists the flags.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Does the command that stands after the program's name; returns the exit status."""
+    name, *rest = argv[1:] or [""]
+    if name in COMMANDS:
+        return COMMANDS[name]([f"{NAME} {name}", *rest])
+
+    def work():
+        if name not in ("-h", "--help"):
+            what = f"there is no command {name!r}" if name else "a command is missing"
+            error = process.RunError(f"{what}: {' or '.join(COMMANDS)}. {NAME} --help says more.")
+            error.status = 2
+            raise error
+        print(_HELP, end="", flush=True)
+
+    return process.do(NAME, work)
+
+
+def script() -> NoReturn:
+    """The script `attention-jax`."""
+    process.end(main, sys.argv)
+
+
+if __name__ == "__main__":
+    script()
