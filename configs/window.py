@@ -4,7 +4,7 @@
     uv run train.py --config=configs/window.py --workdir=runs/window \
         --init_from=runs/window_start --epochs=1 --config.eval.every_epochs=1 \
         --sweep model.window=8,16,32,64,128,256,512,1024
-    uv run python -m attention_jax.report runs/window --out=report --x=model.window \
+    uv run python -m attention_jax report runs/window --out=report --x=model.window \
         --metric="eval_accuracy@*" --published=docs/laboratory/window.json
 
 Zoology's mixture, width 128, vocabulary 8192: trained on rows of 64 to 256 tokens with 4 to 64

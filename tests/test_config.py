@@ -220,6 +220,16 @@ def test_what_is_said_wins_over_init_from(recall, tmp_path):
     assert config_of(f"--config={file}:recall", "--config.init_from=").model != recall.model
 
 
+def test_a_run_does_not_start_from_its_own_directory(recall, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for workdir in ("recall", str(tmp_path / "recall"), "./nowhere/../recall"):
+        message = refusal("--init_from=recall", f"--workdir={workdir}")
+        assert message.startswith("--init_from and --workdir must be two directories")
+    answers = iter([*([""] * 7), "recall"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    assert "two directories" in refusal("--init_from=recall", "--interactive")
+
+
 def test_a_continued_run_keeps_the_model_that_it_took(recall, tmp_path):
     flags = [f"--init_from={tmp_path / 'recall'}", f"--workdir={tmp_path / 'second'}"]
     first = config_of(*flags)

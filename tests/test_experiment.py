@@ -446,7 +446,9 @@ def test_a_crashed_run_ends_like_an_uninterrupted_one(launcher, tmp_path, at_ste
         assert result.metrics[name] == whole.metrics[name]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_the_rerun_continues(number, status, tmp_path, at_step):
     before = signal.getsignal(number)
     calm = at_step(9, lambda: os.kill(os.getpid(), number))
@@ -462,6 +464,16 @@ def test_a_signal_saves_and_the_rerun_continues(number, status, tmp_path, at_ste
 
     result = experiment.run(tiny(), tmp_path)
     assert result.metrics["fingerprint"] == experiment.run(tiny()).metrics["fingerprint"]
+
+
+def test_a_run_under_nohup_hears_no_sighup(tmp_path, at_step):
+    before, sent = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    at_step(9, lambda: sent.append(os.kill(os.getpid(), signal.SIGHUP)))
+    try:
+        assert experiment.run(tiny(), tmp_path).metrics["step"] == 18
+        assert sent
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 What it keeps when it is killed or the disk is full is in test_reliability.py.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -167,6 +170,35 @@ def test_a_screen_that_takes_no_lines_is_one_line(environment):
     assert result.stderr == "train.py: [Errno 28] No space left on device\n"
 
 
+NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "workdir", "status"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "\u00e9", 0),
+        (NO_UTF8, "run", 0),
+        (NO_UTF8, "\u00e9", 2),  # What writes checkpoints cannot name it there.
+    ],
+)
+def test_letters_that_the_screen_lacks_end_no_run(
+    settings, workdir, status, train, environment, tmp_path
+):
+    (tmp_path / "x.py").write_text(
+        "from attention_jax.training.config import default_config\n"
+        "def get_config():\n    print('\\u00e9')\n    return default_config()\n"
+    )
+    env = environment | {"PYTHONPATH": str(ROOT)} | settings
+    result = train(*TINY, "--epochs=1", "--config=x.py", f"--workdir={workdir}", env=env)
+    assert result.returncode == status
+    if status == 0:
+        assert result.stdout.startswith("\\xe9\n")
+        assert result.stderr == ""
+    else:
+        assert len(result.stderr.splitlines()) == 1
+        assert "PYTHONUTF8=1" in result.stderr
+
+
 def test_an_environment_that_jax_refuses_is_one_line(train, environment):
     result = train("--epochs=1", env=environment | {"JAX_NUM_CPU_DEVICES": "many"})
     assert result.returncode == 2
@@ -182,6 +214,67 @@ def test_a_python_without_the_dependencies_is_told_how_to_set_up(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert "absl is not installed" in result.stderr
     assert "uv run train.py" in result.stderr
+
+
+def command_line(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "attention_jax", *arguments],
+        **{"capture_output": True, "text": True, "timeout": 120, "check": False} | options,
+    )
+
+
+def test_the_package_is_a_command(environment, tmp_path):
+    options = {"cwd": tmp_path, "env": environment | {"PYTHONPATH": str(ROOT)}}
+    trained = command_line("train", *TINY, "--epochs=1", "--workdir=run", **options)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    shown = command_line("report", "run", **options)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "best eval_loss" in shown.stdout
+    told = command_line("--help", **options)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "train" in told.stdout
+    assert "usage: attention-jax train" in command_line("train", "--help", **options).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "attention-jax: a command is missing: train or report."),
+        (["trian"], "attention-jax: there is no command 'trian': train or report."),
+        (["train", "--epochs=0"], "attention-jax train: --epochs "),
+        (["report", "nowhere"], "attention-jax report: nowhere holds no run."),
+        (["report"], "attention-jax report: the following arguments are required: RUN"),
+    ],
+)
+def test_a_command_that_cannot_be_is_one_line(arguments, line, environment, tmp_path):
+    options = {"cwd": tmp_path, "env": environment | {"PYTHONPATH": str(ROOT)}}
+    result = command_line(*arguments, **options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(line)
+
+
+def test_a_terminal_that_is_closed_ends_the_run_saved(environment, tmp_path):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *TINY, "--epochs=100000", "--workdir=run"],
+        cwd=tmp_path,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    begun = time.monotonic()
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() - begun < 60:
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(timeout=60) == 129
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert json.loads(rows.read_text().splitlines()[-1])["step"] == step
 
 
 def test_a_signal_before_the_first_step_is_one_line(environment, tmp_path):

@@ -192,7 +192,8 @@ class Checkpoints:
             return found
         if steps:
             raise RuntimeError(
-                f"every checkpoint in {self.directory} is broken: {steps}. {broken[0][1]}"
+                f"every checkpoint in {self.directory} is broken; the newest, of step "
+                f"{steps[0]}: {broken[0][1]}"
             )
         return None
 
@@ -304,7 +305,7 @@ def _quiet_orbax() -> None:
 
 def _in_short(error: Exception) -> str:
     """One line: the storage layer below orbax explains itself at length."""
-    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+    return textwrap.shorten(str(error) or type(error).__name__, 100, placeholder=" ...")
 
 
 def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -105,6 +105,7 @@ def parse(argv: Sequence[str]) -> Command:
     workdir = places.pop() if places else None
     config = None if values.config is None else load(values.config)
     if init_from := _init_from(given, overrides, config):
+        _check_apart(init_from, workdir)
         config = _with_model_of(init_from, workdir, config, given.get("task"))
     elif config is None:
         config = default_config(given.get("task", "teacher"))
@@ -124,6 +125,7 @@ def parse(argv: Sequence[str]) -> Command:
             raise ConfigError(f"--sweep={path}=... contradicts another flag for {label(path)}.")
     if values.interactive:
         workdir = _interview(config, workdir)
+        _check_apart(config.init_from, workdir)
     if sweep:
         trials(config, sweep)
     else:
@@ -149,6 +151,19 @@ def _init_from(given, overrides, config):
         if match := re.fullmatch(r"--?config\.init_from(=(.*))?", argument):
             found = following if match[1] is None else match[2]
     return found
+
+
+def _check_apart(init_from, workdir):
+    """Refuses a run that is to begin with its own end."""
+    if not init_from or workdir is None:
+        return
+    with refused():
+        theirs = os.path.realpath(local_path(init_from, "--init_from"))
+    if theirs == os.path.realpath(workdir):
+        raise ConfigError(
+            f"--init_from and --workdir must be two directories: got {workdir} for both. To go on "
+            "with the run there, repeat its command."
+        )
 
 
 def _with_model_of(init_from, workdir, config, task):

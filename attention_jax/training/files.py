@@ -20,7 +20,8 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
         name: What the user calls it, for the error.
 
     Raises:
-        ValueError: The text is empty, is a URL, names a user that there is not, or holds a NUL.
+        ValueError: The text is empty, is a URL, names a user that there is not, holds a NUL, or
+            letters that UTF-8 or the locale does not have.
         TypeError: It is no text.
 
     >>> local_path("runs/first", "--workdir").as_posix()
@@ -35,6 +36,13 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
         raise ValueError(f"{name} must be a path, which holds no NUL: got {text!r}.")
     if _URL.match(text):
         raise ValueError(f"{name} must be on a local file system, not a URL: got {text!r}.")
+    try:
+        text.encode()  # What writes checkpoints knows no other paths.
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be in letters of the locale; PYTHONUTF8=1 has all: got {text!a}."
+        ) from error
     expanded = os.path.expanduser(text)
     if expanded == text and text.startswith("~"):
         raise ValueError(f"{name} begins with a user that there is not: got {text!r}.")
