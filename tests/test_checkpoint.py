@@ -192,7 +192,9 @@ def test_nothing_but_broken_checkpoints_is_an_error_and_leaves_all_as_it_is(two,
     for step in ("2", "4"):
         shutil.rmtree(tmp_path / step / "state" / "d")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(RuntimeError, match=r"broken; the newest, of step 4: NOT_FOUND") as error:
+        with pytest.raises(
+            RuntimeError, match=r"broken; the newest, of step 4: NOT_FOUND"
+        ) as error:
             checkpoints.restore(new_state())
         time.sleep(0.02)
     assert "\n" not in str(error.value)

@@ -3,7 +3,6 @@
 What it keeps when it is killed or the disk is full is in test_reliability.py.
 """
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -11,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -256,15 +254,20 @@ def test_a_command_that_cannot_be_is_one_line(arguments, line, environment, tmp_
 
 def test_a_terminal_that_is_closed_ends_the_run_saved(environment, tmp_path):
     ours, theirs = os.openpty()
+    in_terminal = (
+        "import fcntl, os, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [TRAIN, *TINY, "--epochs=100000", "--workdir=run"]
     process = subprocess.Popen(
-        [sys.executable, TRAIN, *TINY, "--epochs=100000", "--workdir=run"],
+        [sys.executable, "-c", in_terminal, *command],
         cwd=tmp_path,
         env=environment,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(theirs)
     rows = tmp_path / "run" / "metrics.jsonl"
