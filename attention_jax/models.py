@@ -31,12 +31,11 @@ from attention_jax.layers import (
     DifferentialAttention,
     Embed,
     GatedDeltaAttention,
-    Initializer,
     MultiHeadAttention,
     SingleHeadAttention,
-    put,
 )
-from attention_jax.types import Array
+from attention_jax.layers.cache import put
+from attention_jax.types import Array, Initializer
 
 ATTENTIONS = ("multihead", "selfhead")
 MECHANISMS = tuple(ATTENTION_FNS)

@@ -27,6 +27,8 @@ else:
 
 # (query [..., T, N, H], key [..., S, K, H], value [..., S, K, V], *, mask, ...) -> [..., T, N, V]
 AttentionFn = Callable[..., Array]
+# (rng, shape, dtype) -> Array
+Initializer = Callable[..., Array]
 
 
 class Batch(NamedTuple):

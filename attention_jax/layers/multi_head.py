@@ -1,7 +1,6 @@
-"""Attention as linen layers: they own the parameters, the functions do the mathematics."""
+"""Attention with one head and with several."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax.checks import (
-    as_integers,
     as_positions,
     as_size,
     check_fields,
@@ -19,21 +17,12 @@ from attention_jax.checks import (
     check_rate,
     jax_defaults,
 )
-from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
-from attention_jax.functional.differential import differential_attention, reparametrized_lambda
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
-from attention_jax.functional.gated_delta import (
-    causal_convolution,
-    gated_delta_attention,
-    unit_length,
-)
 from attention_jax.functional.masks import Mask
-from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.functional.positions import rotary
-from attention_jax.types import Array, AttentionFn
-
-Initializer = Callable[..., Array]
+from attention_jax.layers.cache import Cache
+from attention_jax.types import Array, AttentionFn, Initializer
 
 
 class SingleHeadAttention(nn.Module):
@@ -257,7 +246,7 @@ class MultiHeadAttention(nn.Module):
         if self.rotary_base != 10_000.0 and not self.rotary:
             raise ValueError(f"rotary_base needs rotary=True, got {self.rotary_base} without it.")
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
-        head_dim, num_kv_heads = _head_sizes(self, inputs_q.shape[-1])
+        head_dim, num_kv_heads = head_sizes(self, inputs_q.shape[-1])
 
         def project(name, num_heads, x):
             return self._dense_general((num_heads, head_dim), -1, name, self.kernel_init)(x)
@@ -269,7 +258,7 @@ class MultiHeadAttention(nn.Module):
             query = self._by_part(self._norm("query_ln"), query)
             key = self._by_part(self._norm("key_ln"), key)
 
-        cache = _Cache(self, key, value) if self.decode else None
+        cache = Cache(self, key, value) if self.decode else None
         if self.rotary:
             # Keys are stored rotated, so a cached key is never turned again.
             if positions is None and cache is not None:
@@ -321,200 +310,13 @@ class MultiHeadAttention(nn.Module):
         )
 
 
-class DifferentialAttention(MultiHeadAttention):
-    """Multi-head attention in which every head is the difference of two.
-
-    Attributes and parameters are those of `MultiHeadAttention`, `head_dim` H being the size of both
-    halves of a head together, an even number; `qk_norm` and `rotary` act on each half. Also there
-    are `lambda_query_1`, `lambda_key_1`, `lambda_query_2`, `lambda_key_2` `[H / 2]`, and
-    `head_norm` with a scale `[H]` that all heads share.
-
-    Attributes:
-        lambda_init: What lambda starts near. The paper has 0.8 - 0.6 exp(-0.3 l) in layer
-            l = 0, 1, ...
-        attention_fn: Any function with the arguments of `differential_attention`.
-
-    Reference:
-        Ye et al. 2024, "Differential Transformer", section 2.1. https://arxiv.org/abs/2410.05258
-    """
-
-    attention_fn: AttentionFn = differential_attention
-    lambda_init: float = 0.8
-
-    def _mix(self, query, key, value, mask, bias, deterministic, sow_weights, **options):
-        half, init = self._half(query), nn.initializers.normal(0.1)
-        vectors = (
-            self.param(f"lambda_{name}", init, (half,), self.param_dtype)
-            for name in ("query_1", "key_1", "query_2", "key_2")
-        )
-        options["lambda_full"] = reparametrized_lambda(*vectors, self.lambda_init)
-        mixed = super()._mix(query, key, value, mask, bias, deterministic, sow_weights, **options)
-        norm = nn.RMSNorm(
-            epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="head_norm"
-        )
-        return (1 - self.lambda_init) * norm(mixed)
-
-    def _by_part(self, change, x):
-        halves = x.reshape(*x.shape[:-2], 2 * x.shape[-2], self._half(x))
-        return change(halves).reshape(x.shape)
-
-    def _half(self, x):
-        """The size of half a head."""
-        if x.shape[-1] % 2:
-            raise ValueError(f"head_dim must be even: a head has two halves, got {x.shape[-1]}.")
-        return x.shape[-1] // 2
-
-
-class GatedDeltaAttention(nn.Module):
-    """A layer around the gated delta rule: causal, and linear in the length.
-
-    Queries, keys and values pass a short convolution and SiLU; queries and keys then have length 1.
-    What is read is normalised for each head and gated before the last projection.
-
-    Parameters: `query`, `key`, `value` and `out` as in `MultiHeadAttention`; `query_conv`,
-    `key_conv`, `value_conv` `[conv_size, heads * H]`; `decay` `[D, K]` with `decay_rate` and
-    `decay_bias` `[K]`; `beta` `[D, K]`; `gate` `[D, N, H]`; and `head_norm` with a scale `[H]`.
-
-    Attributes:
-        num_heads: Number N of query heads.
-        num_kv_heads: Number K of memories, a divisor of N. None is N.
-        head_dim: Size H of a head. Defaults to D / N.
-        out_features: Width of the result. Defaults to D.
-        use_bias: Adds a bias to the projections of queries, keys, values and output.
-        conv_size: How many positions the convolutions see, their own included.
-        attention_fn: Any function with the arguments of `gated_delta_attention`.
-        dtype: The type to compute in; None takes that of inputs and parameters together.
-        param_dtype: The type of the parameters.
-        kernel_init, bias_init: How the projections start.
-        out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
-
-    Reference:
-        Yang et al. 2024, "Gated Delta Networks", section 3.4 and figure 1.
-        https://arxiv.org/abs/2412.06464
-        The decay: Gu and Dao 2023, "Mamba", section 3.6. https://arxiv.org/abs/2312.00752
-    """
-
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    out_features: int | None = None
-    use_bias: bool = False
-    conv_size: int = 4
-    attention_fn: AttentionFn = gated_delta_attention
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    out_kernel_init: Initializer | None = None
-
-    @nn.compact
-    @jax_defaults()
-    def __call__(
-        self,
-        inputs: Array,
-        *,
-        mask: Mask = masks.causal(),  # noqa: B008  (a constant)
-        deterministic: bool | None = None,
-        sow_weights: bool = False,
-        positions: Array | None = None,
-    ) -> Array:
-        """Lets every position read what it and those before it have left in the memory.
-
-        Args:
-            inputs: `[..., T, D]`.
-            mask: `masks.causal()`.
-            deterministic: Of no consequence: nothing is dropped.
-            sow_weights: Must be False: there are no weights to show.
-            positions: Must be None: the memory counts the tokens as they come.
-
-        Returns:
-            `[..., T, out_features]`.
-
-        Raises:
-            ValueError: Sizes do not fit together.
-            NotImplementedError: Another mask, `sow_weights` or `positions`.
-        """
-        del deterministic
-        check_fields(self)
-        check_inputs("inputs", inputs)
-        check_flag("sow_weights", sow_weights)
-        if sow_weights:
-            raise NotImplementedError("sow_weights=True: the gated delta rule has no weights.")
-        if positions is not None:
-            raise NotImplementedError(
-                "positions: the gated delta rule has none, it counts the tokens as they come."
-            )
-        conv_size = as_size("conv_size", self.conv_size)
-        head_dim, num_kv_heads = _head_sizes(self, inputs.shape[-1])
-
-        def project(name, features, axis=-1, use_bias=False, init=self.kernel_init):
-            return nn.DenseGeneral(
-                features,
-                axis=axis,
-                use_bias=use_bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=init,
-                bias_init=self.bias_init,
-                name=name,
-            )
-
-        def short(name, num_heads):
-            x = project(name, (num_heads, head_dim), use_bias=self.use_bias)(inputs)
-            flat = x.reshape(*x.shape[:-2], num_heads * head_dim)
-            kernel = self.param(
-                f"{name}_conv",
-                nn.initializers.lecun_normal(),
-                (conv_size, num_heads * head_dim),
-                self.param_dtype,
-            )
-            return nn.silu(causal_convolution(flat, kernel.astype(x.dtype))).reshape(x.shape)
-
-        query = unit_length(short("query", self.num_heads))  # [..., T, N, H]
-        key = unit_length(short("key", num_kv_heads))  # [..., T, K, H]
-        value = short("value", num_kv_heads)  # [..., T, K, H]
-
-        # Positive rates and steps, from the logarithm and through softplus: alpha < 1.
-        rate = self.param("decay_rate", _log_uniform(1.0, 16.0), (num_kv_heads,), self.param_dtype)
-        bias = self.param(
-            "decay_bias", _inverse_softplus(1e-3, 0.1), (num_kv_heads,), self.param_dtype
-        )
-        step = nn.softplus(project("decay", num_kv_heads)(inputs).astype(jnp.float32) + bias)
-        log_decay = -jnp.exp(rate) * step  # [..., T, K]
-        beta = nn.sigmoid(project("beta", num_kv_heads)(inputs))  # [..., T, K]
-
-        mixed = self.attention_fn(query, key, value, mask=mask, log_decay=log_decay, beta=beta)
-        norm = nn.RMSNorm(
-            epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="head_norm"
-        )
-        mixed = norm(mixed) * nn.silu(project("gate", (self.num_heads, head_dim))(inputs))
-        out_features = inputs.shape[-1] if self.out_features is None else self.out_features
-        out_init = self.out_kernel_init or self.kernel_init
-        return project("out", out_features, (-2, -1), self.use_bias, out_init)(mixed)
-
-
-def _log_uniform(low: float, high: float) -> Initializer:
-    """The logarithm of a number drawn uniformly."""
-    return lambda rng, shape, dtype: jnp.log(jax.random.uniform(rng, shape, dtype, low, high))
-
-
-def _inverse_softplus(low: float, high: float) -> Initializer:
-    """What softplus takes to a number whose logarithm is drawn uniformly."""
-
-    def init(rng, shape, dtype):
-        step = jnp.exp(jax.random.uniform(rng, shape, dtype, math.log(low), math.log(high)))
-        return jnp.log(jnp.expm1(step))
-
-    return init
-
-
 def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
     check_inputs("inputs_q", inputs_q)
     if inputs_kv is not None:
         check_inputs("inputs_kv", inputs_kv, inputs_q.shape[:-2])
 
 
-def _head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
+def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
     """Head size and number of key/value heads, with their defaults filled in."""
     for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
         if getattr(layer, name) is not None:
@@ -531,93 +333,6 @@ def _head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
             f"num_heads={layer.num_heads}."
         )
     return features // layer.num_heads if layer.head_dim is None else layer.head_dim, num_kv_heads
-
-
-class _Cache:
-    """The keys and values of a sequence so far, as variables of the layer that owns them.
-
-    `cached_key` and `cached_value` are `[..., capacity, K, H]`, `cache_index` is `[...]` int32: how
-    many tokens each row holds.
-    """
-
-    def __init__(self, layer: nn.Module, key: Array, value: Array):
-        self.ready = layer.has_variable("cache", "cached_key")
-        if not (self.ready or layer.is_initializing()):
-            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
-        # Like the keys: on a mesh each device holds the cache of its own rows and heads.
-        self.key = layer.variable("cache", "cached_key", jnp.zeros_like, key)
-        self.value = layer.variable("cache", "cached_value", jnp.zeros_like, value)
-        self.index = layer.variable(
-            "cache", "cache_index", lambda: jnp.zeros_like(key[..., 0, 0, 0], jnp.int32)
-        )
-        if self.ready and self.key.value.shape[:-3] != key.shape[:-3]:
-            raise ValueError(
-                f"inputs_q must have the cache's batch axes {self.key.value.shape[:-3]}, got "
-                f"{key.shape[:-3]}."
-            )
-        self.num_new = key.shape[-3]
-
-    def positions(self) -> Array:
-        """Where the new tokens stand in the sequence, `[..., T]`."""
-        return self.index.value[..., None] + jnp.arange(self.num_new)
-
-    def rules(self, mask, bias):
-        """The masks and biases of the new tokens, which stand behind those in the cache."""
-        index = self.index.value
-        causal = masks.shifted(masks.causal(), index)
-        mask = causal if mask is None else causal & masks.shifted(masks.as_mask(mask), index)
-        return mask, None if bias is None else biases.shifted(biases.as_bias(bias), index)
-
-    def append(self, key: Array, value: Array, lengths: Array | None):
-        """Writes the new tokens; returns all keys and values, and which rows had no room."""
-        if not self.ready:  # In `init`, where the full-length input only sets the capacity.
-            return key, value, None
-        *batch, capacity, _, _ = self.key.value.shape
-        index = self.index.value
-        if lengths is None:
-            advance = jnp.full(batch, self.num_new, jnp.int32)
-        else:
-            advance = jnp.broadcast_to(as_integers("lengths", lengths), batch).astype(jnp.int32)
-            wrong = (advance < 0) | (advance > self.num_new)
-            if not isinstance(wrong, jax.core.Tracer) and wrong.any():
-                raise ValueError(
-                    f"lengths must lie in [0, T] with T={self.num_new}, got {advance.tolist()}."
-                )
-        new = jnp.arange(self.num_new) < advance[..., None]  # [..., T]
-        overflow = index + advance > capacity
-        if lengths is not None:
-            overflow |= wrong
-        if not isinstance(overflow, jax.core.Tracer) and overflow.any():
-            raise ValueError(
-                f"the cache holds {capacity} tokens and is too full: rows hold up to "
-                f"{int(index.max())}, and {self.num_new} more came."
-            )
-        # Written beyond the end, a token is dropped: never a silent overwrite.
-        places = jnp.where(new & ~overflow[..., None], self.positions(), capacity)
-        self.key.value = put(self.key.value, places, key)
-        self.value.value = put(self.value.value, places, value)
-        self.index.value = jnp.where(overflow, index, index + advance)
-        return self.key.value, self.value.value, overflow
-
-
-def put(cached: Array, places: Array, new: Array) -> Array:
-    """`cached[..., places] = new`, but beyond its end: `[..., capacity, ...]`, `[..., T, ...]`."""
-    write = lambda row, place, x: row.at[place].set(x.astype(row.dtype), mode="drop")
-    for _ in range(places.ndim - 1):
-        write = jax.vmap(write)
-    return in_auto(write, (cached, places, new), partition_of(cached, *range(cached.ndim)))
-
-
-class Embed(nn.Embed):
-    """`flax.linen.Embed` for tokens that may be split over Explicit axes of a mesh."""
-
-    @jax_defaults()
-    def __call__(self, tokens: Array) -> Array:
-        """`[...] -> [..., features]`; a token without a row in the table becomes NaN."""
-        (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
-        take = functools.partial(jnp.take, axis=0)
-        rows = partition_of(tokens, *range(tokens.ndim), None)
-        return in_auto(take, (table, tokens), rows)
 
 
 def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:

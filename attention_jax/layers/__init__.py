@@ -1,0 +1,14 @@
+"""Attention as linen layers: they own the parameters, the functions do the mathematics."""
+
+from attention_jax.layers.differential import DifferentialAttention
+from attention_jax.layers.gated_delta import GatedDeltaAttention
+from attention_jax.layers.multi_head import MultiHeadAttention, SingleHeadAttention
+from attention_jax.layers.parts import Embed
+
+__all__ = [
+    "DifferentialAttention",
+    "Embed",
+    "GatedDeltaAttention",
+    "MultiHeadAttention",
+    "SingleHeadAttention",
+]
