@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     from attention_jax.functional.gated_delta import gated_delta_attention
     from attention_jax.functional.linear import linear_attention
     from attention_jax.layers import (
+        MLP,
+        AlibiBias,
         DifferentialAttention,
         GatedDeltaAttention,
+        LearnedPositions,
         MultiHeadAttention,
+        RelativeBias,
+        ShortConvolution,
         SingleHeadAttention,
+        SinusoidalPositions,
+        TokenEmbedding,
+        Unembedding,
+        VectorEmbedding,
     )
-    from attention_jax.models import Block, SequenceModel
+    from attention_jax.models import Block, SequenceModel, decoding
 
 _HOMES = {
     "masks": "attention_jax.functional.masks",
@@ -35,23 +44,43 @@ _HOMES = {
     "linear_attention": "attention_jax.functional.linear",
     "differential_attention": "attention_jax.functional.differential",
     "gated_delta_attention": "attention_jax.functional.gated_delta",
+    "AlibiBias": "attention_jax.layers",
     "DifferentialAttention": "attention_jax.layers",
     "GatedDeltaAttention": "attention_jax.layers",
+    "LearnedPositions": "attention_jax.layers",
+    "MLP": "attention_jax.layers",
     "MultiHeadAttention": "attention_jax.layers",
+    "RelativeBias": "attention_jax.layers",
+    "ShortConvolution": "attention_jax.layers",
     "SingleHeadAttention": "attention_jax.layers",
+    "SinusoidalPositions": "attention_jax.layers",
+    "TokenEmbedding": "attention_jax.layers",
+    "Unembedding": "attention_jax.layers",
+    "VectorEmbedding": "attention_jax.layers",
     "Block": "attention_jax.models",
     "SequenceModel": "attention_jax.models",
+    "decoding": "attention_jax.models",
 }
 
 __all__ = [
+    "MLP",
+    "AlibiBias",
     "Block",
     "DifferentialAttention",
     "GatedDeltaAttention",
+    "LearnedPositions",
     "MultiHeadAttention",
+    "RelativeBias",
     "SequenceModel",
+    "ShortConvolution",
     "SingleHeadAttention",
+    "SinusoidalPositions",
+    "TokenEmbedding",
+    "Unembedding",
+    "VectorEmbedding",
     "attention_weights",
     "biases",
+    "decoding",
     "differential_attention",
     "dot_product_attention",
     "explain",

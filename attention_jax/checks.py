@@ -4,8 +4,9 @@ words, and the modes of JAX that what is inside does not mind."""
 import contextlib
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args, get_origin
 
 import jax
@@ -88,6 +89,17 @@ def check_function(name: str, value: Callable) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {told(value)}.")
+
+
+def check_takes(function: Callable, options: Mapping[str, object]) -> None:
+    """Raises NotImplementedError for an option that a function or a layer has no argument for."""
+    taken = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    for name, value in options.items():
+        if name not in taken:
+            called = getattr(function, "__name__", None) or type(function).__name__
+            raise NotImplementedError(f"{called} has no {name}, got {name}={told(value)}.")
 
 
 def check_word(name: str, value: str, words: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 Each `*_calls` is a strategy of hypothesis, `try_*` makes the call and looks at what comes of it.
 """
 
-import dataclasses
 import functools
 import inspect
 
@@ -18,7 +17,6 @@ from attention_jax import (
     DifferentialAttention,
     GatedDeltaAttention,
     MultiHeadAttention,
-    SequenceModel,
     SingleHeadAttention,
     attention_weights,
     biases,
@@ -32,6 +30,8 @@ from attention_jax import (
 )
 from attention_jax.functional.choice import Choice
 from attention_jax.interop import flax
+from attention_jax.models import SequenceModel
+from attention_jax.training.model import make_sequence_model
 
 FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = (*FLOATS, "float64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn", "int4")
@@ -277,9 +277,8 @@ LAYERS = {
         MultiHeadAttention,
         DifferentialAttention,
         GatedDeltaAttention,
-        SequenceModel,
     )
-}
+} | {"SequenceModel": make_sequence_model}
 FIELDS = {
     **dict.fromkeys(("num_kv_heads", "stride", "window"), st.sampled_from([None, 1, 2])),
     **dict.fromkeys(("head_dim", "out_features", "max_length"), st.sampled_from([None, 4, 3])),
@@ -308,12 +307,16 @@ SETTINGS = sorted({x for f in FUNCTIONS.values() for x in inspect.signature(f).p
 NEEDED = {"num_heads": 2, "features": 4}
 
 
+def call_of(name):
+    return (SequenceModel if name == "SequenceModel" else LAYERS[name]).__call__
+
+
 @st.composite
 def layer_calls(draw):
     """A layer, its fields, the arguments of its call, and whether numbers are computed."""
     name = draw(st.sampled_from(sorted(LAYERS)))
-    own = [f for f in dataclasses.fields(LAYERS[name]) if f.name not in ("parent", "name")]
-    suitable = {f.name: FIELDS.get(f.name, st.booleans()) for f in own}
+    own = [x for x in inspect.signature(LAYERS[name]).parameters if x not in ("parent", "name")]
+    suitable = {x: FIELDS.get(x, st.booleans()) for x in own}
     suitable = {x: y for x, y in suitable.items() if not x.endswith("_init") or x in FIELDS}
     fields = {x: NEEDED[x] for x in suitable if x in NEEDED}
     chosen = draw(st.sets(st.sampled_from(sorted(suitable)), max_size=4))
@@ -324,7 +327,7 @@ def layer_calls(draw):
     inputs = arrays((*batch, T, D if isinstance(D, int) else 4))
     if fields.get("vocab_size"):
         inputs = st.just(jnp.zeros((*batch, T), int))
-    taken = [x for x in inspect.signature(LAYERS[name].__call__).parameters if x != "self"]
+    taken = [x for x in inspect.signature(call_of(name)).parameters if x != "self"]
     options = settings_of(Sizes(batch, T, T, fields.get("num_heads") or 1, 1))
     options |= {
         "inputs_kv": arrays((*batch, S, 4)),
@@ -349,8 +352,8 @@ def layer_calls(draw):
 def try_layer(call):
     name, fields, arguments, computed = call
     rngs = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
-    taken = inspect.signature(LAYERS[name].__call__).parameters
-    names = [*(f.name for f in dataclasses.fields(LAYERS[name])), *taken, *SETTINGS, "head size"]
+    taken = inspect.signature(call_of(name)).parameters
+    names = [*inspect.signature(LAYERS[name]).parameters, *taken, *SETTINGS, "head size"]
 
     def run():
         layer = LAYERS[name](**fields)

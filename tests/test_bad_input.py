@@ -9,11 +9,11 @@ import pytest
 from cases import DOT_PRODUCT, Sizes, every_case, every_dot_product, random_qkv
 
 from attention_jax import (
-    Block,
+    MLP,
     DifferentialAttention,
     GatedDeltaAttention,
+    LearnedPositions,
     MultiHeadAttention,
-    SequenceModel,
     SingleHeadAttention,
     attention_weights,
     biases,
@@ -23,6 +23,7 @@ from attention_jax import (
     masks,
     positions,
 )
+from attention_jax.training.model import make_sequence_model
 
 QUERY, KEY, VALUE = random_qkv()  # [2, 5, 6, 11], [2, 7, 3, 11], [2, 7, 3, 13]
 
@@ -206,10 +207,11 @@ def test_a_type_that_is_not_computed_in_is_named_in_every_argument(argument, dty
         (functools.partial(MultiHeadAttention, 2), (2, 8)),
         (functools.partial(DifferentialAttention, 2), (2, 8)),
         (functools.partial(GatedDeltaAttention, 2), (2, 8)),
-        (functools.partial(SequenceModel, 8, num_heads=2), (2, 8)),
-        (functools.partial(Block, MultiHeadAttention(2)), (2, 8)),
+        (functools.partial(make_sequence_model, 8, num_heads=2), (2, 8)),
+        (functools.partial(MLP, 8), (2, 8)),
+        (functools.partial(LearnedPositions, 8), (2, 8)),
     ],
-    ids=["single", "multi", "differential", "gated_delta", "model", "block"],
+    ids=["single", "multi", "differential", "gated_delta", "model", "mlp", "positions"],
 )
 def test_a_layer_refuses_a_type_that_is_not_computed_in(layer, inputs, field, dtype):
     with pytest.raises(TypeError, match=f"^{field} must be .*float32.*, got {dtype}") as error:

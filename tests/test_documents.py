@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from cases import assert_close
 
-from attention_jax import SequenceModel, masks, models
+from attention_jax import decoding, masks
+from attention_jax.training import words
+from attention_jax.training.model import make_sequence_model
 
 VOCAB, T = 17, 9
 SMALL = {"features": 8, "num_heads": 4, "num_kv_heads": 2, "causal": True, "vocab_size": VOCAB}
 # Every kind of positions, and everything else that asks where tokens stand.
-KINDS = {name: {"positions": name} for name in models.POSITIONS} | {
+KINDS = {name: {"positions": name} for name in words.POSITIONS} | {
     "learned": {"positions": "learned", "max_length": 3},  # As long as a document, not as a row.
     "alibi, window": {"positions": "alibi", "window": 1},
     "blocks": {"pattern": "blocks", "stride": 2},
@@ -55,7 +57,7 @@ def init(model, tokens):
 @functools.lru_cache
 def alone(kind):
     """A model of this kind, its parameters, and what it makes of each document alone."""
-    model = SequenceModel(**{**SMALL, **KINDS[kind]})
+    model = make_sequence_model(**{**SMALL, **KINDS[kind]})
     params = init(model, DOCUMENTS)
     return model, params, *jax.jit(loss_of(model))(params, DOCUMENTS, WEIGHTS)
 
@@ -95,7 +97,7 @@ LONG = np.random.default_rng(2).integers(0, VOCAB, (2, 11))
 def long(kind):
     """A model for rows of 11 tokens, and its parameters."""
     options = {"max_length": 11} if "max_length" in KINDS[kind] else {}
-    model = SequenceModel(**{**SMALL, **KINDS[kind], **options})
+    model = make_sequence_model(**{**SMALL, **KINDS[kind], **options})
     return model, init(model, LONG)
 
 
@@ -128,7 +130,7 @@ def test_a_token_stands_where_it_is_said_to(kind):
 def test_padded_prompts_and_gaps_decode_as_the_full_forward_pass(kind):
     model, params = long(kind)
     tokens = LONG[:, :6]
-    decoder = model.clone(decode=True)
+    decoder = decoding(model)
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["cache"]
     visible = jnp.asarray(np.arange(6) >= np.array([[2], [0]]))[:, None, None]
     # Positions are derived in one, and given for each row in the other.
@@ -150,7 +152,7 @@ def test_padded_prompts_and_gaps_decode_as_the_full_forward_pass(kind):
 
 
 def test_a_position_without_a_row_in_the_table_is_not_another_one():
-    model = SequenceModel(**SMALL, positions="learned", max_length=4)
+    model = make_sequence_model(**SMALL, positions="learned", max_length=4)
     tokens = np.random.default_rng(2).integers(0, VOCAB, (2, 4))
     params = init(model, tokens)
     run = functools.partial(model.apply, {"params": params})
@@ -181,12 +183,12 @@ def test_a_position_without_a_row_in_the_table_is_not_another_one():
             {"mechanism": "gated_delta", "positions": "none"},
             {"positions": np.arange(9)},
             NotImplementedError,
-            "positions.*gated_delta",
+            "positions.*gated delta",
         ),
     ],
 )
 def test_positions_that_cannot_be_are_refused(options, arguments, error, words):
-    model = SequenceModel(**{**SMALL, "positions": "sinusoidal", **options})
+    model = make_sequence_model(**{**SMALL, "positions": "sinusoidal", **options})
     init = functools.partial(model.init, jax.random.key(0), **arguments)
     with pytest.raises(error, match=words) as refusal:
         jax.eval_shape(init, jax.ShapeDtypeStruct((2, 9), jnp.int32))

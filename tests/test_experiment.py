@@ -308,9 +308,9 @@ def test_learned_positions_reach_to_the_longest_slice():
     config = default_config("copy")
     config.model.positions, config.eval.slices = "learned", "64 8 vocab_size=16"
     model = build.make_model(config, build.make_task(config))
-    assert model.max_length == 64
+    assert model.positions.max_length == 64
     config.train.slices = "128"
-    assert build.make_model(config, build.make_task(config)).max_length == 128
+    assert build.make_model(config, build.make_task(config)).positions.max_length == 128
 
 
 def test_what_a_task_hides_is_hidden_from_the_model():
@@ -328,9 +328,9 @@ def test_what_a_task_hides_is_hidden_from_the_model():
     )
     program = experiment.build(config)
     state = program.init()
-    before = np.array(state.params["embed"]["embedding"])
+    before = np.array(state.params["embedding"]["embedding"])
     state, _ = program.epoch(program.put_state(state), program.rows)
-    after = np.array(state.params["embed"]["embedding"])
+    after = np.array(state.params["embedding"]["embedding"])
     # One layer: a question sees what the compression token, number 0, is, not yet what it has read.
     np.testing.assert_array_equal(after[1:], before[1:])
     assert (after[0] != before[0]).all()
@@ -516,10 +516,10 @@ def test_parameters_that_break_unseen_are_not_saved(launcher, tmp_path, monkeypa
     make_optimizer = build.make_optimizer
 
     def break_last_row(updates, state, params=None):
-        embed = updates["positions_embed"]["embedding"]
+        embed = updates["positions"]["table"]["embedding"]
         rows = jnp.arange(len(embed))[:, None]
         embed = jnp.where((state == 9) & (rows == len(embed) - 1), jnp.inf, embed)
-        return updates | {"positions_embed": {"embedding": embed}}, state + 1
+        return updates | {"positions": {"table": {"embedding": embed}}}, state + 1
 
     def breaking(**settings):
         broken = optax.GradientTransformation(lambda params: jnp.int32(0), break_last_row)

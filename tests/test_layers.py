@@ -14,7 +14,6 @@ from attention_jax import (
     DifferentialAttention,
     GatedDeltaAttention,
     MultiHeadAttention,
-    SequenceModel,
     SingleHeadAttention,
     biases,
     differential_attention,
@@ -23,6 +22,7 @@ from attention_jax import (
     masks,
     positions,
 )
+from attention_jax.training.model import make_sequence_model
 
 FlaxAttention = nn.MultiHeadDotProductAttention
 PLACES = np.arange(5)
@@ -563,7 +563,7 @@ def test_a_layer_that_cannot_be_is_refused(layer, settings, error, word):
         SingleHeadAttention(),
         MultiHeadAttention(num_heads=2),
         GatedDeltaAttention(num_heads=2),
-        SequenceModel(4),
+        make_sequence_model(4),
     ],
 )
 def test_what_is_no_sequence_of_vectors_is_refused(layer, inputs, error):

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from attention_jax import (
     MultiHeadAttention,
-    SequenceModel,
     attention_weights,
     biases,
     differential_attention,
@@ -23,6 +22,7 @@ from attention_jax import (
     masks,
     positions,
 )
+from attention_jax.training.model import make_sequence_model
 
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -290,7 +290,7 @@ def test_explicit_axes_of_a_layer():
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_explicit_axes_of_a_model(positions):
     mesh = make_mesh(AxisType.Explicit)
-    model = SequenceModel(
+    model = make_sequence_model(
         16,
         num_heads=N,
         vocab_size=7,
@@ -314,7 +314,7 @@ def test_explicit_axes_of_a_model(positions):
 @pytest.mark.parametrize("split", [True, False], ids=["split_cache", "whole_cache"])
 def test_explicit_axes_while_decoding(split):
     mesh = make_mesh(AxisType.Explicit)
-    model = SequenceModel(16, num_heads=N, vocab_size=7, causal=True, decode=True, window=5)
+    model = make_sequence_model(16, num_heads=N, vocab_size=7, causal=True, decode=True, window=5)
     tokens = jnp.arange(B * T).reshape(B, T) % 7
     halves = jnp.split(tokens, 2, axis=1)
     variables = model.init(jax.random.key(0), tokens)
@@ -338,5 +338,5 @@ def test_explicit_axes_while_decoding(split):
     found, cache = decode(cache, place(mesh, ROWS, *halves))
     assert_equal(found, wanted, 1e-5)
     for name in ("cached_key", "cached_value"):
-        spec = jax.typeof(cache["block_0"]["attention"][name]).sharding.spec
+        spec = jax.typeof(cache["blocks_0"]["attention"][name]).sharding.spec
         assert (spec[0] == "data") == split

@@ -14,7 +14,6 @@ from attention_jax import (
     DifferentialAttention,
     GatedDeltaAttention,
     MultiHeadAttention,
-    SequenceModel,
     SingleHeadAttention,
     attention_weights,
     biases,
@@ -29,6 +28,7 @@ from attention_jax.interop.flax import attention_fn
 from attention_jax.tasks import TASKS
 from attention_jax.training import build
 from attention_jax.training.config import default_config
+from attention_jax.training.model import make_sequence_model
 
 SIZES = Sizes(N=4, K=2, H=8, V=3)  # B = 2, T = 5, S = 7.
 QKV = QUERY, KEY, VALUE = random_qkv(SIZES)
@@ -132,7 +132,7 @@ def layer(module, *inputs, **settings):
 
 def model(**settings):
     defaults = {"features": 8, "num_heads": 2, "mlp_ratio": 2.0, "vocab_size": 7}
-    return layer(SequenceModel(**defaults | settings), TOKENS)
+    return layer(make_sequence_model(**defaults | settings), TOKENS)
 
 
 def training(**settings):

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from attention_jax.models import SequenceModel
 from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.model import make_sequence_model
 from attention_jax.training.optimizer import make_optimizer, make_schedule, skipping
 from attention_jax.training.step import (
     check_finite,
@@ -409,7 +409,7 @@ def test_matrices_decay_and_nothing_else(traced):
     names = set()
     for settings in MODELS:
         settings = {"vocab_size": 5, "num_heads": 2, "mlp_ratio": 2.0} | settings
-        model = SequenceModel(features=8, **settings)
+        model = make_sequence_model(features=8, **settings)
         tokens = settings["vocab_size"] is not None
         inputs = jnp.zeros((1, 6), jnp.int32) if tokens else jnp.zeros((1, 6, 8))
         shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]

@@ -3,12 +3,34 @@
 from attention_jax.layers.differential import DifferentialAttention
 from attention_jax.layers.gated_delta import GatedDeltaAttention
 from attention_jax.layers.multi_head import MultiHeadAttention, SingleHeadAttention
-from attention_jax.layers.parts import Embed
+from attention_jax.layers.parts import (
+    MLP,
+    AlibiBias,
+    Dropout,
+    Embed,
+    LearnedPositions,
+    RelativeBias,
+    ShortConvolution,
+    SinusoidalPositions,
+    TokenEmbedding,
+    Unembedding,
+    VectorEmbedding,
+)
 
 __all__ = [
+    "MLP",
+    "AlibiBias",
     "DifferentialAttention",
+    "Dropout",
     "Embed",
     "GatedDeltaAttention",
+    "LearnedPositions",
     "MultiHeadAttention",
+    "RelativeBias",
+    "ShortConvolution",
     "SingleHeadAttention",
+    "SinusoidalPositions",
+    "TokenEmbedding",
+    "Unembedding",
+    "VectorEmbedding",
 ]

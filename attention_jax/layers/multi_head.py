@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from attention_jax.checks import (
     check_flag,
     check_inputs,
     check_rate,
+    check_takes,
     jax_defaults,
 )
 from attention_jax.functional.biases import Bias
@@ -56,6 +57,7 @@ class SingleHeadAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
+    rotary: ClassVar[bool] = False  # As in MultiHeadAttention: it does not use positions.
 
     @nn.compact
     @jax_defaults()
@@ -338,8 +340,8 @@ def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
 def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:
     """Calls the layer's attention function with what was asked for, and nothing else.
 
-    A mechanism that knows no bias or dropout is not handed one, unless somebody wants it: then its
-    own error says so.
+    A mechanism that knows no bias or dropout is not handed one, unless somebody wants it: then that
+    is an error.
     """
     check_rate("dropout_rate", layer.dropout_rate)
     check_flag("sow_weights", sow_weights)
@@ -357,7 +359,10 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
         layer.sow("intermediates", "attention_weights", weights)
     if bias is not None:
         options["bias"] = bias
-    if isinstance(layer.dropout_rate, jax.core.Tracer) or layer.dropout_rate:
+    drops = isinstance(layer.dropout_rate, jax.core.Tracer) or layer.dropout_rate
+    asked = {"dropout_rate": layer.dropout_rate} if drops else {}
+    check_takes(layer.attention_fn, asked | options)
+    if drops:
         if nn.merge_param("deterministic", own, deterministic):
             options["deterministic"] = True
         else:

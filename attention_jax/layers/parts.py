@@ -1,15 +1,40 @@
-"""What stands beside attention in a model."""
+"""What stands beside attention in a model: embeddings, positions, biases, the MLP and the rest."""
 
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax.checks import (
+    as_integers,
+    as_rng,
+    as_size,
+    check_fields,
+    check_flag,
+    check_inputs,
+    check_rate,
     jax_defaults,
+    known,
 )
+from attention_jax.functional import biases, masks
+from attention_jax.functional.biases import Bias
+from attention_jax.functional.gated_delta import causal_convolution
+from attention_jax.functional.masks import Mask
 from attention_jax.functional.mesh import in_auto, partition_of
-from attention_jax.types import Array
+from attention_jax.functional.positions import sinusoidal_at
+from attention_jax.types import Array, Initializer
+
+EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positions, as in GPT-2.
+# A sinusoid's mean square is 1/2: as large as tokens are at first, it cannot drown them.
+SINUSOIDAL_SCALE = 2**0.5 * EMBEDDING_SCALE
+
+
+def scaled_init(scale: float | Array) -> Initializer:
+    """flax's default for kernels, times `scale`, which may be traced."""
+    init = nn.initializers.lecun_normal()
+    return lambda rng, shape, dtype: (scale * init(rng, shape, dtype)).astype(dtype)
 
 
 class Embed(nn.Embed):
@@ -22,3 +47,285 @@ class Embed(nn.Embed):
         take = functools.partial(jnp.take, axis=0)
         rows = partition_of(tokens, *range(tokens.ndim), None)
         return in_auto(take, (table, tokens), rows)
+
+
+class TokenEmbedding(Embed):
+    """What a model makes of tokens, and how it makes logits of vectors with the same table.
+
+    Attributes:
+        num_embeddings: The size of the vocabulary.
+        features: Width D of the model.
+        embedding_init: Makes the table `embedding` `[num_embeddings, D]`.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+    """
+
+    embedding_init: Initializer = nn.initializers.normal(EMBEDDING_SCALE)
+
+    def __call__(self, inputs: Array) -> Array:
+        """Tokens `[..., T] -> [..., T, D]`."""
+        check_fields(self)
+        as_size("num_embeddings", self.num_embeddings)
+        as_size("features", self.features)
+        return super().__call__(as_integers("inputs", inputs, axes=1))
+
+    def attend(self, x: Array) -> Array:
+        """`[..., D]` to logits `[..., num_embeddings]` in float32: how alike are x and each row?"""
+        return super().attend(x).astype(jnp.float32)
+
+
+class VectorEmbedding(nn.Module):
+    """For a model of vectors: they come and go as they are.
+
+    Attributes:
+        features: Their width D.
+    """
+
+    features: int
+
+    def __call__(self, inputs: Array) -> Array:
+        """`[..., T, D]`, or the error that says what came instead."""
+        check_inputs("inputs", inputs)
+        if inputs.shape[-1] != as_size("features", self.features):
+            raise ValueError(
+                f"inputs must be [..., T, {self.features}] (features={self.features}), got shape "
+                f"{inputs.shape}."
+            )
+        return inputs
+
+    def attend(self, x: Array) -> Array:
+        return x
+
+
+class Unembedding(nn.Dense):
+    """Logits from a matrix of their own, `[..., D] -> [..., features]` in float32."""
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(jnp.float32)
+
+
+class SinusoidalPositions(nn.Module):
+    """Adds `positions.sinusoidal`.
+
+    Attributes:
+        scale: Multiplies the waves. The default makes them as large as tokens are at first; vectors
+            may be larger.
+    """
+
+    scale: float = SINUSOIDAL_SCALE
+
+    @jax_defaults()
+    def __call__(self, x: Array, positions: Array | None = None) -> Array:
+        """`[..., T, D] -> [..., T, D]`; the positions, integers `[..., T]`, are 0, 1, ... if None.
+
+        Raises:
+            ValueError: D is odd.
+        """
+        check_fields(self)
+        if x.shape[-1] % 2:
+            raise ValueError(f"features must be even for SinusoidalPositions, got {x.shape[-1]}.")
+        if positions is None:
+            positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
+        return x + (self.scale * sinusoidal_at(positions, x.shape[-1])).astype(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """Adds a vector of its own for each position.
+
+    Attributes:
+        max_length: The number of positions.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+    """
+
+    max_length: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @jax_defaults()
+    def __call__(self, x: Array, positions: Array | None = None) -> Array:
+        """`[..., T, D] -> [..., T, D]`; the positions, integers `[..., T]`, are 0, 1, ... if None.
+
+        Raises:
+            ValueError: There are more than `max_length`. Under `jit`, a position without a row
+                makes NaN of its token.
+        """
+        check_fields(self)
+        T, max_length = x.shape[-2], as_size("max_length", self.max_length)
+        table = Embed(
+            max_length,
+            x.shape[-1],
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(EMBEDDING_SCALE),
+            name="table",
+        )
+        if positions is None:
+            if T > max_length:
+                raise ValueError(f"inputs have {T} positions, more than max_length={max_length}.")
+            return x + table(jnp.arange(T, dtype=jnp.int32))
+        beyond = (positions < 0) | (positions >= max_length)
+        if not isinstance(beyond, jax.core.Tracer) and beyond.any():
+            raise ValueError(
+                f"positions must lie in [0, max_length) with max_length={max_length}, got "
+                f"{int(positions.min())} to {int(positions.max())}."
+            )
+        # A clipped position would be another one, without a word.
+        return x + jnp.where(beyond[..., None], jnp.nan, table(jnp.where(beyond, 0, positions)))
+
+
+class AlibiBias(nn.Module):
+    """`biases.alibi` with the paper's slopes.
+
+    Attributes:
+        num_heads: Number N of query heads.
+    """
+
+    num_heads: int
+
+    def __call__(self) -> Bias:
+        return biases.alibi(as_size("num_heads", self.num_heads))
+
+
+class RelativeBias(nn.Module):
+    """`biases.relative` with a table `relative_bias` `[num_buckets, N]` that begins as zeros.
+
+    Attributes:
+        num_heads: Number N of query heads.
+        bidirectional, num_buckets, max_distance: As in `biases.relative`; the defaults are T5's.
+        param_dtype: The type of the table.
+    """
+
+    num_heads: int
+    bidirectional: bool = True
+    num_buckets: int = 32
+    max_distance: int = 128
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Bias:
+        check_fields(self)
+        shape = as_size("num_buckets", self.num_buckets), as_size("num_heads", self.num_heads)
+        init = nn.initializers.zeros_init()
+        table = self.param("relative_bias", init, shape, self.param_dtype)
+        return biases.relative(
+            table, bidirectional=self.bidirectional, max_distance=self.max_distance
+        )
+
+
+class Dropout(nn.Module):
+    """`flax.linen.Dropout` whose rate may also be traced, and whose key may be of any kind.
+
+    With a threefry key, and what JAX is set to by default, it is the same bit for bit.
+
+    Attributes:
+        rate: The probability with which a number is dropped, in [0, 1).
+    """
+
+    rate: float | Array
+
+    @nn.compact
+    @jax_defaults()
+    def __call__(self, x: Array, *, deterministic: bool) -> Array:
+        check_rate("dropout_rate", self.rate)
+        check_flag("deterministic", deterministic)
+        if deterministic or known(self.rate) == 0:
+            return x
+        rng = as_rng("dropout", self.make_rng("dropout"))
+        kept = jax.random.bernoulli(rng, jnp.float32(1 - self.rate), x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two projections with GELU between them, position by position: `in` and `out`.
+
+    Attributes:
+        hidden_features: Width of the hidden layer.
+        out_kernel_init: How the kernel of `out` starts.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+    """
+
+    hidden_features: int
+    out_kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @jax_defaults()
+    def __call__(self, x: Array) -> Array:
+        """`[..., D] -> [..., D]`."""
+        check_fields(self)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        hidden = dense(as_size("hidden_features", self.hidden_features), name="in")(x)
+        return dense(x.shape[-1], kernel_init=self.out_kernel_init, name="out")(nn.gelu(hidden))
+
+
+class ShortConvolution(nn.Module):
+    """Each feature's weighted sum of its own last few values.
+
+    It tells what attention without positions cannot: which token stood just before.
+
+    Attributes:
+        width: W, the number of values in a sum.
+        kernel_init: Makes the kernel `[W, D]`.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+
+    Reference:
+        So et al. 2021, "Primer: Searching for Efficient Transformers for Language Modeling", with
+        convolutions of queries, keys and values. https://arxiv.org/abs/2109.08668
+    """
+
+    width: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @jax_defaults()
+    def __call__(
+        self,
+        x: Array,
+        *,
+        mask: Mask | None = masks.causal(),  # noqa: B008  (a constant)
+        positions: Array | None = None,
+    ) -> Array:
+        """`[..., T, D] -> [..., T, D]`; what lies before the first position counts as 0.
+
+        Args:
+            x: `[..., T, D]`.
+            mask: A rule that hides the future. The sums reach back as far as they do, however far
+                the rule lets attention see.
+            positions: Must be None: the sums count the tokens as they come.
+
+        Raises:
+            NotImplementedError: `positions`, or a mask that shows the future, or that tells tokens
+                apart: the sums would run over what it hides.
+        """
+        width = as_size("width", self.width)
+        if positions is not None:
+            raise NotImplementedError(
+                "positions: a short convolution has none, it sums the tokens as they come."
+            )
+        mask = None if mask is None else masks.as_mask(mask)
+        if not looks_back(mask):
+            raise NotImplementedError(
+                f"ShortConvolution looks back: it takes masks.causal(), got mask={mask!r}."
+            )
+        if jax.tree.leaves(mask):
+            raise NotImplementedError(
+                f"ShortConvolution(width={width}) sums what a mask of arrays would hide, got "
+                f"mask={mask!r}."
+            )
+        kernel = self.param("kernel", self.kernel_init, (width, x.shape[-1]), self.param_dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        return causal_convolution(x, kernel)
+
+
+def looks_back(mask: Mask | None) -> bool:
+    """Whether a mask is sure to hide the future of each token in the row."""
+    return mask is not None and any(
+        isinstance(part, masks.Band)
+        and part.right is not None
+        and isinstance(part.offset, int)
+        and part.right + part.offset <= 0
+        for part in mask.parts()
+    )

@@ -11,12 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.checks import jax_defaults
-from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task
 from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import check_memory
+from attention_jax.training.model import make_model
 from attention_jax.training.optimizer import make_optimizer, skipping
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
@@ -158,7 +158,7 @@ def make_functions(
     task = make_task(config, **of("task"))
     slices = make_slices(config, task, **of("task"))
     parts = [task, *make_slices(config, task, "train", **of("task")).values()]
-    model = make_model(config, task).clone(**of("model"))
+    model = make_model(config, task, **of("model"))
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
     accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
@@ -282,28 +282,3 @@ def make_slices(
                 f"{slices[name].vocab_size} tokens for {task.vocab_size}."
             )
     return slices
-
-
-def make_model(config: ConfigDict, task: Task) -> SequenceModel:
-    """The model that `config.model` names, as wide as the task and as long as its longest slice.
-
-    Raises:
-        ValueError, NotImplementedError: Its settings do not go together.
-    """
-    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
-    lengths = [changes.get("seq_length", 0) for changes in slices]
-    settings = config.model.to_dict()
-    attention, dtype = settings.pop("name"), jnp.dtype(settings.pop("dtype"))
-    if attention == "selfhead":
-        del settings["num_heads"]
-    learned = settings["positions"] == "learned"
-    model = SequenceModel(
-        attention=attention,
-        vocab_size=task.vocab_size,
-        max_length=max([config.task.seq_length, *lengths]) if learned else None,
-        softcap=settings.pop("softcap") or None,
-        dtype=dtype,
-        **settings,
-    )
-    model.check()
-    return model

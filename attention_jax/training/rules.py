@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from attention_jax.training import words
+
 # The flags of the original and those that joined them, by the field that each sets.
 FLAGS = {
     "model.name": "model",
@@ -77,18 +79,18 @@ _RULES = {
     "seed": _Rule(lambda value: 0 <= value < 2**31, "must be in [0, 2**31)"),
     "launcher": _one_of("single", "pmap", "sharded"),
     "task.seq_length": _at_least(1),
-    "model.name": _one_of("multihead", "selfhead"),
-    "model.mechanism": _one_of("dot_product", "linear", "differential", "gated_delta"),
+    "model.name": _one_of(*words.ATTENTIONS),
+    "model.mechanism": _one_of(*words.MECHANISMS),
     "model.features": _at_least(1),
     "model.num_layers": _at_least(1),
     "model.num_heads": _at_least(1),
     "model.num_kv_heads": _at_least(1),
     "model.head_dim": _at_least(1),
     "model.mlp_ratio": _at_least(0),
-    "model.norm": _one_of("layer", "rms", "none"),
-    "model.positions": _one_of("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    "model.norm": _one_of(*words.NORMS),
+    "model.positions": _one_of(*words.POSITIONS),
     "model.window": _at_least(0),
-    "model.pattern": _one_of("full", "strided", "blocks"),
+    "model.pattern": _one_of(*words.PATTERNS),
     "model.stride": _at_least(1),
     "model.softcap": _at_least(0),
     "model.short_conv": _at_least(0),

@@ -1,0 +1,264 @@
+"""From words to a model: those of `config.model`, and those of a call."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+import attention_jax
+from attention_jax.checks import as_size, check_dtype, check_flag, check_number, check_word
+from attention_jax.functional import masks
+from attention_jax.layers import (
+    MLP,
+    ShortConvolution,
+    TokenEmbedding,
+    Unembedding,
+    VectorEmbedding,
+)
+from attention_jax.layers.parts import scaled_init
+from attention_jax.models import Block, SequenceModel
+from attention_jax.tasks import Task
+from attention_jax.training import words
+from attention_jax.training.config import slice_settings
+from attention_jax.types import Array
+
+
+def make_model(config: ConfigDict, task: Task, **traced: Any) -> SequenceModel:
+    """The model that `config.model` names, as wide as the task and as long as its longest slice.
+
+    Args:
+        config: Checked.
+        task: That of the config.
+        traced: Values that stand instead of those of `config.model`.
+
+    Raises:
+        ValueError, NotImplementedError: Its settings do not go together. What only a layer knows it
+            refuses when it is called.
+    """
+    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
+    lengths = [changes.get("seq_length", 0) for changes in slices]
+    settings = config.model.to_dict() | traced
+    attention, dtype = settings.pop("name"), jnp.dtype(settings.pop("dtype"))
+    if attention == "selfhead":
+        del settings["num_heads"]
+    learned = settings["positions"] == "learned"
+    return make_sequence_model(
+        attention=attention,
+        vocab_size=task.vocab_size,
+        max_length=max([config.task.seq_length, *lengths]) if learned else None,
+        softcap=settings.pop("softcap") or None,
+        dtype=dtype,
+        **settings,
+    )
+
+
+def make_sequence_model(
+    features: int,
+    num_layers: int = 1,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    attention: str = "multihead",
+    vocab_size: int | None = None,
+    out_features: int | None = None,
+    mlp_ratio: float = 0.0,
+    norm: str = "layer",
+    residual: bool = True,
+    positions: str = "none",
+    max_length: int | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    dropout_rate: float | Array = 0.0,
+    qk_norm: bool = False,
+    use_bias: bool = True,
+    tie_embedding: bool = True,
+    remat: bool = False,
+    decode: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    mechanism: str = "dot_product",
+    pattern: str = "full",
+    stride: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    init_scale: float | Array = 1.0,
+    short_conv: int = 0,
+) -> SequenceModel:
+    """A model from words: the `SequenceModel` whose parts they name. words.py has those it knows.
+
+    Args:
+        features: Model width D.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads. Defaults to 8; "selfhead" has one.
+        num_kv_heads, head_dim, qk_norm, use_bias, softcap, sinks, decode: As in
+            `MultiHeadAttention`.
+        attention: "multihead", or "selfhead" for `SingleHeadAttention`.
+        vocab_size: Number of tokens. None: inputs are vectors.
+        out_features: Width of the output for vectors. Defaults to `features`.
+        mlp_ratio: Width of the MLP's hidden layer over `features`; 0 leaves the MLP out.
+        norm: "layer", "rms" or "none"; with a norm, a last one follows the last block.
+        residual: As in `Block`.
+        positions: "none", "sinusoidal", "learned", "rotary", "alibi" or "relative".
+        max_length: The longest sequence; of "learned".
+        causal: Position t sees the positions up to t alone.
+        window: How many positions back, its own not counted, a position sees. Not causal: as many
+            forward. None is no limit.
+        dropout_rate: Dropout on embeddings, on residual branches, and on attention weights where
+            the mechanism has weights.
+        tie_embedding: Logits come from the embedding table; else from a matrix of their own.
+        remat: As in `SequenceModel`.
+        dtype, param_dtype: The types to compute in and to keep parameters in.
+        mechanism: "dot_product", "linear", "differential" or "gated_delta".
+        pattern: "full"; "strided": the last `stride` positions and every `stride`-th; "blocks":
+            the position's own block of `stride` and the last position of every block. Not causal:
+            on both sides. Child et al. 2019, section 4.3. https://arxiv.org/abs/1904.10509
+        stride: Of the patterns "strided" and "blocks".
+        init_scale: Multiplies the initial kernels of what writes to the residual stream. GPT-2 has
+            (2 num_layers) ** -0.5.
+        short_conv: The width of a `ShortConvolution` before each attention; 0 leaves it out.
+
+    Raises:
+        ValueError: A value is out of its range, is missing, or goes with nothing.
+        TypeError: A value has the wrong type.
+        NotImplementedError: The part that a word names has no such option.
+    """
+    for name, word, known in (
+        ("attention", attention, words.ATTENTIONS),
+        ("mechanism", mechanism, words.MECHANISMS),
+        ("norm", norm, words.NORMS),
+        ("pattern", pattern, words.PATTERNS),
+        ("positions", positions, words.POSITIONS),
+    ):
+        check_word(name, word, tuple(known))
+    as_size("features", features)
+    as_size("num_layers", num_layers, maximum=1000)  # Each is traced and compiled.
+    sizes = {"vocab_size": vocab_size, "out_features": out_features}
+    for name, size in (sizes | {"max_length": max_length, "stride": stride}).items():
+        if size is not None:
+            as_size(name, size)
+    if window is not None:
+        as_size("window", window, minimum=0)
+    as_size("short_conv", short_conv, minimum=0)
+    check_flag("causal", causal)
+    check_flag("tie_embedding", tie_embedding)
+    check_number("init_scale", init_scale)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    check_dtype("param_dtype", param_dtype)
+    if vocab_size is not None and out_features is not None:
+        raise ValueError(
+            f"out_features is for vectors: got {out_features} with vocab_size={vocab_size}."
+        )
+    if vocab_size is None and not tie_embedding:
+        raise ValueError("tie_embedding=False needs vocab_size: vectors have no embedding.")
+
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    out_init = scaled_init(init_scale)
+    make_norm = None
+    if words.NORMS[norm] is not None:
+        make_norm = functools.partial(getattr(nn, words.NORMS[norm]), **types)
+    hidden_features = _hidden_features(mlp_ratio, features)
+
+    def make_block(depth: int) -> Block:
+        layer = words.ATTENTIONS[attention](words.MECHANISMS[mechanism](depth))
+        given = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "qk_norm": qk_norm,
+            "rotary": positions == "rotary",
+            "softcap": softcap,
+            "sinks": sinks,
+            "decode": decode,
+        }
+        word = f"mechanism={mechanism!r}"
+        if attention != "multihead":
+            word = f"attention={attention!r}"
+        return Block(
+            _make(
+                word,
+                layer,
+                given,
+                num_heads=8,
+                use_bias=use_bias,
+                dropout_rate=dropout_rate,
+                out_kernel_init=out_init,
+                **types,
+            ),
+            mlp=MLP(hidden_features, out_init, **types) if hidden_features else None,
+            norm=make_norm,
+            conv=ShortConvolution(short_conv, out_init, **types) if short_conv else None,
+            residual=residual,
+            dropout_rate=dropout_rate,
+        )
+
+    blocks = tuple(make_block(depth) for depth in range(num_layers))
+    field, part = words.POSITIONS[positions] or ("positions", None)
+    placing = _make(
+        f"positions={positions!r}",
+        getattr(attention_jax, part) if part else lambda: None,
+        {"max_length": max_length},
+        num_heads=getattr(blocks[0].attention, "num_heads", 1),
+        bidirectional=not causal,
+        # Vectors are larger than tokens at first.
+        **({"scale": 1.0} if vocab_size is None else {}),
+        **types,
+    )
+    given = {"window": window, "stride": stride}
+    reach = _make(f"pattern={pattern!r}", words.PATTERNS[pattern], given, causal=causal)
+    if vocab_size is None:
+        embedding = VectorEmbedding(features)
+        head = None if out_features is None else nn.Dense(out_features, **types)
+    else:
+        embedding = TokenEmbedding(vocab_size, features, **types)
+        head = None if tie_embedding else Unembedding(vocab_size, **types)
+    return SequenceModel(
+        embedding,
+        blocks,
+        mask=masks.causal() if causal else None,
+        reach=reach,
+        norm=make_norm,
+        head=head,
+        dropout_rate=dropout_rate,
+        remat=remat,
+        **{field: placing},
+    )
+
+
+def _make(word: str, make: Callable[..., Any], given: Mapping[str, Any], **others: Any) -> Any:
+    """Calls `make` with the options that were given, and those of the others that it has.
+
+    Raises:
+        NotImplementedError: An option was given, that is, is neither None nor False, and `make` has
+            none of that name.
+        ValueError: `make` needs an option that was not given.
+    """
+    settled = getattr(make, "keywords", {})
+    taken = inspect.signature(make).parameters
+    given = {x: value for x, value in given.items() if value is not None and value is not False}
+    for name, value in given.items():
+        if name not in taken or name in settled:
+            raise NotImplementedError(f"{word} has no {name}={value!r}.")
+    options = {x: value for x, value in others.items() if x in taken and x not in settled}
+    options |= given
+    for name, parameter in taken.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"{word} needs {name}.")
+    return make(**options)
+
+
+def _hidden_features(mlp_ratio: float, features: int) -> int:
+    """The width of the MLP's hidden layer; 0 where there is none."""
+    check_number("mlp_ratio", mlp_ratio)
+    width = round(mlp_ratio * features) if math.isfinite(mlp_ratio) else -1
+    if width < 0 or (mlp_ratio and not width):
+        raise ValueError(
+            "mlp_ratio must be 0 or give the MLP a width of at least 1: got "
+            f"mlp_ratio={mlp_ratio} with features={features}."
+        )
+    return width

@@ -1,0 +1,72 @@
+"""The words of `config.model` for parts of a model, and the part that each stands for.
+
+The config reads the words, so nothing here imports jax: a public name of the package is imported
+when a lambda or `getattr` asks for it.
+"""
+
+import functools
+import math
+
+import attention_jax
+
+partial = functools.partial
+
+# The layer of each mechanism, for the block at some depth. What stands in the `partial` is settled;
+# the words of the config give the other fields that the layer has.
+MECHANISMS = {
+    "dot_product": lambda depth: partial(attention_jax.MultiHeadAttention),
+    # It has no weights to drop.
+    "linear": lambda depth: partial(
+        attention_jax.MultiHeadAttention,
+        attention_fn=attention_jax.linear_attention,
+        dropout_rate=0.0,
+    ),
+    # The paper's section 2.1.
+    "differential": lambda depth: partial(
+        attention_jax.DifferentialAttention, lambda_init=0.8 - 0.6 * math.exp(-0.3 * depth)
+    ),
+    "gated_delta": lambda depth: partial(attention_jax.GatedDeltaAttention),
+}
+
+
+def _with_one_head(layer: partial) -> partial:
+    if layer.func is not attention_jax.MultiHeadAttention:
+        raise NotImplementedError(
+            f"attention='selfhead' has no {layer.func.__name__}: use 'multihead' with num_heads=1."
+        )
+    return partial(attention_jax.SingleHeadAttention, **layer.keywords)
+
+
+# What becomes of the layer of a mechanism.
+ATTENTIONS = {"multihead": lambda layer: layer, "selfhead": _with_one_head}
+
+# The names of flax.
+NORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "none": None}
+
+# The field of the model, and its part. Rotary positions are a field of attention layers.
+POSITIONS = {
+    "none": None,
+    "sinusoidal": ("positions", "SinusoidalPositions"),
+    "learned": ("positions", "LearnedPositions"),
+    "rotary": None,
+    "alibi": ("bias", "AlibiBias"),
+    "relative": ("bias", "RelativeBias"),
+}
+
+
+def _full(causal, window=None):
+    """Not causal: a window reaches as far forward as back."""
+    return None if window is None else attention_jax.masks.window(window, 0 if causal else window)
+
+
+# Child et al. 2019, section 4.3. https://arxiv.org/abs/1904.10509
+def _strided(stride):
+    return attention_jax.masks.window(stride, stride) | attention_jax.masks.strided(stride)
+
+
+def _blocks(stride):
+    return attention_jax.masks.blocks(stride, summary=1)
+
+
+# How far a position sees.
+PATTERNS = {"full": _full, "strided": _strided, "blocks": _blocks}
