@@ -99,7 +99,8 @@ def check_takes(function: Callable, options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if name not in taken:
             called = getattr(function, "__name__", None) or type(function).__name__
-            raise NotImplementedError(f"{called} has no {name}, got {name}={told(value)}.")
+            came = "" if is_array(value) else f", got {name}={told(value)}"
+            raise NotImplementedError(f"{called} has no {name}{came}.")
 
 
 def check_word(name: str, value: str, words: Sequence[str]) -> None:

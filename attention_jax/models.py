@@ -100,7 +100,8 @@ class SequenceModel(nn.Module):
 
     Attributes:
         embedding: `TokenEmbedding`, or `VectorEmbedding` for inputs that are vectors.
-        blocks: `Block`s. One that is there twice shares its parameters with itself.
+        blocks: `Block`s. A block or a layer that is there twice has the same parameters in both
+            places.
         positions: Added to the embedded inputs: `SinusoidalPositions` or `LearnedPositions`. Rotary
             positions are part of the attention layers.
         bias: Makes what is added to the logits of all blocks: `RelativeBias` or `AlibiBias`.
@@ -115,6 +116,7 @@ class SequenceModel(nn.Module):
     Example:
         A causal transformer of two layers for 256 tokens:
 
+        >>> from attention_jax import MLP, MultiHeadAttention, TokenEmbedding
         >>> model = SequenceModel(
         ...     TokenEmbedding(256, 64),
         ...     [Block(MultiHeadAttention(4, rotary=True), MLP(256)) for _ in range(2)],
@@ -132,6 +134,11 @@ class SequenceModel(nn.Module):
     head: Layer | None = None
     dropout_rate: float | Array = 0.0
     remat: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.blocks, list):  # Like flax's own layers, a model is hashable.
+            self.blocks = tuple(self.blocks)
+        super().__post_init__()
 
     @nn.compact
     @jax_defaults()
@@ -219,11 +226,13 @@ class SequenceModel(nn.Module):
                 )
         if lengths is not None and not self._decodes:
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")
-        if self._decodes and not looks_back(self.mask):
-            raise ValueError(
-                "decode=True needs mask=masks.causal(): earlier tokens cannot see later ones; got "
-                f"mask={self.mask!r}."
-            )
+        if self._decodes:
+            _check_own_caches(self.blocks)
+            if not looks_back(self.mask):
+                raise ValueError(
+                    "decode=True needs mask=masks.causal(): earlier tokens cannot see later ones; "
+                    f"got mask={self.mask!r}."
+                )
 
     def _stand(self, positions, mask, batch, T) -> tuple[Array | None, ...]:
         """Where tokens stand; None is where they come in the row.
@@ -315,8 +324,9 @@ def decoding(model: SequenceModel) -> SequenceModel:
     `apply(..., mutable=["cache"])` then takes any number of new tokens.
 
     Raises:
-        NotImplementedError: An attention layer has no cache.
+        NotImplementedError: An attention layer has no cache, or two blocks share one.
     """
+    _check_own_caches(model.blocks)
 
     def decoding_block(block: Block) -> Block:
         if not hasattr(block.attention, "decode"):
@@ -326,6 +336,14 @@ def decoding(model: SequenceModel) -> SequenceModel:
         return block.clone(attention=block.attention.clone(decode=True))
 
     return model.clone(blocks=tuple(decoding_block(block) for block in model.blocks))
+
+
+def _check_own_caches(blocks: Sequence[Block]) -> None:
+    """Raises NotImplementedError where one layer would keep the keys of two blocks."""
+    if len({id(block.attention) for block in blocks}) < len(blocks):
+        raise NotImplementedError(
+            "decode=True: blocks must not share an attention layer, which has one cache."
+        )
 
 
 def _is_of_distances(mask: Mask) -> bool:

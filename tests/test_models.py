@@ -11,9 +11,15 @@ from cases import assert_close
 from flax import linen as nn
 
 from attention_jax import (
+    MLP,
+    Block,
+    GatedDeltaAttention,
     MultiHeadAttention,
+    SequenceModel,
     ShortConvolution,
     SingleHeadAttention,
+    TokenEmbedding,
+    VectorEmbedding,
     decoding,
     masks,
 )
@@ -196,6 +202,113 @@ def test_a_later_layer_of_differential_attention_takes_more_away():
     layers = [block.attention for block in model.blocks]
     # 0.8 - 0.6 exp(-0.3 l) for l = 0, 1, 2.
     np.testing.assert_allclose([x.lambda_init for x in layers], [0.2, 0.355509, 0.470713], 1e-5)
+
+
+def test_a_mechanism_is_a_line_and_what_it_lacks_is_refused(monkeypatch):
+    """Every position takes the mean of all values."""
+
+    def mean_attention(query, key, value, *, mask=None):
+        return jnp.broadcast_to(value.mean(axis=-3, keepdims=True), value.shape)
+
+    layer = functools.partial(MultiHeadAttention, attention_fn=mean_attention)
+    monkeypatch.setitem(words.MECHANISMS, "mean", lambda depth: layer)
+    make = functools.partial(make_sequence_model, 8, num_heads=2, mechanism="mean", norm="none")
+    model = make(residual=False)
+    out = run(model, init(model, VECTORS), VECTORS)
+    np.testing.assert_allclose(out, out[:, :1] + 0 * out)
+    for options, words_of_error in (
+        ({"softcap": 2.0}, "mean_attention has no softcap"),
+        ({"sinks": True}, "mean_attention has no sinks"),
+        ({"positions": "alibi"}, "mean_attention has no bias"),
+        ({"dropout_rate": 0.5}, "mean_attention has no dropout_rate"),
+    ):
+        with pytest.raises(NotImplementedError, match=words_of_error):
+            make(**options).init(jax.random.key(0), VECTORS)
+    monkeypatch.setitem(
+        words.MECHANISMS, "mean", lambda depth: functools.partial(layer, qk_norm=False)
+    )
+    with pytest.raises(NotImplementedError, match="mechanism='mean' has no qk_norm=True"):
+        make(qk_norm=True)
+
+
+def test_parts_are_values():
+    """The model of words, put together by hand from other parts of the same kind."""
+
+    class Halved(nn.Module):
+        layer: nn.Module
+
+        def __call__(self, x):
+            return self.layer(x) / 2
+
+    def model(make_mlp):
+        blocks = [Block(MultiHeadAttention(2), make_mlp(), nn.RMSNorm) for _ in range(2)]
+        return SequenceModel(TokenEmbedding(VOCAB, 8), blocks, mask=masks.causal(), norm=None)
+
+    named = make_sequence_model(**SMALL, vocab_size=VOCAB, causal=True, norm="rms")
+    params = init(named, TOKENS)
+    scale = params.pop("norm")["scale"]
+    plain = model(lambda: MLP(16))
+    assert_close(
+        run(plain.clone(norm=nn.RMSNorm), {**params, "norm": {"scale": scale}}, TOKENS),
+        run(named, {**params, "norm": {"scale": scale}}, TOKENS),
+        1e-6,
+    )
+    for name in ("blocks_0", "blocks_1"):
+        block = params[name]
+        params[name] = {**block, "mlp": {"layer": block["mlp"]}}
+    half = run(model(lambda: Halved(MLP(16))), params, TOKENS)
+    for name in ("blocks_0", "blocks_1"):
+        mlp = params[name]["mlp"]["layer"]
+        params[name]["mlp"] = {**mlp, "out": jax.tree.map(lambda x: x / 2, mlp["out"])}
+    assert_close(half, run(plain, params, TOKENS), 1e-6)
+
+
+def test_a_block_that_is_there_twice_has_the_same_parameters():
+    block = Block(MultiHeadAttention(2))
+    twice = SequenceModel(VectorEmbedding(8), (block, block), mask=masks.causal())
+    params = init(twice, VECTORS)
+    assert set(params) == {"blocks_0", "norm"}
+    other = SequenceModel(VectorEmbedding(8), tuple(Block(MultiHeadAttention(2)) for _ in "ab"))
+    same = {**params, "blocks_1": params["blocks_0"]}
+    want = run(other.clone(mask=masks.causal()), same, VECTORS)
+    assert_close(run(twice, params, VECTORS), want, 1e-6)
+    with pytest.raises(NotImplementedError, match="blocks must not share"):
+        decoding(twice)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"blocks": [MultiHeadAttention(2)]}, TypeError, "blocks must be Blocks"),
+        ({"mask": jnp.ones((7, 7), bool)}, TypeError, r"mask must be a masks\.\* value"),
+        ({"reach": 3}, TypeError, "reach must be .* got 3"),
+        ({"norm": "rms"}, TypeError, "norm must be a function, got 'rms'"),
+        ({"head": 5}, TypeError, "head must be a function, got 5"),
+        ({"bias": "alibi"}, TypeError, "bias must be a function, got 'alibi'"),
+        ({"remat": 1}, TypeError, "remat must be True or False"),
+    ],
+)
+def test_what_is_no_part_is_refused(options, error, words):
+    parts = {"embedding": VectorEmbedding(8), "blocks": (Block(MultiHeadAttention(2)),)}
+    with pytest.raises(error, match=words):
+        SequenceModel(**parts | options).init(jax.random.key(0), VECTORS)
+
+
+@pytest.mark.parametrize(
+    ("attention", "error"),
+    [(GatedDeltaAttention(2), NotImplementedError), (SingleHeadAttention(), NotImplementedError)],
+)
+def test_a_layer_without_a_cache_does_not_decode(attention, error):
+    model = SequenceModel(VectorEmbedding(8), (Block(attention),), mask=masks.causal())
+    with pytest.raises(error, match=f"{type(attention).__name__} has no cache"):
+        decoding(model)
+
+
+def test_decoding_needs_a_mask_that_hides_the_future():
+    model = SequenceModel(VectorEmbedding(8), (Block(MultiHeadAttention(2)),))
+    for mask in (None, masks.window(2, 1), ~masks.causal()):
+        with pytest.raises(ValueError, match=r"decode=True needs mask=masks\.causal"):
+            decoding(model.clone(mask=mask)).init(jax.random.key(0), VECTORS)
 
 
 def test_init_scale_is_of_what_writes_to_the_residual_stream():
