@@ -176,6 +176,7 @@ def make_sequence_model(
             "sinks": sinks,
             "decode": decode,
         }
+        given = _said(given) | ({} if use_bias else {"use_bias": False})
         word = f"mechanism={mechanism!r}"
         if attention != "multihead":
             word = f"attention={attention!r}"
@@ -202,14 +203,14 @@ def make_sequence_model(
     placing = _make(
         f"positions={positions!r}",
         getattr(attention_jax, part) if part else lambda: None,
-        {"max_length": max_length},
+        _said({"max_length": max_length}),
         num_heads=getattr(blocks[0].attention, "num_heads", 1),
         bidirectional=not causal,
         # Vectors are larger than tokens at first.
         **({"scale": 1.0} if vocab_size is None else {}),
         **types,
     )
-    given = {"window": window, "stride": stride}
+    given = _said({"window": window, "stride": stride})
     reach = _make(f"pattern={pattern!r}", words.PATTERNS[pattern], given, causal=causal)
     if vocab_size is None:
         embedding = VectorEmbedding(features)
@@ -230,17 +231,20 @@ def make_sequence_model(
     )
 
 
+def _said(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that somebody chose: neither None nor False."""
+    return {x: value for x, value in options.items() if value is not None and value is not False}
+
+
 def _make(word: str, make: Callable[..., Any], given: Mapping[str, Any], **others: Any) -> Any:
     """Calls `make` with the options that were given, and those of the others that it has.
 
     Raises:
-        NotImplementedError: An option was given, that is, is neither None nor False, and `make` has
-            none of that name.
+        NotImplementedError: An option was given that `make` does not have.
         ValueError: `make` needs an option that was not given.
     """
     settled = getattr(make, "keywords", {})
     taken = inspect.signature(make).parameters
-    given = {x: value for x, value in given.items() if value is not None and value is not False}
     for name, value in given.items():
         if name not in taken or name in settled:
             raise NotImplementedError(f"{word} has no {name}={value!r}.")

@@ -4,12 +4,10 @@ The config reads the words, so nothing here imports jax: a public name of the pa
 when a lambda or `getattr` asks for it.
 """
 
-import functools
 import math
+from functools import partial
 
 import attention_jax
-
-partial = functools.partial
 
 # The layer of each mechanism, for the block at some depth. What stands in the `partial` is settled;
 # the words of the config give the other fields that the layer has.
