@@ -94,7 +94,7 @@ def test_what_a_pattern_says_of_a_block_of_queries_is_so(mask):
         at = Tile(t, size, 0, S, T, S)
         visible = whole[:, :, t : t + size]
         np.testing.assert_array_equal(np.broadcast_to(mask.tile(at), visible.shape), visible)
-        keys = mask.keys(at)
+        keys = mask.bounds(at)
         if keys is None:
             continue
         (first, stop), (open_first, open_stop) = np.maximum(0, np.asarray(keys[:2]))
@@ -107,8 +107,8 @@ def test_what_a_pattern_says_of_a_block_of_queries_is_so(mask):
 def test_a_block_of_its_own_is_seen_whole_and_nothing_else():
     # A path that skips what nobody sees, and does not mask what all see, needs no less than this.
     mask = masks.blocks(4)
-    assert mask.keys(Tile(4, 1, 0, 11, 11, 11))[:3] == ((4, 8), (4, 8), 4)
-    assert mask.keys(Tile(2, 4, 0, 11, 11, 11)).seen == (0, 8)
+    assert mask.bounds(Tile(4, 1, 0, 11, 11, 11))[:3] == ((4, 8), (4, 8), 4)
+    assert mask.bounds(Tile(2, 4, 0, 11, 11, 11)).seen == (0, 8)
 
 
 def test_placed_rules_count_positions():

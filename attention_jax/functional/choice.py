@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.functional.blockwise import make_plan
 from attention_jax.functional.cudnn import refusal
 from attention_jax.functional.masks import Mask
+from attention_jax.functional.plan import make_plan
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
@@ -75,7 +75,7 @@ def cost(implementation: str, reason: str, query, key, value, mask, block_size) 
     S, K, V = value.shape[-3:]
     inputs = jnp.result_type(query, key, value)
     rows, dtype = math.prod(batch) * N, jnp.promote_types(inputs, jnp.float32)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, inputs)
+    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, inputs).forward
     t, alike, at_once = plan.t, plan.alike, plan.heads * plan.G
     if implementation == "dense":
         t, alike, at_once, mask = T, T, rows, None
@@ -92,10 +92,10 @@ def cost(implementation: str, reason: str, query, key, value, mask, block_size) 
 
 
 def _seen(mask: Mask | None, t_start: int, t_size: int, T: int, S: int) -> int:
-    keys = None if mask is None else mask.keys(Tile(t_start, t_size, 0, S, T, S))
-    if keys is None:
+    bounds = None if mask is None else mask.bounds(Tile(t_start, t_size, 0, S, T, S))
+    if bounds is None:
         return S
-    if any(isinstance(x, jax.core.Tracer) for x in keys.seen):
-        return S if keys.most is None else min(S, keys.most)
-    first, stop = (int(x) for x in keys.seen)
+    if any(isinstance(x, jax.core.Tracer) for x in bounds.seen):
+        return S if bounds.most is None else min(S, bounds.most)
+    first, stop = (int(x) for x in bounds.seen)
     return max(0, min(S, stop) - max(0, first))

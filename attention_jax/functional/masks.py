@@ -48,7 +48,7 @@ _PICTURE_LIMIT = 32  # A larger picture does not fit a terminal.
 _PICTURE_SIZE = 8  # The size at which a rule without one of its own is drawn.
 
 
-class Keys(NamedTuple):
+class Bounds(NamedTuple):
     """What a mask knows about the keys of a tile's queries without looking at each.
 
     Attributes:
@@ -74,7 +74,7 @@ class Mask(Rule):
         """Boolean, broadcastable to `[..., N, t_size, s_size]`; True where t may attend to s."""
         raise NotImplementedError
 
-    def keys(self, at: Tile) -> Keys | None:
+    def bounds(self, at: Tile) -> Bounds | None:
         """Which keys of all S the tile's queries see; None where only the tile itself can tell."""
         return None
 
@@ -182,13 +182,13 @@ class Band(Mask):
             visible &= at.s >= centre - self.left
         return visible
 
-    def keys(self, at):
+    def bounds(self, at):
         ahead = at.offset + offset_of(self.offset, at)
         first, last = _least(ahead) + at.t_start, _most(ahead) + at.t_start + at.t_size - 1
         most = None
         if self.left is not None and self.right is not None and jnp.ndim(ahead) == 0:
             most = self.left + at.t_size + self.right
-        return Keys(
+        return Bounds(
             (
                 0 if self.left is None else _most(0, first - self.left),
                 at.S if self.right is None else _least(at.S, last + 1 + self.right),
@@ -234,9 +234,9 @@ class KeyLengths(Mask):
 
     lengths: Array
 
-    def keys(self, at):
+    def bounds(self, at):
         # No more than there are: a length may well be that of a longer sequence.
-        return Keys((0, _least(at.S, _most(self.lengths))), (0, _least(at.S, self.lengths)))
+        return Bounds((0, _least(at.S, _most(self.lengths))), (0, _least(at.S, self.lengths)))
 
     def tile(self, at):
         return at.s < per_row(self.lengths)
@@ -251,11 +251,11 @@ class QueryLengths(Mask):
 
     lengths: Array
 
-    def keys(self, at):
+    def bounds(self, at):
         first = _least(at.offset) + at.t_start
         last = _most(at.offset) + at.t_start + at.t_size - 1
         some, all_ = first < _most(self.lengths), last < _least(self.lengths)
-        return Keys((0, jnp.where(some, at.S, 0)), (0, jnp.where(all_, at.S, 0)))
+        return Bounds((0, jnp.where(some, at.S, 0)), (0, jnp.where(all_, at.S, 0)))
 
     def tile(self, at):
         return at.t < per_row(self.lengths)
@@ -274,8 +274,8 @@ class Strided(Mask):
     def tile(self, at):
         return (at.t + offset_of(self.offset, at) - at.s) % self.stride == 0
 
-    def keys(self, at):
-        return Keys((0, at.S), (0, at.S if self.stride == 1 else 0))
+    def bounds(self, at):
+        return Bounds((0, at.S), (0, at.S if self.stride == 1 else 0))
 
     def __repr__(self):
         return f"strided({', '.join([str(self.stride), *shown(self.offset)])})"
@@ -294,20 +294,20 @@ class Blocks(Mask):
         summary = at.s % self.length >= self.length - self.summary
         return (block == at.s // self.length) | summary
 
-    def keys(self, at):
+    def bounds(self, at):
         length, ahead = self.length, at.offset + offset_of(self.offset, at)
         first = (_least(ahead) + at.t_start) // length
         last = (_most(ahead) + at.t_start + at.t_size - 1) // length
         if self.summary == length:
-            return Keys((0, at.S), (0, at.S))
+            return Bounds((0, at.S), (0, at.S))
         own = _most(0, first * length), _least(at.S, (last + 1) * length)
         # One block, all of it; queries of several blocks have none in common.
         shared = _most(0, last * length), _least(at.S, (first + 1) * length)
         if self.summary:
-            return Keys((0, at.S), shared)
+            return Bounds((0, at.S), shared)
         # As many blocks as `t_size` queries touch when the first is the last of its own.
         blocks = (at.t_size + length - 2) // length + 1
-        return Keys(own, shared, blocks * length if jnp.ndim(ahead) == 0 else None)
+        return Bounds(own, shared, blocks * length if jnp.ndim(ahead) == 0 else None)
 
     def __repr__(self):
         summary = [f"summary={self.summary}"] if self.summary else []
@@ -369,17 +369,17 @@ class And(Pair):
     def parts(self):
         return self.left.parts() + self.right.parts()
 
-    def keys(self, at):
-        left, right = self.left.keys(at), self.right.keys(at)
+    def bounds(self, at):
+        left, right = self.left.bounds(at), self.right.bounds(at)
         if left is None or right is None:
             # What one of them hides is hidden; what both show, nobody knows.
-            known = left or right or Keys((0, at.S), (0, 0))
+            known = left or right or Bounds((0, at.S), (0, 0))
             return known._replace(open=(0, 0))
         most, usual = (
             min((n for n in pair if n is not None), default=None)
             for pair in ((left.most, right.most), (left.usual, right.usual))
         )
-        return Keys(_overlap(left.seen, right.seen), _overlap(left.open, right.open), most, usual)
+        return Bounds(_overlap(left.seen, right.seen), _overlap(left.open, right.open), most, usual)
 
     def __repr__(self):
         return " & ".join(
@@ -394,12 +394,12 @@ class Or(Pair):
         left, right = self.tiles(at)
         return left | right
 
-    def keys(self, at):
-        left, right = self.left.keys(at), self.right.keys(at)
+    def bounds(self, at):
+        left, right = self.left.bounds(at), self.right.bounds(at)
         if left is None or right is None:
             return None
         starts, stops = zip(left.seen, right.seen, strict=True)
-        return Keys((_least(*starts), _most(*stops)), _longer(left.open, right.open))
+        return Bounds((_least(*starts), _most(*stops)), _longer(left.open, right.open))
 
     def __repr__(self):
         return f"{self.left!r} | {self.right!r}"
@@ -435,8 +435,8 @@ class Shifted(Mask):
     def tile(self, at):
         return self.mask.tile(at.shifted(self.offset))
 
-    def keys(self, at):
-        return self.mask.keys(at.shifted(self.offset))
+    def bounds(self, at):
+        return self.mask.bounds(at.shifted(self.offset))
 
     def check(self, T, S):
         self.mask.check_shifted(T, S)
@@ -456,22 +456,22 @@ class Placed(Mask):
     def tile(self, at):
         return self.mask.tile(at.placed(self.query_positions, self.key_positions))
 
-    def keys(self, at):
+    def bounds(self, at):
         queries = at.of_queries(self.query_positions)
         first, last = jnp.min(queries), jnp.max(queries)
         # What the queries see of a sequence without an end; S - T is the offset "end".
         span = at._replace(t_start=first, t_size=last - first + 1, offset=0)
-        known = self.mask.keys(span._replace(T=at.T + _ENDLESS - at.S, S=_ENDLESS))
+        known = self.mask.bounds(span._replace(T=at.T + _ENDLESS - at.S, S=_ENDLESS))
         if known is None:
             return None
         start, stop = known.seen  # A start of 0 is open to negative positions too.
         seen = (jnp.maximum(self.key_positions, 0) >= start) & (self.key_positions < stop)
         seen = jnp.broadcast_to(seen.any(axis=tuple(range(seen.ndim - 1))), (at.S,))
         index = jnp.arange(at.S, dtype=jnp.int32)
-        in_row = self.mask.keys(at._replace(offset=0))
+        in_row = self.mask.bounds(at._replace(offset=0))
         stop = jnp.max(jnp.where(seen, index + 1, 0), initial=0)
         start = jnp.min(jnp.where(seen, index, stop), initial=at.S)
-        return Keys((start, stop), (0, 0), usual=in_row.most)
+        return Bounds((start, stop), (0, 0), usual=in_row.most)
 
     def size(self):
         return self.query_positions.shape[-1], self.key_positions.shape[-1]

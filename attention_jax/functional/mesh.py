@@ -279,3 +279,26 @@ def _mesh_axes(sharding, mesh: Mesh, ndim: int) -> list[tuple[str, ...]]:
     axes = [tuple(name for _, name in sorted(steps)) for steps in found]
     same = NamedSharding(mesh, P(*(names or None for names in axes)))
     return axes if same.is_equivalent_to(sharding, ndim) else [()] * ndim
+
+
+# Inside of `shard_map` --------------------------------------------------------------------------
+
+
+def full_like(like: Array, fill: float, shape: Sequence[int], dtype=None) -> Array:
+    """A constant that varies over the devices of a `shard_map` as `like` does, to start a loop."""
+    return _vary(jnp.full(shape, fill, dtype or like.dtype), _varying(like))
+
+
+def vary_alike(tree: PyTree) -> PyTree:
+    """All arrays varying over the same devices: gradients are summed where that changed one."""
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: _vary(x, axes), tree)
+
+
+def _vary(x, axes):
+    new = tuple(axes - _varying(x))
+    return jax.lax.pcast(x, new, to="varying") if new else x
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying

@@ -5,7 +5,6 @@ a rule is written once and costs no `[T, S]` memory unless somebody wants it who
 """
 
 import dataclasses
-import functools
 from typing import ClassVar, NamedTuple, Self
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.checks import as_integers, as_size
+from attention_jax.functional.xla_cpu import dynamic_slice
 from attention_jax.types import Array
 
 FARTHEST = 2**29  # Positions that a rule may reach: sums of three and a length fit 32 bits.
@@ -87,25 +87,24 @@ class Tile(NamedTuple):
         index = jnp.broadcast_to(index, (*batch, self.t_size))
         return jnp.take_along_axis(x, index, axis=-1, mode="clip")[..., None]
 
-    def cut(self, x: int | Array, axes: str) -> int | Array:
+    def slice(self, x: int | Array, axes: str) -> int | Array:
         """What this tile needs of `x`, whose axes are `...` and those named: N, T, S or another.
 
         Axes of another name stay whole, and so does an axis of one entry, which serves all.
         """
         if jnp.ndim(x) == 0:
             return x
-        cut = _cut_bfloat16 if x.dtype == jnp.bfloat16 else lax.dynamic_slice
-        return cut(x, *self._part(x.shape, axes))
+        return dynamic_slice(x, *self._part(x.shape, axes))
 
     def put(self, x: Array, part: Array, axes: str) -> Array:
-        """`x` with `part` in the place that `cut` takes it from."""
+        """`x` with `part` in the place that `slice` takes it from."""
         if jnp.ndim(x) == 0:
             return part
         return lax.dynamic_update_slice(x, part, self._part(x.shape, axes)[0])
 
     def add(self, x: Array, part: Array, axes: str) -> Array:
-        """`x` with `part` added to what `cut` takes from it."""
-        return self.put(x, self.cut(x, axes) + part, axes)
+        """`x` with `part` added to what `slice` takes from it."""
+        return self.put(x, self.slice(x, axes) + part, axes)
 
     def _part(self, shape, axes):
         """The start and the size of the part on every axis."""
@@ -120,34 +119,17 @@ class Tile(NamedTuple):
         return [start for start, _ in parts], tuple(size for _, size in parts)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _cut_bfloat16(x, starts, sizes):
-    """`dynamic_slice` of integers with the same bits.
-
-    XLA knows no bfloat16 on a CPU but in products: a loop that cuts from such an array would begin
-    with a copy of the whole in float32.
-    """
-    bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), starts, sizes)
-    return lax.bitcast_convert_type(bits, x.dtype)
-
-
-@_cut_bfloat16.defjvp
-def _(sizes, primals, tangents):
-    (x, starts), (d_x, _) = primals, tangents
-    return _cut_bfloat16(x, starts, sizes), lax.dynamic_slice(d_x, starts, sizes)
-
-
 class Rule:
     """A value that is evaluated on a tile: a mask or a bias."""
 
     axes: ClassVar[dict[str, str]] = {}
 
-    def cut(self, at: Tile) -> Self:
+    def narrowed(self, at: Tile) -> Self:
         """The same rule, holding no more of its arrays than the tile needs."""
-        return self._over_arrays(at.cut)
+        return self._over_arrays(at.slice)
 
     def add(self, part: Self, at: Tile) -> Self:
-        """This rule with the numbers of `part` added where `cut` takes them from."""
+        """This rule with the numbers of `part` added where `narrowed` takes them from."""
 
         def add(x, axes, part):
             return at.add(x, part, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -180,7 +162,7 @@ class Rule:
 def value_class(**axes: str):
     """A frozen dataclass that is a pytree: numbers, words and None are static, the rest leaves.
 
-    `axes` names the axes of each field that may be an array, after `...`: see `Tile.cut`.
+    `axes` names the axes of each field that may be an array, after `...`: see `Tile.slice`.
     """
 
     def make(cls):

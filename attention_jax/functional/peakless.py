@@ -1,0 +1,128 @@
+"""The softmax of a block of queries without looking for its peaks: faster on a CPU.
+
+A softmax subtracts the largest logit of each row, its peak, so that exponentials stay inside of
+what floats hold. Most rows do not need it. Here tiles are added as if all peaks were 0; rows that
+do not fit are computed again, with their peaks (`Rows.attend` in `blockwise`).
+
+Without peaks the tiles of a block need no order, so the triangle of a causal mask is divided into
+squares, see `_attend_halved`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.functional.mesh import full_like
+from attention_jax.functional.plan import GRAIN, LEAST_TRIANGLE, loop
+from attention_jax.functional.xla_cpu import any_of_batch, as_written, exp
+
+_LEAST_TOTAL, _MOST_TOTAL = 1e-6, 1e20  # Sums of exp(logit) that need no peak.
+
+
+def attend(rows):
+    """What `rows.attend()` returns: values mixed by normalised weights, and peak and total.
+
+    A row needs no peak where its sum of exp(logit) and what that mixes stay well inside of what
+    floats hold. The logarithm of the sum then does for its peak.
+    """
+    if rows.work.halved:
+        mixed, total, *rounded = _attend_halved(rows)
+    else:
+        mixed, total, *rounded = rows.rules.over_keys(
+            lambda here, carry: _add(rows, here, carry), lambda: _zeros(rows), None
+        )
+    held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
+    total, *rounded = (jnp.where(held, x, 1) for x in (total, *rounded))
+    # The normaliser is then 1, whose square, in derivatives of derivatives, is no trouble.
+    peak = lax.stop_gradient(jnp.log(total))
+    shrink = jnp.exp(-peak)
+    total *= shrink
+    if rounded:  # What was multiplied sums to this.
+        shrink *= lax.stop_gradient(total / (rounded[0] * shrink))
+
+    def again(*found):
+        choices = held[..., None], held, held
+        return tuple(map(jnp.where, choices, found, rows.attend()))
+
+    found = mixed * (shrink / total)[..., None], peak, total
+    return lax.cond(any_of_batch(~held), again, lambda *found: found, *found)
+
+
+def _attend_halved(rows):
+    """Squares of keys before these queries, then a triangle, of which only the tips are masked.
+
+    The square below the diagonal halves of a triangle, then the same of each of these halves.
+    """
+    work, at = rows.work, rows.rules.at
+
+    def add(start, stop, s_start, s_size, masked, carry):
+        rules = rows.rules._replace(at=at._replace(t_start=at.t_start + start, t_size=stop - start))
+        part = rows._replace(rules=rules, queries=_part(work, rows.queries, start, stop))
+        return _add(part, rules.here(s_start, s_size, masked), carry)
+
+    def triangle(start, stop, carry):
+        """These rows by the keys among themselves."""
+        first = at.t_start + start
+        if stop - start <= LEAST_TRIANGLE:
+            return add(start, stop, first, stop - start, True, carry)
+        half = -(-(stop - start) // (2 * GRAIN)) * GRAIN
+        middle = start + half
+        upper, lower = (
+            carry and [_part(work, x, *span) for x in carry]
+            for span in ((0, half), (half, stop - start))
+        )
+        lower = add(middle, stop, first, half, False, lower)
+        halves = triangle(start, middle, upper), triangle(middle, stop, lower)
+        return [_joined(work, parts) for parts in zip(*halves, strict=True)]
+
+    def before(j, carry):
+        return _add(rows, rows.rules.here(j * work.s, work.s, False), carry)
+
+    first = isinstance(at.t_start, int) and at.t_start == 0
+    carry = None if first else loop(0, at.t_start // work.s, before, _zeros(rows))
+    return triangle(0, at.t_size, carry)
+
+
+def _add(rows, here, carry):
+    """Mixed values and normalisers with one more tile, all peaks being 0.
+
+    Where weights are rounded to be multiplied, also the sum of the rounded ones, to divide by:
+    the largest weight of a row is 1 beside its own peak, which rounding spares; here it is not.
+    """
+    weights = exp(rows.logits(here))
+    totals = [weights.sum(-1)]
+    if rows.work.narrow:
+        weights = as_written(weights.astype(rows.work.operand))
+        totals.append(weights.astype(rows.work.dtype).sum(-1))
+    found = [rows.mix(here, weights), *totals]
+    return found if carry is None else jax.tree.map(jnp.add, carry, found)
+
+
+def _zeros(rows):
+    shape = rows.queries.shape[:-1]
+    shapes = (*shape, rows.values.shape[-1]), shape, *([shape] * rows.work.narrow)
+    return [full_like(rows.queries, 0, shape, rows.work.dtype) for shape in shapes]
+
+
+def _part(work, x, start, stop):
+    """The rows of some queries: `[heads, G t, ...]` -> `[heads, G (stop - start), ...]`."""
+    axis = len(work.stack) + 1
+    return _flat(work, lax.slice_in_dim(_by_query(work, x), start, stop, axis=axis))
+
+
+def _joined(work, parts):
+    """The inverse of `_part`, for parts that follow each other."""
+    parts = [_by_query(work, x) for x in parts]
+    return _flat(work, jnp.concatenate(parts, axis=len(work.stack) + 1))
+
+
+def _by_query(work, x):
+    """`[heads, G t, ...]` -> `[heads, G, t, ...]`."""
+    axis = len(work.stack)
+    return x.reshape(*x.shape[:axis], work.G, -1, *x.shape[axis + 1 :])
+
+
+def _flat(work, x):
+    """The inverse of `_by_query`."""
+    axis = len(work.stack)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])

@@ -1,0 +1,312 @@
+"""How the work of blockwise attention is divided: tiles of the logits, and the order they come in.
+
+The walk is: groups of heads, in each group blocks of queries, for each block tiles of keys.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.functional.masks import Bounds
+from attention_jax.functional.tiles import Tile
+from attention_jax.functional.xla_cpu import ONE_CORE, as_written
+from attention_jax.types import Array
+
+GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
+LEAST_TRIANGLE = 256  # Rows down to which the triangle of a causal mask is halved.
+_ROOM = 2**22  # Bytes of a tile and its rows, up to which several heads share a turn.
+_MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
+
+
+class Tiling(NamedTuple):
+    """The sizes of the tiles of one pass.
+
+    Attributes:
+        t, s: Queries in a tile, and the most keys. In a loop over blocks that do not divide T or S
+            the last one ends with the sequence and overlaps the one before it; what is in both
+            counts once.
+        box: How many of each leading axis are taken at once, a divisor of each; the last axes come
+            whole before one that is divided, and one of each of those before.
+        unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
+        halved: Each query sees the keys up to itself, and what a block of queries sees among
+            themselves is divided into ever smaller squares, see `peakless`. The last block has
+            fewer queries where t does not divide T; where there are several, s divides t.
+    """
+
+    t: int
+    s: int
+    box: tuple[int, ...]
+    unrolled: bool
+    halved: bool = False
+
+
+class Sizes(NamedTuple):
+    """What one call is about.
+
+    Attributes:
+        lead: The sizes of the batch axes and of the axis of key heads.
+        G, T, S: Query heads per key head, queries, keys.
+        scales: What queries are multiplied by when they are read, and logits when they are made;
+            one of the two is 1. Queries where that rounds nothing, for it is less work.
+        dtype: The type of logits, softmax and sums.
+        operand: The type of what is multiplied; `dtype` but for bfloat16.
+    """
+
+    lead: tuple[int, ...]
+    G: int
+    T: int
+    S: int
+    scales: tuple[float, float]
+    dtype: jnp.dtype
+    operand: jnp.dtype
+
+
+class Pass:
+    """One pass, forward or backward: the sizes of the call and of the tiles, and how to walk.
+
+    Attributes are those of `Sizes` and of `Tiling`.
+    """
+
+    def __init__(self, sizes: Sizes, tiling: Tiling):
+        self.lead, self.G, self.T, self.S, self.scales, self.dtype, self.operand = sizes
+        self.t, self.s, self.box, self.unrolled, self.halved = tiling
+
+    @property
+    def heads(self) -> int:
+        """Key heads that are taken at once."""
+        return math.prod(self.box)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axis of tiles: heads, or none for a single one.
+
+        XLA fuses a product of matrices with what becomes of it, a batch of one product not.
+        """
+        return (self.heads,) if self.heads > 1 else ()
+
+    @property
+    def groups(self) -> int:
+        return math.prod(self.lead) // self.heads
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries."""
+        return -(-self.T // self.t)
+
+    @property
+    def alike(self) -> int:
+        """Queries for which the same keys are computed, at most."""
+        return min(LEAST_TRIANGLE, self.t) if self.halved else self.t
+
+    @property
+    def overlapping(self) -> bool:
+        """The last block of queries repeats some of the one before."""
+        return not (self.unrolled or self.halved) and self.T % self.t > 0
+
+    @property
+    def narrow(self) -> bool:
+        """What is multiplied is narrower than the sums."""
+        return self.operand != self.dtype
+
+    def right(self, x: Array) -> Array:
+        """The right operand x^T: XLA multiplies narrow numbers fast where that is no transpose."""
+        return as_written(transposed(x)) if self.narrow else transposed(x)
+
+    def group(self, g: int | Array) -> Tile:
+        """All queries and keys of group g; its N are key heads."""
+        starts, index = [], g * self.heads
+        for size in reversed(self.lead):
+            starts.insert(0, index % size)
+            index = index // size
+        lead = tuple(zip(starts, self.box, strict=True))
+        return Tile(0, self.T, 0, self.S, self.T, self.S, lead=lead)
+
+    def block(self, g: int | Array, i: int | Array) -> Tile:
+        """Block i of the queries of group g, and all keys."""
+        at = self.group(g)
+        *batch, (start, size) = at.lead
+        lead = (*batch, (start * self.G, size * self.G))
+        first = least(i * self.t, self.T - self.t) if self.overlapping else i * self.t
+        size = min(self.t, self.T - first) if isinstance(first, int) else self.t
+        return at._replace(t_start=first, t_size=size, lead=lead)
+
+    def over_groups(self, group: Callable, carry):
+        """`group(g, carry)` for all groups of heads."""
+        return loop(0, self.groups, group, carry)
+
+    def over_blocks(self, block: Callable, carry):
+        """`block(i, carry)` for all blocks of queries."""
+        whole = self.T // self.t if self.halved else self.blocks
+        carry = loop(0, whole, block, carry, self.unrolled)
+        return carry if whole == self.blocks else block(whole, carry)
+
+    # How a part of the inputs stands while it is worked on.
+
+    def by_row(self, x: Array) -> Array:
+        """The queries of a block: `[..., t, N, ...]` -> `[heads, G t, ...]`."""
+        rest = x.shape[len(self.box) + 1 :]
+        t = x.shape[len(self.box) - 1]
+        x = x.reshape(-1, t, self.box[-1], self.G, *rest)
+        return jnp.moveaxis(x, 1, 3).reshape(*self.stack, self.G * t, *rest)
+
+    def from_rows(self, x: Array) -> Array:
+        """The inverse of `by_row`."""
+        *batch, K = self.box
+        rows, *rest = x.shape[len(self.stack) :]
+        x = x.reshape(-1, K, self.G, rows // self.G, *rest)
+        x = jnp.moveaxis(x, 3, 1)
+        return x.reshape(*batch, x.shape[1], K * self.G, *rest)
+
+    def by_head(self, x: Array) -> Array:
+        """The keys of a group: `[..., S, K, H]` -> `[heads, S, H]`, as they are multiplied."""
+        x = x.astype(self.operand).reshape(-1, *x.shape[-3:])
+        return jnp.swapaxes(x, 1, 2).reshape(*self.stack, self.S, x.shape[-1])
+
+    def from_heads(self, x: Array) -> Array:
+        """The inverse of `by_head`, in the type that `x` has."""
+        *batch, K = self.box
+        x = jnp.swapaxes(x.reshape(-1, K, *x.shape[-2:]), 1, 2)
+        return x.reshape(*batch, *x.shape[1:])
+
+
+class Plan(NamedTuple):
+    """Both passes; static, and all that a compiled program depends on besides shapes."""
+
+    forward: Pass
+    backward: Pass
+
+
+def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
+    """The plan for these sizes and this type of the inputs; `block_size` overrides both sizes.
+
+    A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
+    so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found
+    on a CPU (docs/performance.md).
+
+    Of sizes that an export leaves open nothing is known: a length is one tile, and an axis of the
+    batch or of heads is taken one by one.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
+    exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
+    scales = (scale, 1.0) if exact else (1.0, scale)
+    sizes = Sizes(tuple(lead), G, T, S, scales, wide, operand)
+    if isinstance(T, int) and isinstance(S, int):
+        tilings = _tilings(sizes, H, mask, block_size)
+    else:
+        tilings = [Tiling(T, S, (1,) * len(lead), unrolled=False)] * 2
+    return Plan(*(Pass(sizes, tiling) for tiling in tilings))
+
+
+def _tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
+    """The tiles of the forward and of the backward pass."""
+    lead, G, T, S, _, wide, operand = sizes
+    some = min(256, -(-T // 2))
+
+    def bounds(i):
+        """What is known of the keys that `some` queries see, from i on."""
+        known = None if mask is None else mask.bounds(Tile(i, some, 0, S, T, S))
+        return known or Bounds((0, S), (0, S))
+
+    (first, _, most, usual), (last, *_) = bounds(0), bounds(T - some)
+    most = S if most is None else min(S, most)
+    narrow = most if usual is None else min(most, usual)
+    known = all(isinstance(x, int) for x in (*first, *last))
+    shift = max(b - a for a, b in zip(first, last, strict=True)) if known else S
+    alike = S <= GRAIN or 8 * shift <= S  # Hardly anything would be skipped.
+    heads = math.prod(size for size in lead if isinstance(size, int))
+
+    def tiling(t, s, room=_ROOM, unrolled=False):
+        if block_size is None:
+            t, s = min(max(1, t // G), T), min(s, S)
+        else:
+            t, s = min(block_size[0], T), min(block_size[1], S)
+        unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
+        rows, columns = G * t, min(s, most)
+        size = rows * columns * wide.itemsize + 2 * (rows + columns) * H * operand.itemsize
+        return Tiling(t, s, _box(lead, room // size), unrolled)
+
+    side = 1024 if S > 4096 else 512
+    few = 2048 if operand == wide else 1024
+    forward, back = tiling(side, side, 2 * _ROOM), tiling(side, side)
+    if narrow < S and heads >= 4 and narrow <= 512:
+        # A window: small squares, of which many heads share a turn.
+        small = 128 if heads >= 8 else 256
+        forward, back = tiling(small, small, 2 * _ROOM), tiling(small, small)
+    elif most < S and most <= 4096:
+        forward = back = tiling(256, S, _ROOM // 2)  # As wide as the window, wherever it stands.
+    elif alike:
+        if S <= 4096:
+            forward = tiling(min(1024, 2**21 // S), S, 2 * _ROOM)
+        back = tiling(1024, side, 2 * _ROOM if max(T, S) <= 128 else _ROOM)
+    elif known and heads >= 4 and S <= 2048 and not ONE_CORE:
+        # Causal, where a batch of small products uses every core.
+        small = 128 if S <= 512 else 256
+        forward, back = tiling(small, small, 2 * _ROOM), tiling(small, small)
+    elif known and max(T, S) <= few and tiling(256, S, unrolled=True).unrolled:
+        # Blocks that see each its own number of keys are written out while they are few.
+        block = min(256, G * GRAIN * -(-T // (2 * GRAIN)))
+        forward = tiling(block, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
+        if max(T, S) <= 1024 and (heads < 4 or S <= 256 or (S <= 512 and H > 64)):
+            back = tiling(block, S, unrolled=True)
+        elif S <= 512:
+            back = tiling(128, 128)
+    elif block_size is None and _is_triangle(mask, T, S):
+        t = min(T, max(LEAST_TRIANGLE, 2 * side // G // GRAIN * GRAIN))
+        forward = tiling(G * t, min(t, 1024), 2 * _ROOM)._replace(halved=True)
+    return forward, back
+
+
+def _is_triangle(mask, T, S):
+    """Whether each query sees the keys up to itself, by what the mask says of every 64 of them.
+
+    Squares end at multiples of 64 (`GRAIN`), and what is smaller is masked.
+    """
+
+    def knows(i):
+        size = min(GRAIN, T - i)
+        bounds = mask.bounds(Tile(i, size, 0, S, T, S))
+        if bounds is None or not all(isinstance(x, int) for x in (*bounds.seen, *bounds.open)):
+            return False
+        return (bounds.seen, bounds.open) == ((0, i + size), (0, i + 1))
+
+    if mask is None or T != S:
+        return False
+    return all(knows(i) for i in range(0, T, GRAIN))
+
+
+def _box(lead, room):
+    """How many of each leading axis, for no more than `room` heads at once."""
+    box = ()
+    for size in reversed(lead):
+        fits = range(1, min(size, max(1, room)) + 1) if isinstance(size, int) else ()
+        part = max((n for n in fits if size % n == 0), default=1)
+        box = (part, *box)
+        room = room // size if part == size else 1
+    return box
+
+
+def loop(start, stop, body: Callable, carry, unrolled: bool = False):
+    """A `fori_loop`, or none where it is known to be short."""
+    if isinstance(start, int) and isinstance(stop, int) and (unrolled or stop - start <= 1):
+        for i in range(start, stop):
+            carry = body(i, carry)
+        return carry
+    return lax.fori_loop(start, stop, body, carry)
+
+
+def transposed(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def least(a: int | Array, b: int | Array) -> int | Array:
+    """The minimum, an integer where both are."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def greatest(a: int | Array, b: int | Array) -> int | Array:
+    """The maximum, an integer where both are."""
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)

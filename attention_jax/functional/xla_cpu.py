@@ -1,0 +1,178 @@
+"""What XLA needs on a CPU: each function here stands for a plain operation, and says for which.
+
+The functions give the numbers of the plain operation, on every platform and version of jax.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention_jax.types import Array
+
+# Before jax 0.11 XLA works off a batch of small products on one core.
+ONE_CORE = jax.__version_info__ < (0, 11)
+# The polynomial nearest to exp, relatively, for |x| <= log(2) / 2; from degree 5 down to 0.
+_EXP = (0.00829027, 0.04189816, 0.16667639, 0.49999148, 0.99999970, 1.0)
+
+
+# Products ----------------------------------------------------------------------------------------
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a b of each head, summed in float32 at least; linear in each for differentiation."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+@jax.custom_jvp
+def product(a: Array, b: Array) -> Array:
+    """Stands for `matmul(a, b)`, and runs on every core; Inf may be NaN, and NaN fill its row.
+
+    XLA cuts a large product into parts for its cores. A batch of small ones it works off on one
+    core before jax 0.11, unless something is reduced in the same loop: then it deals out the batch.
+    """
+    found = matmul(a, b)
+    if not _is_dealt_out(a, b):
+        return found
+    return lax.platform_dependent(found, cpu=_plus_nothing, default=lambda x: x)
+
+
+@jax.custom_jvp
+def exact_product(a: Array, b: Array) -> Array:
+    """Stands for `matmul(a, b)`; a NaN stays where it arises, as it does in `matmul`."""
+    if not _is_dealt_out(a, b):
+        return product(a, b)
+
+    def unless_spread(a, b):
+        found = product(a, b)
+        spread = any_of_batch(jnp.isnan(found[..., 0]))
+        return lax.cond(spread, lambda _: matmul(a, b), lambda x: x, found)
+
+    return lax.platform_dependent(a, b, cpu=unless_spread, default=matmul)
+
+
+def _tangents(of):
+    """The rule of derivatives of both."""
+
+    def rule(primals, tangents):
+        d_a, d_b = map(opaque, tangents)
+        # What is no number is not visible, or shows in the product: here it would meet a zero.
+        a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
+        return of(*primals), matmul(d_a, b) + matmul(a, d_b)
+
+    of.defjvp(rule)
+
+
+_tangents(product)
+_tangents(exact_product)
+
+
+def _is_dealt_out(a, b):
+    """Whether there are many small products, and a compiler that needs help with them."""
+    if not all(isinstance(n, int) for n in (*a.shape, b.shape[-1])):
+        return False  # Left open by an export.
+    small = a.shape[-2] * max(a.shape[-1], b.shape[-1]) <= 2**16
+    return ONE_CORE and a.ndim > 2 and small and a.dtype == jnp.float32
+
+
+def _plus_nothing(x):
+    """`x`: the form that is fused with a product, keeps NaN (`minimum` alone does not there)."""
+    return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
+
+
+@jax.custom_batching.custom_vmap
+def any_of_batch(x: Array) -> Array:
+    """Whether any is true, in the batch of a `vmap` as well: so a `cond` on it stays one."""
+    return x.any()
+
+
+@any_of_batch.def_vmap
+def _(size, batched, x):
+    return any_of_batch(x), False
+
+
+# The exponential ---------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def exp(x: Array) -> Array:
+    """Stands for exp(min(x, 88)), within a few units in the last place; 0 below -88 in float32.
+
+    XLA takes its own exponential for too dear to repeat, and so does not fuse it with a sum. The
+    result is finite: where a row is computed again, its derivative meets a zero.
+    """
+    x = jnp.where(x > 88, jnp.asarray(88, x.dtype), x)  # A NaN stays one.
+    if x.dtype != jnp.float32:
+        return jnp.exp(x)
+    return lax.platform_dependent(x, cpu=_exp_of_float32, default=jnp.exp)
+
+
+@exp.defjvp
+def _(primals, tangents):
+    y = exp(*primals)
+    return y, y * tangents[0]
+
+
+def _exp_of_float32(x):
+    """2^n p(r), where x = n log(2) + r, and p is near exp for |r| <= log(2) / 2."""
+    x = jnp.where(x < -88, np.float32(-88), x)
+    n = lax.round(x * np.float32(1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    # log(2) in two parts, so that the large product is exact (Cody and Waite).
+    r = (x - n * np.float32(355 / 512)) - n * np.float32(math.log(2) - 355 / 512)
+    p = functools.reduce(lambda y, c: y * r + np.float32(c), _EXP)
+    # The last bits of this sum are those of n + 127, the exponent of 2^n; for n = -127 it is 0.
+    bits = lax.bitcast_convert_type(n + np.float32(1.5 * 2**23 + 127), jnp.int32)
+    return p * lax.bitcast_convert_type(bits << 23, jnp.float32)
+
+
+# Operands and layouts ----------------------------------------------------------------------------
+
+
+def opaque(x: Array) -> Array:
+    """Stands for `x`, and hides from XLA that all its entries are one number, as those of ones are.
+
+    XLA keeps such a right operand of a product as one number. Where it fuses the product with a
+    reduction, it reads past the end of that number: `(q @ jnp.ones((64, 128))).max(-1)` is wrong
+    under jit with jax 0.10 and 0.12. It cannot drop 0 * i from a sum, since i might be infinite.
+    """
+    rows, columns = (lax.broadcasted_iota(x.dtype, x.shape, x.ndim - axis) for axis in (2, 1))
+    return x + 0 * (rows + columns)
+
+
+def as_written(x):
+    """Stands for `x`, any tree of arrays, and has XLA compute it as it is written.
+
+    XLA would fold a transpose into a product. A product with a transposed left operand is slow.
+    """
+    return lax.optimization_barrier(x)
+
+
+def laid_out(x: Array) -> Array:
+    """Stands for `x`, and has its axes lie in memory as they stand."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def dynamic_slice(x: Array, starts, sizes) -> Array:
+    """Stands for `lax.dynamic_slice`.
+
+    XLA computes bfloat16 in float32, but for products. A loop that slices such an array would begin
+    with a copy of the whole in float32. Integers with the same bits are sliced as they are.
+    """
+    if x.dtype != jnp.bfloat16:
+        return lax.dynamic_slice(x, starts, sizes)
+    return _slice_bits(x, starts, sizes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _slice_bits(x, starts, sizes):
+    bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), starts, sizes)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_slice_bits.defjvp
+def _(sizes, primals, tangents):
+    (x, starts), (d_x, _) = primals, tangents
+    return _slice_bits(x, starts, sizes), lax.dynamic_slice(d_x, starts, sizes)
