@@ -37,6 +37,7 @@ from attention_jax.checks import jax_defaults
 from attention_jax.functional import peakless
 from attention_jax.functional.dropout import row_words
 from attention_jax.functional.mesh import axes_of, full_like, on_each_device, vary_alike
+from attention_jax.functional.options import Options
 from attention_jax.functional.plan import Pass, Plan, make_plan, transposed
 from attention_jax.functional.tile_rules import Rules, is_float
 from attention_jax.functional.xla_cpu import as_written, exact_product, opaque, product
@@ -47,39 +48,32 @@ def blockwise_attention(
     query: Array,
     key: Array,
     value: Array,
-    *,
-    bias,
-    mask,
-    scale,
-    softcap,
-    sinks,
-    rate,
-    rng,
-    return_residual,
-    block_size=None,
+    options: Options,
+    block_size: tuple[int, int] | None = None,
 ) -> Array | tuple[Array, Array]:
     """`dot_product_attention` for arguments that are checked, and sizes none of which is 0."""
     *batch, T, N, H = query.shape
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-    scale = H**-0.5 if scale is None else _number(scale, dtype)
-    scaled = query
+    scale = H**-0.5 if options.scale is None else _number(options.scale, dtype)
+    scaled, softcap, drop = query, options.softcap, None
     if softcap is not None:
         scale = scale / _number(softcap, dtype)
         softcap = jnp.asarray(softcap, dtype)
     if not isinstance(scale, float):
         scaled, scale = query.astype(dtype) * scale, 1.0  # Differentiable.
-    drop = None
-    if rate is not None:
-        drop = row_words(rng, batch, N, T), lax.stop_gradient(jnp.asarray(rate))
+    if options.rate is not None:
+        rate = lax.stop_gradient(jnp.asarray(options.rate))
+        drop = row_words(options.rng, batch, N, T), rate
     request = Request(block_size, scale, jax.config.jax_default_matmul_precision)
-    arguments = vary_alike((scaled, key, value, softcap, bias, mask, drop))
-    out, peak, log_total = _attend(request, *arguments)  # [..., T, N, V], [..., T, N] twice
+    arguments = (scaled, key, value, softcap, options.bias, options.mask, drop)
+    out, peak, log_total = _attend(request, *vary_alike(arguments))
+    # [..., T, N, V], [..., T, N], [..., T, N]
 
     empty = peak == jnp.finfo(dtype).max
     peak = lax.stop_gradient(jnp.where(empty, jnp.finfo(dtype).min, peak))
-    if sinks is not None:
+    if options.sinks is not None:
         # A sink is one more key, and its value is zero.
-        sinks = sinks.astype(dtype)
+        sinks = options.sinks.astype(dtype)
         top = lax.stop_gradient(jnp.maximum(peak, sinks))
         total = jnp.where(empty, 0, jnp.exp(log_total + (peak - top)))
         with_sinks = total + jnp.exp(sinks - top)
@@ -87,10 +81,10 @@ def blockwise_attention(
         with_sinks = jnp.where(empty, 1, with_sinks)
         out *= (total / with_sinks)[..., None]
         peak, log_total = top, jnp.log(with_sinks)
-    if rate is not None:
-        out /= 1 - rate
+    if options.rate is not None:
+        out /= 1 - options.rate
     out = out.astype(query.dtype)
-    if not return_residual:
+    if not options.residual:
         return out
     with jax.debug_infs(False):  # The -inf of an empty row is meant.
         return out, jnp.where(empty, -jnp.inf, peak + log_total)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attention_jax.functional.cudnn import refusal
 from attention_jax.functional.masks import Mask
+from attention_jax.functional.options import Options
 from attention_jax.functional.plan import make_plan
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
@@ -50,12 +51,9 @@ def _short(x: float) -> str:
     return f"{float(f'{x:.3g}'):,.15g}"
 
 
-def choose(query: Array, key: Array, value: Array, **options) -> tuple[str, str]:
-    """The implementation that `None` stands for, and why.
-
-    `options` are those of `cudnn.refusal`, all arguments being checked.
-    """
-    refused = refusal(query, key, value, **options)
+def choose(query: Array, key: Array, value: Array, options: Options) -> tuple[str, str]:
+    """The implementation that `None` stands for, and why; all arguments are checked."""
+    refused = refusal(query, key, value, options)
     if refused is None:
         return "cudnn", "the fused kernel serves this"
     not_cudnn = f", and cudnn will not do: {refused}" if jax.default_backend() == "gpu" else ""

@@ -7,18 +7,13 @@ compute as `dot_product_attention` promises, it is not asked for: `refusal` says
 import jax
 
 from attention_jax.functional.masks import Band
+from attention_jax.functional.options import Options
 from attention_jax.types import Array
 
 
-def refusal(
-    query: Array, key: Array, value: Array, *, bias, mask, scale, softcap, sinks, rate, residual
-) -> str | None:
-    """Why the kernel cannot do this, in a few words; None if it can.
-
-    query, key, value, bias, mask, scale, softcap, sinks: As in `dot_product_attention`.
-    rate: The dropout rate, None where nothing is dropped.
-    residual: Whether the logsumexp is wanted.
-    """
+def refusal(query: Array, key: Array, value: Array, options: Options) -> str | None:
+    """Why the kernel cannot do this, in a few words; None if it can."""
+    mask, scale = options.mask, options.scale
     dtypes = sorted({str(x.dtype) for x in (query, key, value)})
     T, S, H, V = query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1]
     largest = 256 if _capability() >= 9 else 128
@@ -31,28 +26,29 @@ def refusal(
         or H > largest,
         "it has no empty arrays": query.size == 0 or key.size == 0,
         # Biases there: float32 ones can give NaN gradients, and an empty row is no zero.
-        "it has no bias": bias is not None,
+        "it has no bias": options.bias is not None,
         # Of other masks it would need the whole [T, S] array, and their empty rows are no zeros.
         "of masks it has causal() and window(left) for T = S": mask is not None
         and not (_is_causal_band(mask) and T == S),
-        "it has no softcap": softcap is not None,
-        "it has no sinks": sinks is not None,
-        "its dropout is not a function of positions": rate is not None,
-        "its logsumexp is rounded to half precision": residual,
+        "it has no softcap": options.softcap is not None,
+        "it has no sinks": options.sinks is not None,
+        "its dropout is not a function of positions": options.rate is not None,
+        "its logsumexp is rounded to half precision": options.residual,
         "its scale is a constant": not (scale is None or isinstance(scale, int | float)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def cudnn_attention(query: Array, key: Array, value: Array, *, mask, scale) -> Array:
+def cudnn_attention(query: Array, key: Array, value: Array, options: Options) -> Array:
     """`dot_product_attention` for arguments that `refusal` has nothing against."""
+    mask = options.mask
     # One batch axis; causal is set with every window: without it the kernel takes a left window
     # for one that is open to the future.
     flat = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     left = None if mask is None else mask.left
     out = jax.nn.dot_product_attention(
         *flat,
-        scale=scale,
+        scale=options.scale,
         is_causal=mask is not None,
         local_window_size=None if left is None else (left, 0),
         implementation="cudnn",

@@ -1,0 +1,127 @@
+"""The definition of attention: equation 1 with everything that people add to it.
+
+It is the oracle of every faster path, so it is written to be read.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.checks import jax_defaults
+from attention_jax.functional.dropout import keep_mask
+from attention_jax.functional.options import Options
+from attention_jax.functional.xla_cpu import laid_out
+from attention_jax.types import Array
+
+
+def dense_attention(
+    query: Array, key: Array, value: Array | None, options: Options
+) -> tuple[Array | None, Array, Array | None]:
+    """softmax(softcap(scale * query key^T) + bias, where=mask) value, for checked arguments.
+
+    Returns:
+        The values mixed, `[..., T, N, V]`, None where `value` is; the weights before dropout,
+        `[..., N, T, S]`; and the logsumexp `[..., T, N]`, None where `options` do not ask for it.
+    """
+    *batch, T, N, H = query.shape
+    S, K = key.shape[-3:-1]
+    inputs = jnp.result_type(query, key)
+    bias, visible = options.arrays(query, key)  # Both broadcast to [..., N, T, S].
+    if bias is not None:
+        bias = bias.astype(jnp.promote_types(inputs, jnp.float32))
+        # Not `isneginf`, which makes an infinity of its own: `jax.debug_infs` would see it.
+        allowed = ~(bias < jnp.finfo(bias.dtype).min)
+        visible = allowed if visible is None else visible & allowed
+
+    # Heads stand before positions. The query heads that share a key head are rows of one product.
+    rows = jnp.swapaxes(query, -2, -3).reshape(*batch, K, N // K * T, H).astype(inputs)
+    columns = jnp.swapaxes(key, -2, -3).astype(inputs)  # [..., K, S, H]
+    logits = _product(rows, _transposed(columns)).reshape(*batch, N, T, S)
+    if visible is not None:
+        visible = jnp.broadcast_to(visible, logits.shape)
+        logits = _where(visible, logits)  # Before tanh: its slope at a masked NaN is NaN.
+    scale = H**-0.5 if options.scale is None else options.scale
+    logits = logits * jnp.asarray(scale, logits.dtype)
+    if options.softcap is not None:
+        softcap = jnp.asarray(options.softcap, logits.dtype)
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits += _where(visible, bias).astype(logits.dtype)
+
+    # The softmax. A row in which nothing is visible has weights 0: `where=`, not a large negative
+    # number, which would make each of them 1 / S.
+    lowest = jnp.finfo(logits.dtype).min
+    peak = jnp.max(logits, axis=-1, keepdims=True, initial=lowest, where=visible)  # [..., N, T, 1]
+    if options.sinks is not None:
+        sinks = options.sinks.astype(logits.dtype)[:, None, None]  # [N, 1, 1]
+        peak = jnp.maximum(peak, sinks)
+    peak = jax.lax.stop_gradient(peak)
+    # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
+    weights = jnp.exp(_where(visible, logits - peak))
+    total = _where(visible, weights).sum(-1, keepdims=True)
+    if options.sinks is not None:
+        total += jnp.exp(sinks - peak)
+    # After the division: the cotangent of a masked weight may be infinite.
+    weights = _where(visible, weights / jnp.where(total == 0, 1, total))  # [..., N, T, S]
+
+    mixed = residual = None
+    if value is not None:
+        kept = weights
+        if options.rate is not None:
+            keep = keep_mask(options.rng, options.rate, batch, N, T, S)
+            kept = jnp.where(keep, weights / (1 - options.rate), 0)
+        kept = kept.reshape(*batch, K, N // K * T, S)
+        kept = kept.astype(jnp.result_type(query, key, value))
+        mixed = _product(kept, jnp.swapaxes(value, -2, -3))  # [..., K, G T, V]
+        mixed = mixed.reshape(*batch, N, T, value.shape[-1])
+        mixed = jnp.swapaxes(mixed, -2, -3).astype(query.dtype)  # [..., T, N, V]
+    if options.residual:
+        empty = total == 0
+        with jax.debug_infs(False):  # The -inf of an empty row is meant.
+            residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
+            residual = jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
+    return mixed, weights, residual
+
+
+def _where(visible: Array | None, x: Array) -> Array:
+    """`x` where it is visible, else 0."""
+    return x if visible is None else jnp.where(visible, x, 0)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """`_product_at` the precision that is the default here and now.
+
+    The derivative is traced later, maybe outside of the contexts that set the precision and the
+    defaults.
+    """
+    return _product_at(a, b, jax.config.jax_default_matmul_precision)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@jax_defaults()
+def _product_at(a: Array, b: Array, precision: str | None) -> Array:
+    """The matrix product a b, in float32 at least, with derivatives fit for attention.
+
+    They take NaN and Inf in `a` and `b` for 0. In the forward pass a mask removes what these spoil;
+    in the backward pass they would meet the zeros of the mask in a product, and 0 * NaN is NaN. A
+    visible NaN still shows: the output and so its cotangent are NaN.
+    """
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
+
+
+@_product_at.defjvp
+@jax_defaults()
+def _(precision, primals, tangents):
+    product = functools.partial(_product_at, precision=precision)
+    d_a, d_b = tangents
+    a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
+    # a d_b as (d_b^T a^T)^T: its transpose is then a product of two matrices as they lie in memory.
+    # What autodiff makes of a d_b itself, a^T times a cotangent, is 3 to 5 times slower on a CPU.
+    a_d_b = product(_transposed(d_b), laid_out(_transposed(a)))
+    return product(*primals), product(d_a, b) + _transposed(laid_out(a_d_b))
+
+
+def _transposed(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)
