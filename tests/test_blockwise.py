@@ -555,7 +555,7 @@ def test_a_cap_and_a_scale_are_divided_as_they_are(make):
 @pytest.mark.parametrize(("G", "T"), [(1, 1024), (3, 1024), (32, 1024), (15, 273)])
 def test_a_program_does_not_grow_with_the_heads_of_a_group(G, T):
     """What is written out block by block takes seconds to compile for every dozen of blocks."""
-    plan = make_plan((1, 1), G, T, T, 64, masks.causal(), None, 1.0, jnp.float32).forward
+    plan = make_plan((1, 1), G, T, T, 64, masks.causal(), None, 1.0, jnp.float32, "cpu").forward
     assert not plan.unrolled or plan.blocks <= 16
 
 
@@ -664,3 +664,44 @@ def test_forward_mode_is_refused_in_a_line():
     with pytest.raises(TypeError, match="forward-mode") as error:
         jax.jvp(lambda x: blockwise(x, x, x), (x,), (x,))
     assert "\n" not in str(error.value)
+
+
+OFF_CPU = {
+    "causal": dict(mask=masks.causal()),
+    "many": dict(
+        mask=masks.causal() & masks.key_lengths(jnp.array([300, 0])),
+        bias=biases.alibi(4),
+        softcap=3.0,
+        sinks=jnp.arange(4.0),
+        dropout_rate=0.2,
+        dropout_rng=jax.random.key(0),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", OFF_CPU.values(), ids=OFF_CPU)
+def test_off_the_cpu_tiles_are_plain(settings, dtype, monkeypatch):
+    """The plan and the program of a GPU: its numbers on this machine, its operations by name."""
+    monkeypatch.setattr("attention_jax.functional.blockwise.default_platform", lambda: "gpu")
+    rng = np.random.default_rng(0)
+    # A length that 512 does not divide: the last tile overlaps the one before it.
+    shapes = [(2, 600, heads, 16) for heads in (4, 2, 2, 4)]
+    arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+    def run(implementation):
+        def call(query, key, value, d_out):
+            attend = functools.partial(
+                dot_product_attention, implementation=implementation, **settings
+            )
+            out, pull_back = jax.vjp(attend, query, key, value)
+            return out, *pull_back(d_out)
+
+        return jax.jit(call)
+
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
+    for got, want in zip(run("blockwise")(*arrays), run("dense")(*arrays), strict=True):
+        assert_close(got, want, tolerance)
+    program = run("blockwise").trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for trick in ("optimization_barrier", "bitcast_convert"):
+        assert trick not in program

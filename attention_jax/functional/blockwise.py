@@ -3,9 +3,7 @@
 The forward pass walks over tiles of the logits, some queries by some keys. For each row it keeps
 the largest logit so far, the normaliser and the weighted mean of the values: the online softmax.
 The backward pass computes every tile again from the row's peak and normaliser. No tile outlives its
-turn.
-
-What is where:
+turn. What is where:
 
 - `plan` says how large tiles are, and in which order they come.
 - `tile_rules` says what masks, biases and dropout are on one tile. A mask gives the bounds of what
@@ -13,9 +11,6 @@ What is where:
 - `mesh` runs all this on each device, for the batch rows and heads that the device holds.
 - `xla_cpu` has products and other operations in the forms that run fast on a CPU; `peakless` is a
   softmax for the CPU. Neither changes what is computed here.
-
-The tiles of the backward pass stand upright, keys by queries. So no product has a transposed left
-operand, such as weights^T d_out, which is slow on a CPU.
 
 Reference:
     Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
@@ -38,7 +33,7 @@ from attention_jax.functional import peakless
 from attention_jax.functional.dropout import row_words
 from attention_jax.functional.mesh import axes_of, full_like, on_each_device, vary_alike
 from attention_jax.functional.options import Options
-from attention_jax.functional.plan import Pass, Plan, make_plan, transposed
+from attention_jax.functional.plan import Pass, Plan, default_platform, make_plan, transposed
 from attention_jax.functional.tile_rules import Rules, is_float
 from attention_jax.functional.xla_cpu import as_written, exact_product, opaque, product
 from attention_jax.types import Array
@@ -64,10 +59,10 @@ def blockwise_attention(
     if options.rate is not None:
         rate = lax.stop_gradient(jnp.asarray(options.rate))
         drop = row_words(options.rng, batch, N, T), rate
-    request = Request(block_size, scale, jax.config.jax_default_matmul_precision)
+    precision = jax.config.jax_default_matmul_precision
+    request = Request(block_size, scale, precision, default_platform())
     arguments = (scaled, key, value, softcap, options.bias, options.mask, drop)
-    out, peak, log_total = _attend(request, *vary_alike(arguments))
-    # [..., T, N, V], [..., T, N], [..., T, N]
+    out, peak, log_total = _attend(request, *vary_alike(arguments))  # The last two [..., T, N].
 
     empty = peak == jnp.finfo(dtype).max
     peak = lax.stop_gradient(jnp.where(empty, jnp.finfo(dtype).min, peak))
@@ -96,19 +91,21 @@ class Request(NamedTuple):
     Attributes:
         block_size: (queries, keys) in a tile; None: the plan's own.
         scale: What logits are multiplied by.
-        precision: The default precision of products when the attention was called.
+        precision, platform: The default precision of products, and the default platform, when the
+            attention was called.
     """
 
     block_size: tuple[int, int] | None
     scale: float
     precision: str | None
+    platform: str
 
     def plan(self, query, key, value, mask) -> Plan:
         *batch, T, N, H = query.shape
         S, K, _ = value.shape[-3:]
         inputs = jnp.result_type(query, key, value)
-        lead = (*batch, K)
-        return make_plan(lead, N // K, T, S, H, mask, self.block_size, self.scale, inputs)
+        sizes = (*batch, K), N // K, T, S, H
+        return make_plan(*sizes, mask, self.block_size, self.scale, inputs, self.platform)
 
 
 # The custom derivative ---------------------------------------------------------------------------
@@ -140,12 +137,11 @@ def _backward(request, saved, cotangents):
     axes = _axes(*arguments)
     by_query, by_row = axes[0], axes[0][:-1]
     learnt = tuple(arguments[:5])  # All but mask and dropout.
-    of_learnt = zip(jax.tree.leaves(learnt), axes, strict=False)
     gradients = on_each_device(
         functools.partial(_backward_tiles, request),
         (*arguments, out, peak, total, d_out, d_residual),
         [*axes, by_query, by_row, by_row, by_query, by_row],
-        [names for x, names in of_learnt if is_float(x)],
+        [names for x, names in zip(jax.tree.leaves(learnt), axes, strict=False) if is_float(x)],
     )
     gradients = iter(gradients)
 
@@ -202,7 +198,7 @@ def _forward_tiles(request, query, key, value, softcap, bias, mask, drop):
             if work.unrolled:
                 queries, results = as_written((queries, results))  # One block at a time.
             rows = Rows(work, rules, queries, keys, keys_right, values, softcap)
-            mixed, peak, total = peakless.attend(rows)
+            mixed, peak, total = peakless.attend(rows) if work.peakless else rows.attend()
             empty = total == 0
             total = jnp.where(empty, 1, total)
             peak = jnp.where(empty, largest, peak)
@@ -295,7 +291,10 @@ class Rows(NamedTuple):
 def _backward_tiles(
     request, query, key, value, softcap, bias, mask, drop, out, peak, total, d_out, d_residual
 ):
-    """The gradients of query, key, value, and of the floats in softcap and bias."""
+    """The gradients of query, key, value, and of the floats in softcap and bias.
+
+    Tiles stand upright, keys by queries: a transposed left operand, as in weights^T d_out, is slow.
+    """
     work = request.plan(query, key, value, mask).backward
     # d_logits sum to d_residual over a row. Rounded to be multiplied they do not, and what all keys
     # share would enter the gradient of the query: it is taken out again by the mean key of the row.
@@ -304,7 +303,9 @@ def _backward_tiles(
 
     def group(g, carry):
         keys, values = (opaque(work.by_head(work.group(g).slice(x, "SNH"))) for x in (key, value))
-        keys = _finite(keys)
+        # NaN has shown in the output, or has no weight: here it would meet a zero, and 0 * NaN is
+        # NaN. Infinity stays large, so that a logit of minus infinity is one again.
+        keys = jnp.nan_to_num(keys)
         keys_right = as_written(transposed(keys))  # [heads, H, S]
 
         def zero_sums():
@@ -314,7 +315,7 @@ def _backward_tiles(
             rules = Rules(work, work.block(g, i), bias, mask, drop, upright=True)
             d_query, *sums, totals = carry
             queries = opaque(work.by_row(rules.at.slice(query, "TNH")).astype(work.operand))
-            queries = work.scales[0] * _finite(queries)  # [heads, G t, H]
+            queries = work.scales[0] * jnp.nan_to_num(queries)  # [heads, G t, H]
             d_outs, outs = (work.by_row(rules.at.slice(x, "TNV")) for x in (d_out, out))
             d_outs = opaque(d_outs.astype(work.operand))  # [heads, G t, V]
             peaks, normalisers, d_residuals = (
@@ -324,7 +325,7 @@ def _backward_tiles(
             d_residuals = jnp.where(peaks == largest, 0, d_residuals)
             deltas = (outs * d_outs).sum(-1) - d_residuals
             # Without NaN, which `deltas` have: the product may spread it to other queries.
-            queries_right, d_outs_right = work.right(queries), work.right(_finite(d_outs))
+            queries_right, d_outs_right = work.right(queries), work.right(jnp.nan_to_num(d_outs))
             if work.overlapping:
                 # A row that the block before has counted has no weights here.
                 old = rules.at.t_start + jnp.arange(work.t) < i * work.t
@@ -383,24 +384,13 @@ def _backward_tiles(
         )
         return d_query, d_key, d_value, totals
 
-    def zeros(x):
-        return full_like(query, 0, x.shape, work.dtype) if is_float(x) else x
-
+    zeros = lambda x: full_like(query, 0, x.shape, work.dtype) if is_float(x) else x
     totals = jax.tree.map(zeros, (softcap, bias))
     carry = (*(full_like(x, 0, x.shape) for x in (query, key, value)), totals)
     *gradients, totals = work.over_groups(group, carry)
     learnt = filter(is_float, jax.tree.leaves((softcap, bias)))
     sums = filter(is_float, jax.tree.leaves(totals))
     return *gradients, *(x.astype(like.dtype) for x, like in zip(sums, learnt, strict=True))
-
-
-def _finite(x):
-    """`x` with numbers for what is none, in a product of the backward pass.
-
-    It has shown in the output, or has no weight: there it would meet a zero, and 0 * NaN is NaN.
-    Infinity stays large, so that a logit of minus infinity is one again.
-    """
-    return jnp.nan_to_num(x)
 
 
 def _number(x, dtype):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from attention_jax.functional.cudnn import refusal
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.options import Options
-from attention_jax.functional.plan import make_plan
+from attention_jax.functional.plan import default_platform, make_plan
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
@@ -73,7 +73,8 @@ def cost(implementation: str, reason: str, query, key, value, mask, block_size) 
     S, K, V = value.shape[-3:]
     inputs = jnp.result_type(query, key, value)
     rows, dtype = math.prod(batch) * N, jnp.promote_types(inputs, jnp.float32)
-    plan = make_plan((*batch, K), N // K, T, S, H, mask, block_size, 1.0, inputs).forward
+    lead, platform = (*batch, K), default_platform()
+    plan = make_plan(lead, N // K, T, S, H, mask, block_size, 1.0, inputs, platform).forward
     t, alike, at_once = plan.t, plan.alike, plan.heads * plan.G
     if implementation == "dense":
         t, alike, at_once, mask = T, T, rows, None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from attention_jax.checks import jax_defaults
 from attention_jax.functional.dropout import keep_mask
 from attention_jax.functional.options import Options
-from attention_jax.functional.xla_cpu import laid_out
+from attention_jax.functional.xla_cpu import as_written
 from attention_jax.types import Array
 
 
@@ -119,8 +119,8 @@ def _(precision, primals, tangents):
     a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
     # a d_b as (d_b^T a^T)^T: its transpose is then a product of two matrices as they lie in memory.
     # What autodiff makes of a d_b itself, a^T times a cotangent, is 3 to 5 times slower on a CPU.
-    a_d_b = product(_transposed(d_b), laid_out(_transposed(a)))
-    return product(*primals), product(d_a, b) + _transposed(laid_out(a_d_b))
+    a_d_b = product(_transposed(d_b), as_written(_transposed(a)))
+    return product(*primals), product(d_a, b) + _transposed(as_written(a_d_b))
 
 
 def _transposed(x: Array) -> Array:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,7 +18,9 @@ from attention_jax.types import Array
 
 GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
 LEAST_TRIANGLE = 256  # Rows down to which the triangle of a causal mask is halved.
-_ROOM = 2**22  # Bytes of a tile and its rows, up to which several heads share a turn.
+_ROOM = 2**22  # Bytes of a tile and its rows, up to which several heads share a turn on a CPU.
+# Elsewhere: many heads at once feed a large device. Not measured yet.
+_OFF_CPU, _SIDE = 2**28, 512
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
 
 
@@ -34,6 +37,7 @@ class Tiling(NamedTuple):
         halved: Each query sees the keys up to itself, and what a block of queries sees among
             themselves is divided into ever smaller squares, see `peakless`. The last block has
             fewer queries where t does not divide T; where there are several, s divides t.
+        peakless: The forward pass is that of `peakless`.
     """
 
     t: int
@@ -41,6 +45,7 @@ class Tiling(NamedTuple):
     box: tuple[int, ...]
     unrolled: bool
     halved: bool = False
+    peakless: bool = False
 
 
 class Sizes(NamedTuple):
@@ -72,7 +77,7 @@ class Pass:
 
     def __init__(self, sizes: Sizes, tiling: Tiling):
         self.lead, self.G, self.T, self.S, self.scales, self.dtype, self.operand = sizes
-        self.t, self.s, self.box, self.unrolled, self.halved = tiling
+        self.t, self.s, self.box, self.unrolled, self.halved, self.peakless = tiling
 
     @property
     def heads(self) -> int:
@@ -179,30 +184,50 @@ class Plan(NamedTuple):
     backward: Pass
 
 
-def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype) -> Plan:
-    """The plan for these sizes and this type of the inputs; `block_size` overrides both sizes.
+def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform) -> Plan:
+    """The plan for these sizes, this type of the inputs and this platform ("cpu", "gpu", "tpu").
 
-    A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
-    so it is taken for up to 4096 keys. All numbers are those of the fastest tiles that were found
-    on a CPU (docs/performance.md).
-
-    Of sizes that an export leaves open nothing is known: a length is one tile, and an axis of the
-    batch or of heads is taken one by one.
+    `block_size` overrides both sizes of the tiles. Of sizes that an export leaves open the plan
+    knows nothing: a length is one tile, and an axis of the batch or of heads is taken one by one.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
     sizes = Sizes(tuple(lead), G, T, S, scales, wide, operand)
-    if isinstance(T, int) and isinstance(S, int):
-        tilings = _tilings(sizes, H, mask, block_size)
+    if not (isinstance(T, int) and isinstance(S, int)):
+        forward = back = Tiling(T, S, (1,) * len(lead), unrolled=False)
+    elif platform == "cpu":
+        forward, back = _cpu_tilings(sizes, H, mask, block_size)
     else:
-        tilings = [Tiling(T, S, (1,) * len(lead), unrolled=False)] * 2
-    return Plan(*(Pass(sizes, tiling) for tiling in tilings))
+        forward = back = _tiling(sizes, H, S, _OFF_CPU, *(block_size or (_SIDE, _SIDE)))
+    forward = forward._replace(peakless=platform == "cpu")
+    return Plan(Pass(sizes, forward), Pass(sizes, back))
 
 
-def _tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
-    """The tiles of the forward and of the backward pass."""
+def default_platform() -> str:
+    """Where a program runs that says nothing else."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def _tiling(sizes, H, most, room, t, s) -> Tiling:
+    """Tiles of t queries and s keys, `most` of which are seen, in no more bytes than `room`."""
+    t, s = min(t, sizes.T), min(s, sizes.S)
+    rows, columns = sizes.G * t, min(s, most)
+    size = rows * columns * sizes.dtype.itemsize
+    size += 2 * (rows + columns) * H * sizes.operand.itemsize
+    return Tiling(t, s, _box(sizes.lead, room // size), unrolled=False)
+
+
+def _cpu_tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
+    """The tiles of the forward and of the backward pass, the fastest that were found on a CPU.
+
+    A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
+    so it is taken for up to 4096 keys. `docs/performance.md` says how they were measured.
+    """
     lead, G, T, S, _, wide, operand = sizes
     some = min(256, -(-T // 2))
 
@@ -220,14 +245,10 @@ def _tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
     heads = math.prod(size for size in lead if isinstance(size, int))
 
     def tiling(t, s, room=_ROOM, unrolled=False):
-        if block_size is None:
-            t, s = min(max(1, t // G), T), min(s, S)
-        else:
-            t, s = min(block_size[0], T), min(block_size[1], S)
-        unrolled = unrolled and s == S and -(-T // t) <= _MOST_UNROLLED
-        rows, columns = G * t, min(s, most)
-        size = rows * columns * wide.itemsize + 2 * (rows + columns) * H * operand.itemsize
-        return Tiling(t, s, _box(lead, room // size), unrolled)
+        t, s = (max(1, t // G), s) if block_size is None else block_size
+        found = _tiling(sizes, H, most, room, t, s)
+        unrolled = unrolled and found.s == S and -(-T // found.t) <= _MOST_UNROLLED
+        return found._replace(unrolled=unrolled)
 
     side = 1024 if S > 4096 else 512
     few = 2048 if operand == wide else 1024

@@ -1,6 +1,8 @@
 """What XLA needs on a CPU: each function here stands for a plain operation, and says for which.
 
-The functions give the numbers of the plain operation, on every platform and version of jax.
+The functions give the numbers of the plain operation. Off the CPU they *are* the plain operation:
+`lax.platform_dependent` chooses when the program is compiled, for the device that it will run on.
+Where it is not said otherwise, this holds for jax 0.10 to 0.12.
 """
 
 import functools
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.types import Array
+from attention_jax.types import Array, PyTree
 
 # Before jax 0.11 XLA works off a batch of small products on one core.
 ONE_CORE = jax.__version_info__ < (0, 11)
@@ -138,20 +140,19 @@ def opaque(x: Array) -> Array:
     reduction, it reads past the end of that number: `(q @ jnp.ones((64, 128))).max(-1)` is wrong
     under jit with jax 0.10 and 0.12. It cannot drop 0 * i from a sum, since i might be infinite.
     """
-    rows, columns = (lax.broadcasted_iota(x.dtype, x.shape, x.ndim - axis) for axis in (2, 1))
-    return x + 0 * (rows + columns)
+
+    def plus_nothing(x):
+        rows, columns = (lax.broadcasted_iota(x.dtype, x.shape, x.ndim - axis) for axis in (2, 1))
+        return x + 0 * (rows + columns)
+
+    return lax.platform_dependent(x, cpu=plus_nothing, default=lambda x: x)
 
 
-def as_written(x):
-    """Stands for `x`, any tree of arrays, and has XLA compute it as it is written.
+def as_written(x: PyTree) -> PyTree:
+    """Stands for `x`, and has XLA compute it as it is written, with its axes in this order.
 
     XLA would fold a transpose into a product. A product with a transposed left operand is slow.
     """
-    return lax.optimization_barrier(x)
-
-
-def laid_out(x: Array) -> Array:
-    """Stands for `x`, and has its axes lie in memory as they stand."""
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
@@ -168,8 +169,14 @@ def dynamic_slice(x: Array, starts, sizes) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _slice_bits(x, starts, sizes):
-    bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), starts, sizes)
-    return lax.bitcast_convert_type(bits, x.dtype)
+    def of_bits(x, starts):
+        bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), starts, sizes)
+        return lax.bitcast_convert_type(bits, x.dtype)
+
+    def plain(x, starts):
+        return lax.dynamic_slice(x, starts, sizes)
+
+    return lax.platform_dependent(x, starts, cpu=of_bits, default=plain)
 
 
 @_slice_bits.defjvp
