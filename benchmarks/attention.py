@@ -570,7 +570,7 @@ def report(out: Path, near: int | None = None) -> None:
         lines.append("| " + " | ".join(fields) + " |")
     (out / "attention.md").write_text("\n".join(lines) + "\n")
     print(*lines[: -len(rows) - 2], sep="\n")
-    plot(rows, out / "attention.png")
+    plot(rows, out / "attention.png", results["header"])
 
 
 def summary(rows) -> list[str]:
@@ -598,35 +598,49 @@ def summary(rows) -> list[str]:
     return lines
 
 
-def plot(rows, path: Path) -> None:
+def plot(rows, path: Path, head: str) -> None:
+    """How many times as fast ours is as each peer, against the length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     rows = [row for row in rows if row["H"] == 64 and row["dtype"] == rows[0]["dtype"]]
-    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, layout="constrained")
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"] if name != "ours"))
+    styles = list(zip("os^Dv", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True))
+    figure, axes = plt.subplots(
+        2, 3, figsize=(11, 6.4), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, (backward, pattern) in zip(
         axes.flat, itertools.product((False, True), PATTERNS), strict=True
     ):
         mine = [row for row in rows if (row["backward"], row["pattern"]) == (backward, pattern)]
         for i, name in enumerate(names):
             points = [
-                (row["T"], row["ms"]["ours"] / row["ms"][name]) for row in mine if name in row["ms"]
+                (row["T"], row["ms"][name] / row["ms"]["ours"]) for row in mine if name in row["ms"]
             ]
             if points:
-                style = {"color": "black", "linewidth": 2} if name == "ours" else {"color": f"C{i}"}
-                axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+                marker, dashes = styles[i % len(styles)]
+                xy = zip(*points, strict=True)
+                axis.plot(*xy, marker=marker, linestyle=dashes, ms=5, label=name)
+        axis.axhline(1, color="black", linewidth=1)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        lengths = sorted({row["T"] for row in rows})
+        axis.set_xticks(lengths, [f"{T:,}" for T in lengths], fontsize=8)
+        axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50])
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_locator(NullLocator())
         axis.set_title(f"{pattern}, {'forward and backward' if backward else 'forward'}")
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("speed, ours = 1")
+        axis.set_ylabel("how many times as fast ours is")
     for axis in axes[1]:
-        axis.set_xlabel("sequence length T")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        axis.set_xlabel("positions T")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    figure.supxlabel(f"{rows[0]['dtype']}, head size 64, medians of rounds. {head}.", fontsize=8)
     figure.savefig(path, dpi=80)
 
 
