@@ -24,6 +24,40 @@ def dense_attention(
         The values mixed, `[..., T, N, V]`, None where `value` is; the weights before dropout,
         `[..., N, T, S]`; and the logsumexp `[..., T, N]`, None where `options` do not ask for it.
     """
+    logits, visible = visible_logits(query, key, options)  # [..., N, T, S]
+    lowest = jnp.finfo(logits.dtype).min
+    peak = jnp.max(logits, axis=-1, keepdims=True, initial=lowest, where=visible)  # [..., N, T, 1]
+    if options.sinks is not None:
+        sinks = options.sinks.astype(logits.dtype)[:, None, None]  # [N, 1, 1]
+        peak = jnp.maximum(peak, sinks)
+    peak = jax.lax.stop_gradient(peak)
+    # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
+    weights = jnp.exp(where(visible, logits - peak))
+    # `where`, not a large negative logit: a row that sees nothing has weights 0, not 1 / S.
+    total = where(visible, weights).sum(-1, keepdims=True)
+    if options.sinks is not None:
+        total += jnp.exp(sinks - peak)
+    # After the division: the cotangent of a masked weight may be infinite.
+    weights = where(visible, weights / jnp.where(total == 0, 1, total))  # [..., N, T, S]
+
+    mixed = residual = None
+    if value is not None:
+        inputs = jnp.result_type(query, key, value)
+        mixed = mix(weights, value, options, inputs).astype(query.dtype)  # [..., T, N, V]
+    if options.residual:
+        empty = total == 0
+        with jax.debug_infs(False):  # The -inf of an empty row is meant.
+            residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
+            residual = jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
+    return mixed, weights, residual
+
+
+def visible_logits(query: Array, key: Array, options: Options) -> tuple[Array, Array | None]:
+    """softcap(scale * query key^T) + bias, `[..., N, T, S]`, and which of them are visible.
+
+    What is not visible is a finite number, so that no NaN in a masked key reaches a derivative.
+    Where all are visible, that is None.
+    """
     *batch, T, N, H = query.shape
     S, K = key.shape[-3:-1]
     inputs = jnp.result_type(query, key)
@@ -33,63 +67,44 @@ def dense_attention(
         # Not `isneginf`, which makes an infinity of its own: `jax.debug_infs` would see it.
         allowed = ~(bias < jnp.finfo(bias.dtype).min)
         visible = allowed if visible is None else visible & allowed
-
     # Heads stand before positions. The query heads that share a key head are rows of one product.
     rows = jnp.swapaxes(query, -2, -3).reshape(*batch, K, N // K * T, H).astype(inputs)
     columns = jnp.swapaxes(key, -2, -3).astype(inputs)  # [..., K, S, H]
-    logits = _product(rows, _transposed(columns)).reshape(*batch, N, T, S)
+    logits = product(rows, _transposed(columns)).reshape(*batch, N, T, S)
     if visible is not None:
         visible = jnp.broadcast_to(visible, logits.shape)
-        logits = _where(visible, logits)  # Before tanh: its slope at a masked NaN is NaN.
+        logits = where(visible, logits)  # Before tanh: its slope at a masked NaN is NaN.
     scale = H**-0.5 if options.scale is None else options.scale
     logits = logits * jnp.asarray(scale, logits.dtype)
     if options.softcap is not None:
         softcap = jnp.asarray(options.softcap, logits.dtype)
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
-        logits += _where(visible, bias).astype(logits.dtype)
-
-    # The softmax. A row in which nothing is visible has weights 0: `where=`, not a large negative
-    # number, which would make each of them 1 / S.
-    lowest = jnp.finfo(logits.dtype).min
-    peak = jnp.max(logits, axis=-1, keepdims=True, initial=lowest, where=visible)  # [..., N, T, 1]
-    if options.sinks is not None:
-        sinks = options.sinks.astype(logits.dtype)[:, None, None]  # [N, 1, 1]
-        peak = jnp.maximum(peak, sinks)
-    peak = jax.lax.stop_gradient(peak)
-    # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
-    weights = jnp.exp(_where(visible, logits - peak))
-    total = _where(visible, weights).sum(-1, keepdims=True)
-    if options.sinks is not None:
-        total += jnp.exp(sinks - peak)
-    # After the division: the cotangent of a masked weight may be infinite.
-    weights = _where(visible, weights / jnp.where(total == 0, 1, total))  # [..., N, T, S]
-
-    mixed = residual = None
-    if value is not None:
-        kept = weights
-        if options.rate is not None:
-            keep = keep_mask(options.rng, options.rate, batch, N, T, S)
-            kept = jnp.where(keep, weights / (1 - options.rate), 0)
-        kept = kept.reshape(*batch, K, N // K * T, S)
-        kept = kept.astype(jnp.result_type(query, key, value))
-        mixed = _product(kept, jnp.swapaxes(value, -2, -3))  # [..., K, G T, V]
-        mixed = mixed.reshape(*batch, N, T, value.shape[-1])
-        mixed = jnp.swapaxes(mixed, -2, -3).astype(query.dtype)  # [..., T, N, V]
-    if options.residual:
-        empty = total == 0
-        with jax.debug_infs(False):  # The -inf of an empty row is meant.
-            residual = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
-            residual = jnp.swapaxes(residual[..., 0], -1, -2)  # [..., T, N]
-    return mixed, weights, residual
+        logits += where(visible, bias).astype(logits.dtype)
+    return logits, visible
 
 
-def _where(visible: Array | None, x: Array) -> Array:
+def mix(weights: Array, value: Array, options: Options, dtype: jnp.dtype) -> Array:
+    """weights value after dropout, `[..., N, T, S]` and `[..., S, K, V]` -> `[..., T, N, V]`.
+
+    The weights are multiplied in `dtype`; the result is in float32 at least.
+    """
+    *batch, N, T, S = weights.shape
+    K, V = value.shape[-2:]
+    if options.rate is not None:
+        keep = keep_mask(options.rng, options.rate, batch, N, T, S)
+        weights = jnp.where(keep, weights / (1 - options.rate), 0)
+    weights = weights.reshape(*batch, K, N // K * T, S).astype(dtype)
+    mixed = product(weights, jnp.swapaxes(value, -2, -3))  # [..., K, G T, V]
+    return jnp.swapaxes(mixed.reshape(*batch, N, T, V), -2, -3)
+
+
+def where(visible: Array | None, x: Array) -> Array:
     """`x` where it is visible, else 0."""
     return x if visible is None else jnp.where(visible, x, 0)
 
 
-def _product(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array) -> Array:
     """`_product_at` the precision that is the default here and now.
 
     The derivative is traced later, maybe outside of the contexts that set the precision and the
