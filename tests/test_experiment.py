@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from attention_jax.laboratory import report
+from attention_jax.laboratory import runs
 from attention_jax.training import build, experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
@@ -899,7 +899,7 @@ def test_home_is_expanded_and_links_are_followed(tmp_path, monkeypatch):
     again = experiment.run(tiny(init_from="~/runs/first"))
     assert again.metrics["first_loss"] < experiment.run(tiny()).metrics["first_loss"]
     (tmp_path / "link").symlink_to("home/runs/first")
-    assert len(report.load("link")) == len(report.load("~/runs/first")) == 1
+    assert len(runs.load("link")) == len(runs.load("~/runs/first")) == 1
     with owned("link"):
         assert "in use" in refusal(tiny(), "~/runs/first")
 

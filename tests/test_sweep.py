@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax.laboratory import report, sweep
+from attention_jax.laboratory import pictures, report, sweep
+from attention_jax.laboratory.runs import Run
 from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
 from attention_jax.training.command import parse
@@ -316,7 +317,7 @@ def test_a_sweep_leaves_what_it_returns(whole):
     directory, result = whole
     assert {path.name for path in directory.iterdir()} == {
         *("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "trials"),
-        *("result.json", "sweep.png"),
+        *("result.json", "sweep.png", "sweep.svg"),
     }
     assert json.loads((directory / "result.json").read_text()) == result.metrics
     for number, trial in enumerate(trials(tiny(), GRID)):
@@ -465,7 +466,7 @@ def run_of(loss, seed=0, **fields):
     rows = [{"step": s, "loss": loss * 9 / s, "eval_loss": loss * 9 / s} for s in (1, 3, 9)]
     config = {"seed": seed} | {name.replace("__", "."): value for name, value in fields.items()}
     result = {"step": 9, "eval_loss": loss} if np.isfinite(loss) else {"diverged_step": 4}
-    return report.Run("run", config, result, rows)
+    return Run("run", config, result, rows)
 
 
 def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
@@ -477,8 +478,8 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
     ]
     heading, first, second = report.table(runs, x="model.window", published={"8": 0.5})
     assert heading[:2] == ["model.window", "runs"]
-    assert first == ["8", "2", "1", "2", "1.414", "0", "0.5"]
-    assert second == ["16", "2", "5", "5", "-", "1", "-"]
+    assert first == ["8", "2", "1", "2 ± 1.414", "0", "0.5"]
+    assert second == ["16", "2", "5", "5 ± -", "1", "-"]
 
 
 def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):
@@ -501,18 +502,17 @@ def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):
     ]
     assert runs[1].final("eval_loss@*") == 5.0  # Of 6 and 4.
     assert np.isnan(run_of(9.0).final("eval_loss@*"))
-    report.draw_slices(runs, tmp_path / "slices.png")
-    report.draw_slices([*runs[:2], sliced(7.0, 0, 16)], tmp_path / "other.png")
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 2
+    pictures.draw_slices(runs, tmp_path / "slices.png")
+    pictures.draw_slices([*runs[:2], sliced(7.0, 0, 16)], tmp_path / "other.png")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 2
 
 
 def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
     rows = [{"step": 3, "loss": 0.5}, {"step": 6, "loss": 0.2}, {"step": 9, "loss": 0.1}]
     rows[-1]["eval_loss"] = 0.1
     for name, shown in (("three", rows), ("one", rows[:1]), ("none", [])):
-        report.draw_curves([run_of(1.0)._replace(rows=shown)], tmp_path / f"{name}.png")
-    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(pictures) == 3
+        pictures.draw_curves([run_of(1.0)._replace(rows=shown)], tmp_path / f"{name}.png")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
 
 
 def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
@@ -524,8 +524,14 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     assert "| 0.6 |" in text
     for name in ("curves.png", "by_learning_rate.png"):
         assert f"({name})" in text
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count(str(tmp_path / "out")) == 3
+        file = tmp_path / "out" / name
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert file.with_suffix(".svg").read_text().startswith("<?xml")
+    assert capsys.readouterr().out.count(str(tmp_path / "out")) == 5
+    assert text.startswith("# teacher, ")
+    assert f"attention-jax report {whole[0]} --x=optimizer.learning_rate" in text
+    assert "jax " in text
+    assert "mean ± spread" in text
 
 
 def test_the_command_shows_the_table_and_writes_nothing(whole, tmp_path, capsys, monkeypatch):

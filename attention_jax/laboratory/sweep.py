@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from attention_jax.laboratory import report
+from attention_jax.laboratory import pictures, report
 from attention_jax.laboratory.groups import build, first_trials
+from attention_jax.laboratory.runs import Run, is_loss, main_metric, slices
 from attention_jax.training import build as builder
 from attention_jax.training import experiment
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
@@ -247,7 +248,7 @@ class _Log:
     def runs(self, metrics):
         """The trials as a report knows them."""
         return [
-            report.Run(f"trial {number}", flatten(config), result, rows)
+            Run(f"trial {number}", flatten(config), result, rows)
             for number, (config, result, rows) in enumerate(
                 zip(self.configs, metrics["trials"], self.histories, strict=True)
             )
@@ -259,12 +260,12 @@ class _Log:
     def draw(self, metrics, path):
         """The final metric on each slice, or against the first field that is no seed, or curves."""
         runs = self.runs(metrics)
-        if report.slices(runs, report.main_metric(runs)):
-            return report.draw_slices(runs, path)
+        if slices(runs, main_metric(runs)):
+            return pictures.draw_slices(runs, path)
         fields = [path for path, values in self.axes.items() if path != "seed" and len(values) > 1]
         if fields:
-            return report.draw_against(runs, fields[0], path)
-        report.draw_curves(runs, path)
+            return pictures.draw_against(runs, fields[0], path)
+        pictures.draw_curves(runs, path)
 
 
 def _train(config, target, launcher, groups, states, log, store, started, stop):
@@ -313,7 +314,7 @@ def _train(config, target, launcher, groups, states, log, store, started, stop):
         for name in ("loss", "accuracy", "eval_loss", "eval_accuracy"):
             values = [end[name] for end in ends if np.isfinite(end.get(name, np.nan))]
             if values:
-                row[f"best_{name}"] = (min if report.is_loss(name) else max)(values)
+                row[f"best_{name}"] = (min if is_loss(name) else max)(values)
         row["seconds"] = max(seconds)
         store.write(row)
         console.write(row)
@@ -412,7 +413,7 @@ def _summary(configs, axes, target, launcher, groups, params, log, step):
         "trial_steps_per_second": float(f"{total / seconds:.4g}") if total else 0.0,
         "trials": results,
     }
-    by = f"eval_{target.metric}" if target else report.main_metric(log.runs(metrics))
+    by = f"eval_{target.metric}" if target else main_metric(log.runs(metrics))
     found = {result["trial"]: result[by] for result in results if by in result}
-    best = (min if report.is_loss(by) else max)(found, key=found.get) if found else None
+    best = (min if is_loss(by) else max)(found, key=found.get) if found else None
     return metrics | {"best": best, "best_by": by}

@@ -35,7 +35,7 @@ from attention_jax.types import TrainState
 LOCK = ".lock"  # There as long as a process owns the directory.
 WRITTEN = (
     *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
-    *(TRIALS, "sweep.png", "result.json", "result.json.tmp"),
+    *(TRIALS, "sweep.png", "sweep.svg", "result.json", "result.json.tmp"),
 )
 MAX_TRIES = 100  # To make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.

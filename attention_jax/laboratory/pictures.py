@@ -1,0 +1,254 @@
+"""Pictures of runs, each as PNG and as SVG.
+
+Every line has a colour, a dash and a marker of its own, so that a print in black and white tells
+them apart. The line below a picture says what was run, and what its dots and bands are.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from attention_jax.laboratory.runs import SEED, Line, Run, lines, main_metric, mean, slices, spread
+from attention_jax.training.config import default_config, slice_settings
+
+MAX_LABELS = 12  # More lines of a legend hide the picture.
+SUFFIXES = (".png", ".svg")
+# Colours that the colour-blind tell apart: Okabe and Ito 2008, "Color Universal Design".
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = "os^Dvp"
+_MEANS = {True: "line: their mean", False: "bars: their mean and spread"}
+
+
+def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> list[Path]:
+    """Draws a metric over the steps: for each line of the table the mean, and a band of its seeds.
+
+    By default the training loss: every epoch has one, while evaluations may be few. Returns the
+    files written, as all these functions do.
+    """
+    figure, axes = _figure()
+    bands = False
+    for number, line in enumerate(lines(runs, metric)):
+        seeds = [
+            {row["step"]: row[metric] for row in run.rows if metric in row} for run in line.runs
+        ]
+        points = [
+            (step, [seed[step] for seed in seeds if step in seed])
+            for step in sorted(set().union(*seeds))
+        ]
+        style = _style(number)
+        if len(points) > 1:
+            style["marker"] = None
+        axes.plot(*_columns([(x, mean(v)) for x, v in points]), label=line.label, **style)
+        if any(len(values) > 1 for _, values in points):
+            bands = True
+            x, low, high = zip(*((x, min(v), max(v)) for x, v in points), strict=True)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
+    _finish_y(axes, runs, metric)
+    axes.set_xlabel("step")
+    _plain(axes.xaxis)
+    return _save(
+        figure, axes, runs, path, "band: from the lowest to the highest seed" if bands else ""
+    )
+
+
+def draw_against(
+    runs: Sequence[Run],
+    x: str,
+    path: str | Path,
+    metric: str | None = None,
+    published: Mapping[str, float] | None = None,
+) -> list[Path]:
+    """Draws the final metric against a field: a dot for each run, and the means.
+
+    A line joins the means where the values of the field are numbers.
+
+    Args:
+        runs: Runs with different values of the field.
+        x: The path of the field.
+        path: The file, without or with one of the suffixes `SUFFIXES`.
+        metric: Defaults to `main_metric`.
+        published: Numbers of a paper by the value of the field, as text; drawn in black.
+    """
+    metric = main_metric(runs) if metric is None else metric
+    values = list(dict.fromkeys(run.config.get(x) for run in runs))
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    values = sorted(values) if numbers else values
+    place = {v: v if numbers else i for i, v in enumerate(values)}
+    figure, axes = _figure()
+    series: dict[str, list[Line]] = {}
+    for line in lines(runs, metric):
+        others = line._replace(fields={p: v for p, v in line.fields.items() if p != x})
+        series.setdefault(others.label, []).append(line)
+    for number, (label, found) in enumerate(series.items()):
+        at = lambda line: place[line.runs[0].config.get(x)]
+        # Categories have room beside one another.
+        shift = 0 if numbers else 0.5 * ((number + 0.5) / len(series) - 0.5)
+        found = [(at(line) + shift, line.values) for line in sorted(found, key=at) if line.values]
+        _means_and_dots(axes, found, _style(number), label or "ours", joined=numbers)
+    if published:
+        points = [(place[v], published[str(v)]) for v in values if str(v) in published]
+        style = dict(color="black", ls="--" if numbers else "", marker="x", ms=6, lw=1.2)
+        axes.plot(*_columns(points), label="published", **style)
+    if numbers:
+        _scale_x(axes, values)
+    else:
+        axes.set_xticks(range(len(values)), [str(v) for v in values])
+        axes.set_xlim(-0.6, len(values) - 0.4)
+    _finish_y(axes, runs, metric)
+    axes.set_xlabel(x)
+    dots = any(len(line.values) > 1 for line in lines(runs, metric))
+    note = f"dots: runs; {_MEANS[numbers]}" if dots else ""
+    return _save(figure, axes, runs, path, note)
+
+
+def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None) -> list[Path]:
+    """Draws the final metric on the task and on its slices: means over the seeds, and each seed.
+
+    Slices that differ from the task in the length alone stand on an axis of lengths, where a dotted
+    line marks the length that was trained on.
+    """
+    metric = (main_metric(runs) if metric is None else metric).partition("@")[0]
+    names = slices(runs, metric)
+    trained, lengths = _lengths(runs, names)
+    figure, axes = _figure()
+    found = lines(runs, metric)
+    for number, line in enumerate(found):
+        finals = {None: line.values, **{name: line.finals(f"{metric}@{name}") for name in names}}
+        if lengths:
+            points = sorted((lengths[name], v) for name, v in finals.items() if v)
+        else:
+            shift = 0.5 * ((number + 0.5) / len(found) - 0.5)
+            points = [(i + shift, v) for i, v in enumerate(finals.values()) if v]
+        _means_and_dots(axes, points, _style(number), line.label, joined=bool(lengths))
+    if lengths:
+        _scale_x(axes, sorted(set(lengths.values())))
+        axes.axvline(trained, color="0.4", ls=":", lw=1)
+        at = dict(xycoords=("data", "axes fraction"), textcoords="offset points", va="top")
+        axes.annotate("trained", (trained, 1), (3, -3), fontsize="x-small", color="0.4", **at)
+        axes.set_xlabel("tokens in a row")
+    else:
+        axes.set_xticks(range(len(names) + 1), ["the task", *names])
+        axes.set_xlabel("evaluated on")
+    _finish_y(axes, runs, metric)
+    dots = any(len(line.values) > 1 for line in found)
+    note = f"dots: seeds; {_MEANS[bool(lengths)]}" if dots else ""
+    return _save(figure, axes, runs, path, note)
+
+
+def _lengths(runs, names):
+    """The trained length, and the length of the task (None) and of each slice, if that is all."""
+    config = default_config(runs[0].config.get("task.name", "teacher"))
+    lengths = {run.config.get("task.seq_length") for run in runs}
+    if len(lengths) != 1 or None in lengths:
+        return None, {}
+    (trained,) = lengths
+    config.eval.slices = " ".join(names)
+    settings = slice_settings(config)
+    if not names or any(set(settings[name]) != {"seq_length"} for name in names):
+        return None, {}
+    return trained, {None: trained, **{name: settings[name]["seq_length"] for name in names}}
+
+
+# The parts of a picture --------------------------------------------------------------------------
+
+
+def _figure():
+    # Two seconds to import: only who draws waits for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _style(number):
+    of = lambda styles: styles[number % len(styles)]
+    return dict(color=of(_COLOURS), ls=of(_DASHES), marker=of(_MARKERS), ms=4, lw=1.4)
+
+
+def _means_and_dots(axes, points, style, label, *, joined):
+    """`points` are places with the values of the seeds there."""
+    means = [(x, mean(values)) for x, values in points]
+    if joined:
+        axes.plot(*_columns(means), label=label, **style)
+        small = dict(ls="", ms=3, alpha=0.5)
+    else:
+        bar = dict(color=style["color"], fmt="_", ms=16, mew=2, elinewidth=1, capsize=4)
+        around = [0 if math.isnan(spread(values)) else spread(values) for _, values in points]
+        axes.errorbar(*_columns(means), yerr=around, **bar)
+        small = dict(ls="", ms=4.5, alpha=0.8, label=label)
+    dots = [(x, v) for x, values in points for v in values]
+    if not joined or len(dots) > len(means):
+        axes.plot(*_columns(dots), **(style | small))
+
+
+def _columns(points):
+    return zip(*points, strict=True) if points else ([], [])
+
+
+def _scale_x(axes, values):
+    """An axis for these numbers, logarithmic where they span much."""
+    if min(values) > 0 and max(values) >= 8 * min(values):
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{v:,g}" if v >= 1 else f"{v:g}" for v in values])
+        axes.minorticks_off()
+    else:
+        _plain(axes.xaxis)
+
+
+def _plain(axis):
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}" if abs(x) >= 1 else f"{x:g}"))
+
+
+def _finish_y(axes, runs, metric):
+    """Name, scale and ticks of the metric, and the line of the task's baseline."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    name = metric.replace("eval_", "held-out ").replace("@*", ", mean over the slices")
+    axes.set_ylabel("training loss" if metric == "loss" else name)
+    found = [run.result["baseline_loss"] for run in runs if run.result.get("baseline_loss")]
+    if found and max(found) - min(found) <= 1e-3 * max(found):
+        if metric in ("loss", "eval_loss"):
+            axes.axhline(mean(found), color="0.4", ls=":", lw=1, label="baseline of the task")
+        elif metric == "eval_accuracy":  # The baseline is a guess among exp(loss) answers.
+            axes.axhline(math.exp(-mean(found)), color="0.4", ls=":", lw=1, label="guessing")
+    values = [float(v) for line in axes.lines for v in line.get_ydata() if v > 0]
+    if "loss" in metric and values:  # A logarithm of nothing fails.
+        axes.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        _plain(axes.yaxis)
+    elif "accuracy" in metric:
+        axes.set_ylim(-0.02, 1.02)
+
+
+def _save(figure, axes, runs, path, note):
+    labels = [label for label in axes.get_legend_handles_labels()[1] if label]
+    if 1 <= len(labels) <= MAX_LABELS:
+        axes.legend(fontsize="small", frameon=False, handlelength=3)
+    figure.supxlabel("; ".join(filter(None, (about(runs), note))), fontsize="x-small", color="0.3")
+    files = [Path(path).with_suffix(suffix) for suffix in SUFFIXES]
+    for file in files:
+        figure.savefig(file, dpi=120)
+    return files
+
+
+def about(runs: Sequence[Run]) -> str:
+    """What was run, in a line: task, steps, seeds."""
+    tasks = dict.fromkeys(str(run.config.get("task.name", "")) for run in runs)
+    steps = [run.result["step"] for run in runs if "step" in run.result]
+    seeds = len({run.config.get(SEED) for run in runs})
+    parts = [", ".join(filter(None, tasks))]
+    if steps:
+        few, many = min(steps), max(steps)
+        parts.append(f"{many:,} steps" if few == many else f"{few:,} to {many:,} steps")
+    parts.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    return ", ".join(filter(None, parts))

@@ -1,0 +1,149 @@
+"""Runs as a report knows them: read from their directories, and put together by their configs."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attention_jax.training.config import default_config, flatten
+from attention_jax.training.files import local_path
+
+SEED = "seed"
+
+
+class Run(NamedTuple):
+    """A run, or a trial of a sweep.
+
+    Attributes:
+        name: Of its directory.
+        config: Its fields by path.
+        result: What `result.json` holds; empty as long as the run is not complete.
+        rows: What `metrics.jsonl` holds.
+        versions: Those that it ran on.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    versions: Mapping[str, str] = {}
+
+    def final(self, metric: str) -> float:
+        """The metric at the end; NaN where there is none, in a diverged or unfinished run say.
+
+        `eval_accuracy@*` is the mean over the slices.
+        """
+        if "diverged_step" in self.result:
+            return math.nan
+        if metric.endswith("@*"):
+            start = metric.removesuffix("*")
+            return mean([value for name, value in self.result.items() if name.startswith(start)])
+        value = self.result.get(metric)
+        return math.nan if value is None else value
+
+
+class Line(NamedTuple):
+    """Runs that differ in their seeds alone.
+
+    Attributes:
+        fields: The fields that tell them from other runs, by path.
+        runs: The runs themselves.
+        values: The final metric of each complete run.
+    """
+
+    fields: dict[str, Any]
+    runs: list[Run]
+    values: list[float]
+
+    def finals(self, metric: str) -> list[float]:
+        """Another metric of each complete run."""
+        return [value for run in self.runs if math.isfinite(value := run.final(metric))]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{path.split('.')[-1]}={value}" for path, value in self.fields.items())
+
+
+def load(directory: str | Path) -> list[Run]:
+    """The run in a directory, or the trials of the sweep in it.
+
+    Raises:
+        ValueError: The directory holds neither, or one of its files is damaged.
+    """
+    path = local_path(directory, "RUN")
+    trials = sorted(path.glob("trials/*/config.json"))
+    if trials:
+        return [run for file in trials for run in load(file.parent)]
+    try:
+        noted = json.loads((path / "config.json").read_text())
+        config = noted["config"]
+        result, rows = path / "result.json", path / "metrics.jsonl"
+        return [
+            Run(
+                name=str(path),
+                # A run may be older than some of the fields.
+                config=flatten(default_config(config["task"]["name"])) | flatten(config),
+                result=json.loads(result.read_text()) if result.exists() else {},
+                rows=_rows(rows.read_text()) if rows.exists() else [],
+                versions=dict(noted.get("versions", {})),
+            )
+        ]
+    except FileNotFoundError as error:
+        raise ValueError(f"{directory} holds no run.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory} holds no run that can be read: {error!r}.") from error
+
+
+def _rows(text):
+    # A run that goes on, or was killed, may leave half a line.
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def main_metric(runs: Iterable[Run]) -> str:
+    """`eval_accuracy` where every complete run has one, else `eval_loss`."""
+    results = [run.result for run in runs if run.result and "diverged_step" not in run.result]
+    has_accuracy = results and all("eval_accuracy" in result for result in results)
+    return "eval_accuracy" if has_accuracy else "eval_loss"
+
+
+def is_loss(metric: str) -> bool:
+    return "loss" in metric
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The fields that are not the same in all runs, as the configs order them."""
+    paths = dict.fromkeys(path for run in runs for path in run.config)
+    return [p for p in paths if any(run.config.get(p) != runs[0].config.get(p) for run in runs)]
+
+
+def lines(runs: Sequence[Run], metric: str) -> list[Line]:
+    """Runs that differ in their seeds alone, together; in the order of the runs."""
+    fields = [path for path in differing(runs) if path != SEED]
+    found: dict[tuple, Line] = {}
+    for run in runs:
+        values = {path: run.config.get(path) for path in fields}
+        line = found.setdefault(tuple(values.values()), Line(values, [], []))
+        line.runs.append(run)
+        if math.isfinite(value := run.final(metric)):
+            line.values.append(value)
+    return list(found.values())
+
+
+def slices(runs: Sequence[Run], metric: str) -> list[str]:
+    """The slices of the task on which the runs were evaluated too, in the order of the configs."""
+    metric = metric.partition("@")[0]
+    names = (name for run in runs for name in run.config.get("eval.slices", "").split())
+    found = {name for run in runs for name in run.result}
+    return [name for name in dict.fromkeys(names) if f"{metric}@{name}" in found]
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN for no values."""
+    return statistics.mean(values) if values else math.nan
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample, that is over n - 1; NaN for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
