@@ -97,7 +97,7 @@ class Case(NamedTuple):
     """One way to compute one mechanism, and what it takes.
 
     Attributes:
-        mechanism: Its key in `ATTENTION_FNS`.
+        mechanism: Its word in `training.words`.
         name: How the tests call it.
         attend: `(query, key, value, *, mask, **arrays) -> [..., T, N, V]`.
         oracle: The same in float64, one query at a time.

@@ -32,6 +32,7 @@ from attention_jax.functional.choice import Choice
 from attention_jax.interop import flax
 from attention_jax.models import SequenceModel
 from attention_jax.training.model import make_sequence_model
+from attention_jax.training.words import MECHANISMS
 
 FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = (*FLOATS, "float64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn", "int4")
@@ -292,7 +293,7 @@ FIELDS = {
     "norm": st.sampled_from(["layer", "rms", "none"]),
     "positions": st.sampled_from(["none", "sinusoidal", "learned", "rotary", "alibi", "relative"]),
     "dropout_rate": st.sampled_from([0.0, 0.5, jnp.float32(0.1)]),
-    "mechanism": st.sampled_from(["dot_product", "linear", "differential", "gated_delta"]),
+    "mechanism": st.sampled_from(list(MECHANISMS)),
     "pattern": st.sampled_from(["full", "strided", "blocks"]),
     "softcap": st.sampled_from([None, 2.0]),
     "rotary_base": st.sampled_from([10_000.0, 100]),

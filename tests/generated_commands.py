@@ -21,6 +21,7 @@ from attention_jax.training.config import (
     trials,
 )
 from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.words import MECHANISMS
 
 LEAVES = {path: value for task in TASKS for path, value in flatten(default_config(task)).items()}
 WORDS = st.one_of(
@@ -38,7 +39,7 @@ WORDS = st.one_of(
 # Values that go together more often than not; for other fields the default is one.
 FITTING = {
     "model.name": ["multihead", "multihead", "selfhead"],
-    "model.mechanism": ["dot_product", "linear", "differential", "gated_delta"],
+    "model.mechanism": list(MECHANISMS),
     "model.features": ["8", "16"],
     "model.num_layers": ["1", "2"],
     "model.num_heads": ["1", "2", "4"],

@@ -14,7 +14,7 @@ import pytest
 from cases import CASES
 
 import attention_jax
-from attention_jax.functional import ATTENTION_FNS
+from attention_jax.training.words import MECHANISMS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_jax"
@@ -153,12 +153,13 @@ def test_importing_the_package_or_the_config_does_not_import_jax():
 
 
 def test_every_mechanism_has_an_oracle():
-    assert set(ATTENTION_FNS) <= {case.mechanism for case in CASES}, "a row in tests/cases.py"
+    assert set(MECHANISMS) <= {case.mechanism for case in CASES}, "a row in tests/cases.py"
 
 
-@pytest.mark.parametrize("name", ATTENTION_FNS)
-def test_every_mechanism_has_a_page(name):
-    function = ATTENTION_FNS[name].__name__
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_mechanism_has_a_public_function_and_a_page(name):
+    function = f"{name}_attention"
+    assert function in attention_jax.__all__
     pages = [path for path in (ROOT / "docs").glob("*.md") if function in path.read_text()]
     assert pages, f"a page in docs/ that shows {function}"
 

@@ -132,6 +132,9 @@ CHOICES = {
     },
     "strided, both directions": {"pattern": "strided", "stride": 2, "causal": False},
 }
+# A mechanism without a row is tried as the config has it by default.
+for name in words.MECHANISMS.keys() - {x.get("mechanism", "dot_product") for x in CHOICES.values()}:
+    CHOICES[name] = {"mechanism": name}
 # Which positions one layer lets see which, where that is less than all that causality allows.
 SEEN = {
     "window": oracles.window(5, 5, 1),

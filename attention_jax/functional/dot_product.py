@@ -218,3 +218,6 @@ def attention_weights(
 
     partition = partition_of(query, *range(query.ndim - 3), -2, -3, None)
     return in_auto(compute, (query, key, options), partition)
+
+
+dot_product_attention.weights = attention_weights  # For layers, which show them.

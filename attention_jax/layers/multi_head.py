@@ -19,7 +19,7 @@ from attention_jax.checks import (
     jax_defaults,
 )
 from attention_jax.functional.biases import Bias
-from attention_jax.functional.dot_product import attention_weights, dot_product_attention
+from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.positions import rotary
 from attention_jax.layers.cache import Cache
@@ -157,6 +157,8 @@ class MultiHeadAttention(nn.Module):
         softcap: As in `dot_product_attention`.
         sinks: Learns a logit for each query head that takes part in the normaliser and has no
             value, so that a head may attend to nothing: the parameter `sinks` `[N]`, from 0.
+        learnt: Arguments of `attention_fn` that are parameters of the layer, by name: `[N]` each,
+            from 0. `sinks=True` is `learnt=("sinks",)`.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
@@ -184,6 +186,7 @@ class MultiHeadAttention(nn.Module):
     out_kernel_init: Initializer | None = None
     softcap: float | None = None
     sinks: bool = False
+    learnt: tuple[str, ...] = ()
 
     @nn.compact
     @jax_defaults()
@@ -284,10 +287,9 @@ class MultiHeadAttention(nn.Module):
         """Lets queries read values: `[..., T, N, H]`."""
         if self.softcap is not None:
             options["softcap"] = self.softcap
-        if self.sinks:
-            options["sinks"] = self.param(
-                "sinks", nn.initializers.zeros_init(), (self.num_heads,), self.param_dtype
-            )
+        zeros = nn.initializers.zeros_init()
+        for name in ("sinks", *self.learnt) if self.sinks else self.learnt:
+            options[name] = self.param(name, zeros, (self.num_heads,), self.param_dtype)
         return _attend(self, query, key, value, mask, bias, deterministic, sow_weights, **options)
 
     def _by_part(self, change: Callable[[Array], Array], x: Array) -> Array:
@@ -350,12 +352,13 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
         if given is not None:
             check_flag("deterministic", given)
     if sow_weights:
-        if layer.attention_fn is not dot_product_attention:
+        show = getattr(layer.attention_fn, "weights", None)
+        if show is None:
             raise NotImplementedError(
-                "sow_weights=True needs attention_fn=dot_product_attention, whose weights can be "
-                f"shown; got {layer.attention_fn}."
+                "sow_weights=True needs an attention_fn that can show its weights, as "
+                f"dot_product_attention.weights does; got {layer.attention_fn}."
             )
-        weights = attention_weights(query, key, bias, mask, **options)
+        weights = show(query, key, bias, mask, **options)
         layer.sow("intermediates", "attention_weights", weights)
     if bias is not None:
         options["bias"] = bias

@@ -32,6 +32,12 @@ def _with_one_head(layer: partial) -> partial:
         raise NotImplementedError(
             f"attention='selfhead' has no {layer.func.__name__}: use 'multihead' with num_heads=1."
         )
+    for name in layer.keywords:
+        if not hasattr(attention_jax.SingleHeadAttention, name):
+            raise NotImplementedError(
+                f"attention='selfhead' has no {name}, which the mechanism needs: use 'multihead' "
+                "with num_heads=1."
+            )
     return partial(attention_jax.SingleHeadAttention, **layer.keywords)
 
 
