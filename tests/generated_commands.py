@@ -21,7 +21,7 @@ from attention_jax.training.config import (
     trials,
 )
 from attention_jax.training.launch import LAUNCHERS
-from attention_jax.training.words import MECHANISMS
+from attention_jax.training.words import MECHANISMS, MLPS
 
 LEAVES = {path: value for task in TASKS for path, value in flatten(default_config(task)).items()}
 WORDS = st.one_of(
@@ -47,6 +47,7 @@ FITTING = {
     "model.head_dim": ["4", "None", "3"],
     "model.mlp_ratio": ["0", "2"],
     "model.norm": ["layer", "rms", "none"],
+    "model.mlp": list(MLPS),
     "model.positions": ["none", "sinusoidal", "learned", "rotary", "alibi", "relative"],
     "model.window": ["2", "0", "none"],
     "model.pattern": ["full", "strided", "blocks"],

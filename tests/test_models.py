@@ -133,6 +133,8 @@ CHOICES = {
     "strided, both directions": {"pattern": "strided", "stride": 2, "causal": False},
 }
 # A mechanism without a row is tried as the config has it by default.
+for name in words.MLPS.keys() - {"gelu"}:
+    CHOICES[name] = {"mlp": name, "mlp_ratio": 2.0}
 for name in words.MECHANISMS.keys() - {x.get("mechanism", "dot_product") for x in CHOICES.values()}:
     CHOICES[name] = {"mechanism": name}
 # Which positions one layer lets see which, where that is less than all that causality allows.
@@ -190,6 +192,7 @@ def test_every_name_of_the_config_is_a_choice():
         ("mechanism", words.MECHANISMS),
         ("pattern", words.PATTERNS),
         ("positions", words.POSITIONS),
+        ("mlp", words.MLPS),
     ):
         assert {options[field] for options in taken} == set(names), field
     for field, names in (("norm", words.NORMS), ("mechanism", words.MECHANISMS)):

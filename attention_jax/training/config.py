@@ -56,6 +56,7 @@ DEFAULTS = {
         "num_kv_heads": None,  # None: as many as num_heads.
         "head_dim": None,  # None: features / num_heads.
         "mlp_ratio": 0.0,  # 0: no MLP.
+        "mlp": "gelu",
         "norm": "none",
         "residual": False,
         "positions": "none",

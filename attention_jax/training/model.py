@@ -14,11 +14,11 @@ import attention_jax
 from attention_jax.checks import as_size, check_dtype, check_flag, check_number, check_word
 from attention_jax.functional import masks
 from attention_jax.layers import (
-    MLP,
     ShortConvolution,
     TokenEmbedding,
     Unembedding,
     VectorEmbedding,
+    parts,
 )
 from attention_jax.layers.parts import scaled_init
 from attention_jax.models import Block, SequenceModel
@@ -67,6 +67,7 @@ def make_sequence_model(
     vocab_size: int | None = None,
     out_features: int | None = None,
     mlp_ratio: float = 0.0,
+    mlp: str = "gelu",
     norm: str = "layer",
     residual: bool = True,
     positions: str = "none",
@@ -92,18 +93,17 @@ def make_sequence_model(
     """A model from words: the `SequenceModel` whose parts they name. words.py has those it knows.
 
     Args:
+        attention, mechanism, mlp, norm, pattern, positions: Words; with a norm, a last one follows
+            the last block.
         features: Model width D.
         num_layers: Number of blocks.
         num_heads: Number of query heads. Defaults to 8; "selfhead" has one.
         num_kv_heads, head_dim, qk_norm, use_bias, softcap, sinks, decode: As in
             `MultiHeadAttention`.
-        attention: "multihead", or "selfhead" for `SingleHeadAttention`.
         vocab_size: Number of tokens. None: inputs are vectors.
         out_features: Width of the output for vectors. Defaults to `features`.
         mlp_ratio: Width of the MLP's hidden layer over `features`; 0 leaves the MLP out.
-        norm: "layer", "rms" or "none"; with a norm, a last one follows the last block.
         residual: As in `Block`.
-        positions: "none", "sinusoidal", "learned", "rotary", "alibi" or "relative".
         max_length: The longest sequence; of "learned".
         causal: Position t sees the positions up to t alone.
         window: How many positions back, its own not counted, a position sees. Not causal: as many
@@ -113,10 +113,6 @@ def make_sequence_model(
         tie_embedding: Logits come from the embedding table; else from a matrix of their own.
         remat: As in `SequenceModel`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
-        mechanism: "dot_product", "linear", "differential" or "gated_delta".
-        pattern: "full"; "strided": the last `stride` positions and every `stride`-th; "blocks":
-            the position's own block of `stride` and the last position of every block. Not causal:
-            on both sides. Child et al. 2019, section 4.3. https://arxiv.org/abs/1904.10509
         stride: Of the patterns "strided" and "blocks".
         init_scale: Multiplies the initial kernels of what writes to the residual stream. GPT-2 has
             (2 num_layers) ** -0.5.
@@ -130,6 +126,7 @@ def make_sequence_model(
     for name, word, known in (
         ("attention", attention, words.ATTENTIONS),
         ("mechanism", mechanism, words.MECHANISMS),
+        ("mlp", mlp, words.MLPS),
         ("norm", norm, words.NORMS),
         ("pattern", pattern, words.PATTERNS),
         ("positions", positions, words.POSITIONS),
@@ -163,6 +160,9 @@ def make_sequence_model(
     if words.NORMS[norm] is not None:
         make_norm = functools.partial(getattr(nn, words.NORMS[norm]), **types)
     hidden_features = _hidden_features(mlp_ratio, features)
+    if mlp != "gelu" and not hidden_features:
+        raise ValueError(f"mlp={mlp!r} needs mlp_ratio: without one there is no MLP.")
+    make_mlp = getattr(parts, words.MLPS[mlp])
 
     def make_block(depth: int) -> Block:
         layer = words.ATTENTIONS[attention](words.MECHANISMS[mechanism](depth))
@@ -191,7 +191,7 @@ def make_sequence_model(
                 out_kernel_init=out_init,
                 **types,
             ),
-            mlp=MLP(hidden_features, out_init, **types) if hidden_features else None,
+            mlp=make_mlp(hidden_features, out_init, **types) if hidden_features else None,
             norm=make_norm,
             conv=ShortConvolution(short_conv, out_init, **types) if short_conv else None,
             residual=residual,

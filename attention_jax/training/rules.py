@@ -87,6 +87,7 @@ _RULES = {
     "model.num_kv_heads": _at_least(1),
     "model.head_dim": _at_least(1),
     "model.mlp_ratio": _at_least(0),
+    "model.mlp": _one_of(*words.MLPS),
     "model.norm": _one_of(*words.NORMS),
     "model.positions": _one_of(*words.POSITIONS),
     "model.window": _at_least(0),

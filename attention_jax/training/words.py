@@ -44,6 +44,9 @@ def _with_one_head(layer: partial) -> partial:
 # What becomes of the layer of a mechanism.
 ATTENTIONS = {"multihead": lambda layer: layer, "selfhead": _with_one_head}
 
+# The names of `attention_jax.layers.parts`.
+MLPS = {"gelu": "MLP"}
+
 # The names of flax.
 NORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "none": None}
 
@@ -72,5 +75,6 @@ def _blocks(stride):
     return attention_jax.masks.blocks(stride, summary=1)
 
 
-# How far a position sees.
+# How far a position sees. "strided": the last `stride` positions and every `stride`-th; "blocks": its
+# own block of `stride` positions and the last one of every block. Not causal: on both sides.
 PATTERNS = {"full": _full, "strided": _strided, "blocks": _blocks}
