@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from attention_jax.functional.gated_delta import gated_delta_attention
     from attention_jax.functional.linear import linear_attention
+    from attention_jax.functional.sigmoid import sigmoid_attention
     from attention_jax.layers import (
         MLP,
         AlibiBias,
@@ -42,6 +43,7 @@ _HOMES = {
     "dot_product_attention": "attention_jax.functional.dot_product",
     "explain": "attention_jax.functional.dot_product",
     "linear_attention": "attention_jax.functional.linear",
+    "sigmoid_attention": "attention_jax.functional.sigmoid",
     "differential_attention": "attention_jax.functional.differential",
     "gated_delta_attention": "attention_jax.functional.gated_delta",
     "AlibiBias": "attention_jax.layers",
@@ -88,6 +90,7 @@ __all__ = [
     "linear_attention",
     "masks",
     "positions",
+    "sigmoid_attention",
 ]
 __version__ = "0.1.0"
 

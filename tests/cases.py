@@ -21,6 +21,7 @@ from attention_jax import (
     gated_delta_attention,
     linear_attention,
     masks,
+    sigmoid_attention,
 )
 
 
@@ -151,6 +152,13 @@ CASES = [
         functools.partial(linear_attention, chunk_size=3),
         oracles.linear,
         masks=("none", "causal"),
+    ),
+    Case(
+        "sigmoid",
+        "sigmoid",
+        sigmoid_attention,
+        oracles.sigmoid,
+        arrays={"offset": (lambda sizes: (sizes.N,), -1.0, 1.0)},
     ),
     Case(
         "differential",

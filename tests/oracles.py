@@ -354,6 +354,26 @@ def linear(query, key, value, *, mask=None, feature_map=elu_plus_one):
     return out
 
 
+# Sigmoid attention.
+
+
+def sigmoid(query, key, value, *, offset=0.0, mask=None):
+    """Ramapuram et al. 2024, section 3: each weight by itself, with b = offset - log(S)."""
+    query, key, value = f64(query), f64(key), f64(value)
+    *batch, T, N, H = query.shape
+    S, K, V = value.shape[-3:]
+    mask = np.broadcast_to(True if mask is None else np.asarray(mask), (*batch, N, T, S))
+    offset = np.broadcast_to(f64(offset), (N,))
+    out = np.zeros((*batch, T, N, V))
+    for *b, t, n in np.ndindex(*batch, T, N):
+        b, k = tuple(b), n // (N // K)
+        for s in range(S):
+            if mask[b][n, t, s]:
+                x = float(query[b][t, n] @ key[b][s, k]) / math.sqrt(H) + offset[n] - math.log(S)
+                out[b][t, n] += value[b][s, k] / (1 + math.exp(-x))
+    return out
+
+
 # Differential attention.
 
 

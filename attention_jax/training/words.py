@@ -19,6 +19,11 @@ MECHANISMS = {
         attention_fn=attention_jax.linear_attention,
         dropout_rate=0.0,
     ),
+    "sigmoid": lambda depth: partial(
+        attention_jax.MultiHeadAttention,
+        attention_fn=attention_jax.sigmoid_attention,
+        learnt=("offset",),
+    ),
     # The paper's section 2.1.
     "differential": lambda depth: partial(
         attention_jax.DifferentialAttention, lambda_init=0.8 - 0.6 * math.exp(-0.3 * depth)
