@@ -24,6 +24,7 @@ from attention_jax import (
     masks,
 )
 from attention_jax.layers import Dropout
+from attention_jax.layers.parts import GatedMLP
 from attention_jax.training import words
 from attention_jax.training.build import make_model, make_task
 from attention_jax.training.config import check, default_config, problems
@@ -208,6 +209,22 @@ def test_a_later_layer_of_differential_attention_takes_more_away():
     layers = [block.attention for block in model.blocks]
     # 0.8 - 0.6 exp(-0.3 l) for l = 0, 1, 2.
     np.testing.assert_allclose([x.lambda_init for x in layers], [0.2, 0.355509, 0.470713], 1e-5)
+
+
+def test_swiglu_is_that_of_the_paper():
+    """Shazeer 2020, equation 6, with Swish_1(x) = x / (1 + exp(-x))."""
+    model = make_sequence_model(8, num_heads=2, mlp_ratio=2.0, mlp="swiglu")
+    params = init(model, VECTORS)["blocks_0"]["mlp"]
+    x = oracles.f64(VECTORS)
+    gate, up, down = (oracles.f64(params[name]["kernel"]) for name in ("gate", "in", "out"))
+    want = (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+    np.testing.assert_allclose(GatedMLP(16).apply({"params": params}, VECTORS), want, atol=1e-5)
+    assert all(set(x) == {"kernel"} for x in params.values())
+
+
+def test_a_word_for_an_mlp_needs_one():
+    with pytest.raises(ValueError, match=r"mlp='swiglu'.*mlp_ratio"):
+        make_sequence_model(8, num_heads=2, mlp="swiglu")
 
 
 def test_a_mechanism_is_a_line_and_what_it_lacks_is_refused(monkeypatch):

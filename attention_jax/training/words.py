@@ -50,7 +50,7 @@ def _with_one_head(layer: partial) -> partial:
 ATTENTIONS = {"multihead": lambda layer: layer, "selfhead": _with_one_head}
 
 # The names of `attention_jax.layers.parts`.
-MLPS = {"gelu": "MLP"}
+MLPS = {"gelu": "MLP", "swiglu": "GatedMLP"}
 
 # The names of flax.
 NORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "none": None}
@@ -80,6 +80,6 @@ def _blocks(stride):
     return attention_jax.masks.blocks(stride, summary=1)
 
 
-# How far a position sees. "strided": the last `stride` positions and every `stride`-th; "blocks": its
-# own block of `stride` positions and the last one of every block. Not causal: on both sides.
+# How far a position sees. "strided": the last `stride` positions and every `stride`-th; "blocks":
+# its own block of `stride` positions and the last one of every block. Not causal: on both sides.
 PATTERNS = {"full": _full, "strided": _strided, "blocks": _blocks}
