@@ -15,6 +15,64 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+# What takes longest, and has a sibling among the tests that always run: `pytest -m slow` runs these
+# and the tests that are marked where they stand.
+SLOW = (
+    *(
+        f"test_configs.py::test_the_first_step_runs[{name}"
+        for name in (
+            *("causal_window", "copy", "grouped_query", "layers", "lengths", "mad", "mqar"),
+            *("multi_head", "pmap", "recall", "sharded", "single_head", "window"),
+        )
+    ),
+    *(
+        f"test_train_cli.py::test_letters_that_the_screen_lacks_end_no_run[settings{i}"
+        for i in (0, 1)
+    ),
+    "test_train_cli.py::test_the_commands_of_the_original_work[--model multihead",
+    "test_experiment.py::test_a_run_stops_where_a_longer_one_first_reaches_the_target[p",
+    "test_experiment.py::test_a_run_stops_where_a_longer_one_first_reaches_the_target[sh",
+    "test_experiment.py::test_parameters_that_break_unseen_are_not_saved[p",
+    "test_experiment.py::test_parameters_that_break_unseen_are_not_saved[sh",
+    "test_experiment.py::test_the_baseline_does_not_depend_on_the_launcher",
+    *(
+        f"test_dot_product.py::test_half_precision_is_no_worse_than_twice_the_naive_error[{name}"
+        for name in (
+            "bias-float16-blockwise",
+            "long-float16-blockwise",
+            "causal-bfloat16-blockwise",
+        )
+    ),
+    *(
+        f"test_documents.py::test_a_packed_or_padded_document_is_the_document_alone[{kind}]"
+        for kind in ("none", "sinusoidal", "alibi", "strided, rotary")
+    ),
+    *(
+        f"test_transformations.py::test_{name}[{case}]"
+        for case in ("differential", "sigmoid")
+        for name in (
+            "pmap_and_shard_map_split_the_batch_and_change_nothing",
+            "scan_and_checkpoint_are_the_loop",
+            "vmap_over_a_batch_is_the_batch",
+            "forward_mode_and_second_order_are_derivatives",
+        )
+    ),
+    "test_mesh.py::test_devices_send_nothing[equal heads",
+    "test_mesh.py::test_vmap_on_a_mesh[queries",
+    "test_mesh.py::test_explicit_axes_of_a_model[rotary",
+    "test_mesh.py::test_one_axis_of_a_mesh_may_split_two_axes_of_an_array",
+    "test_step.py::test_a_run_with_bad_steps_is_the_run_of_the_sound_ones[p",
+    "test_step.py::test_a_run_with_bad_steps_is_the_run_of_the_sound_ones[sh",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-m` looks at the marks.
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def x64():
     """float64 is a type of its own for the length of one test, not float32 under another name."""

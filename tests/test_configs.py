@@ -22,8 +22,7 @@ def test_the_promised_configs_are_there():
     assert promised <= {file.stem for file in FILES}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_first_step_runs(file):
+def first_step(file):
     config = load(str(file))
     check(config)
     with config.unlocked():
@@ -31,7 +30,20 @@ def test_the_first_step_runs(file):
         config.eval.num_batches = 1
     # The schedule may count on more steps than one; nothing else is changed.
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.epochs - 1)
-    program = build(config)
+    return build(config)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_first_step_can_be_traced(file):
+    program = first_step(file)
+    state, metrics = jax.eval_shape(program.epoch, program.init.eval_shape(), program.rows)
+    assert state.step.shape == ()
+    assert all(values.shape[-1] == 1 for values in metrics.values())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_first_step_runs(file):
+    program = first_step(file)
     state, metrics = program.epoch(program.put_state(program.init()), program.rows)
     assert int(state.step) == 1
     assert all(np.isfinite(values).all() for values in jax.device_get(metrics).values())
