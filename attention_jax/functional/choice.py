@@ -15,8 +15,9 @@ from attention_jax.types import Array
 
 IMPLEMENTATIONS = ("dense", "blockwise", "cudnn")
 
-# Logits of all heads and batch rows from which tiles win on a CPU: 0.9 to 1.2 times at the
-# threshold, 2 to 7 times from T = 512 on. Below, the dense path has all kinds of derivatives.
+# From this number of logits on, over all heads and batch rows, tiles win on a CPU: 0.9 to 1.2 times
+# as fast here, 2 to 7 times from T = 512 on. For fewer logits the dense path is better, because it
+# has all kinds of derivatives.
 _CROSSOVER = 2**18
 
 
@@ -52,7 +53,7 @@ def _short(x: float) -> str:
 
 
 def choose(query: Array, key: Array, value: Array, options: Options) -> tuple[str, str]:
-    """The implementation that `None` stands for, and why; all arguments are checked."""
+    """The default implementation, and why; the arguments are already checked."""
     refused = refusal(query, key, value, options)
     if refused is None:
         return "cudnn", "the fused kernel serves this"
@@ -66,7 +67,7 @@ def choose(query: Array, key: Array, value: Array, options: Options) -> tuple[st
 
 
 def cost(implementation: str, reason: str, query, key, value, mask, block_size) -> Choice:
-    """What an implementation costs, for arguments that are checked."""
+    """The cost of an implementation, for checked arguments."""
     if not (query.size and value.size):
         return Choice(implementation, reason, 0, 0)
     *batch, T, N, H = query.shape
@@ -78,7 +79,7 @@ def cost(implementation: str, reason: str, query, key, value, mask, block_size) 
     t, alike, at_once = plan.t, plan.alike, plan.heads * plan.G
     if implementation == "dense":
         t, alike, at_once, mask = T, T, rows, None
-    # How many keys each block of queries meets; S where that is known to the running program alone.
+    # How many keys each block of queries sees; S where only the running program knows.
     blocks = [(min(alike, T - i), i) for i in range(0, T, alike)]
     widths = [_seen(mask, i, size, T, S) for size, i in blocks]
     flops = 2 * rows * (H + V) * sum(size * x for (size, _), x in zip(blocks, widths, strict=True))

@@ -1,7 +1,7 @@
 """The fused kernel of cuDNN, reached through jax.nn: the fast path on an NVIDIA GPU.
 
-It serves plain attention in half precision, full, causal or in a causal window. What it does not
-compute as `dot_product_attention` promises, it is not asked for: `refusal` says why.
+It computes plain attention in half precision: full, causal or in a causal window. It is not used
+where it breaks a promise of `dot_product_attention`; `refusal` gives the reason.
 """
 
 import jax
@@ -12,7 +12,7 @@ from attention_jax.types import Array
 
 
 def refusal(query: Array, key: Array, value: Array, options: Options) -> str | None:
-    """Why the kernel cannot do this, in a few words; None if it can."""
+    """Why the kernel cannot compute this, in a few words; None if it can."""
     mask, scale = options.mask, options.scale
     dtypes = sorted({str(x.dtype) for x in (query, key, value)})
     T, S, H, V = query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1]
@@ -25,9 +25,9 @@ def refusal(query: Array, key: Array, value: Array, options: Options) -> str | N
         or H % 8 > 0
         or H > largest,
         "it has no empty arrays": query.size == 0 or key.size == 0,
-        # Biases there: float32 ones can give NaN gradients, and an empty row is no zero.
+        # In cuDNN float32 biases can give NaN gradients, and an empty row is not zero.
         "it has no bias": options.bias is not None,
-        # Of other masks it would need the whole [T, S] array, and their empty rows are no zeros.
+        # Other masks would need the whole [T, S] array, and their empty rows are not zero.
         "of masks it has causal() and window(left) for T = S": mask is not None
         and not (_is_causal_band(mask) and T == S),
         "it has no softcap": options.softcap is not None,
@@ -40,10 +40,10 @@ def refusal(query: Array, key: Array, value: Array, options: Options) -> str | N
 
 
 def cudnn_attention(query: Array, key: Array, value: Array, options: Options) -> Array:
-    """`dot_product_attention` for arguments that `refusal` has nothing against."""
+    """`dot_product_attention` for arguments without a `refusal`."""
     mask = options.mask
-    # One batch axis; causal is set with every window: without it the kernel takes a left window
-    # for one that is open to the future.
+    # One batch axis. `is_causal` is set with every window: without it the kernel would show the
+    # future in a left window.
     flat = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     left = None if mask is None else mask.left
     out = jax.nn.dot_product_attention(

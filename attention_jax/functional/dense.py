@@ -1,6 +1,6 @@
-"""The definition of attention: equation 1 with everything that people add to it.
+"""The definition of attention: equation 1 with masks, biases, softcap, sinks and dropout.
 
-It is the oracle of every faster path, so it is written to be read.
+Every faster path is tested against it, so it is written to be read.
 """
 
 import functools
@@ -33,7 +33,7 @@ def dense_attention(
     peak = jax.lax.stop_gradient(peak)
     # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
     weights = jnp.exp(where(visible, logits - peak))
-    # `where`, not a large negative logit: a row that sees nothing has weights 0, not 1 / S.
+    # `where`, not a large negative logit: a row without visible keys has weights 0, not 1 / S.
     total = where(visible, weights).sum(-1, keepdims=True)
     if options.sinks is not None:
         total += jnp.exp(sinks - peak)
@@ -55,8 +55,8 @@ def dense_attention(
 def visible_logits(query: Array, key: Array, options: Options) -> tuple[Array, Array | None]:
     """softcap(scale * query key^T) + bias, `[..., N, T, S]`, and which of them are visible.
 
-    What is not visible is a finite number, so that no NaN in a masked key reaches a derivative.
-    Where all are visible, that is None.
+    Hidden logits are finite, so that no NaN in a masked key reaches a derivative. The second result
+    is None where all logits are visible.
     """
     *batch, T, N, H = query.shape
     S, K = key.shape[-3:-1]
@@ -64,7 +64,7 @@ def visible_logits(query: Array, key: Array, options: Options) -> tuple[Array, A
     bias, visible = options.arrays(query, key)  # Both broadcast to [..., N, T, S].
     if bias is not None:
         bias = bias.astype(jnp.promote_types(inputs, jnp.float32))
-        # Not `isneginf`, which makes an infinity of its own: `jax.debug_infs` would see it.
+        # Not `isneginf`: it creates an infinity that `jax.debug_infs` would report.
         allowed = ~(bias < jnp.finfo(bias.dtype).min)
         visible = allowed if visible is None else visible & allowed
     # Heads stand before positions. The query heads that share a key head are rows of one product.
@@ -105,10 +105,9 @@ def where(visible: Array | None, x: Array) -> Array:
 
 
 def product(a: Array, b: Array) -> Array:
-    """`_product_at` the precision that is the default here and now.
+    """`_product_at` the current default precision.
 
-    The derivative is traced later, maybe outside of the contexts that set the precision and the
-    defaults.
+    The derivative is traced later, maybe outside of the contexts that set precision and defaults.
     """
     return _product_at(a, b, jax.config.jax_default_matmul_precision)
 
@@ -118,9 +117,9 @@ def product(a: Array, b: Array) -> Array:
 def _product_at(a: Array, b: Array, precision: str | None) -> Array:
     """The matrix product a b, in float32 at least, with derivatives fit for attention.
 
-    They take NaN and Inf in `a` and `b` for 0. In the forward pass a mask removes what these spoil;
-    in the backward pass they would meet the zeros of the mask in a product, and 0 * NaN is NaN. A
-    visible NaN still shows: the output and so its cotangent are NaN.
+    The derivatives treat NaN and Inf in `a` and `b` as 0. In the forward pass a mask removes the
+    spoilt results. In the backward pass NaN would meet the zeros of the mask in a product, and 0 *
+    NaN is NaN. A visible NaN still shows: the output is NaN, and so is its cotangent.
     """
     dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
     return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
@@ -132,8 +131,8 @@ def _(precision, primals, tangents):
     product = functools.partial(_product_at, precision=precision)
     d_a, d_b = tangents
     a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
-    # a d_b as (d_b^T a^T)^T: its transpose is then a product of two matrices as they lie in memory.
-    # What autodiff makes of a d_b itself, a^T times a cotangent, is 3 to 5 times slower on a CPU.
+    # a d_b is written as (d_b^T a^T)^T: then its transpose multiplies two matrices as they are
+    # stored. The transpose of a d_b itself, a^T times a cotangent, is 3 to 5 times slower on a CPU.
     a_d_b = product(_transposed(d_b), as_written(_transposed(a)))
     return product(*primals), product(d_a, b) + _transposed(as_written(a_d_b))
 

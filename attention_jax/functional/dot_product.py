@@ -1,7 +1,7 @@
-"""Scaled dot-product attention: the door that all callers come through.
+"""Scaled dot-product attention: the function that all callers use.
 
-It checks what came, chooses who computes it (`choice`), and hands over: to the definition
-(`dense`), to the same numbers tile by tile (`blockwise`), or to the kernel of a GPU (`cudnn`).
+It checks the arguments, chooses an implementation (`choice`) and calls it: the definition
+(`dense`), the same numbers tile by tile (`blockwise`), or the kernel of a GPU (`cudnn`).
 """
 
 import functools
@@ -43,9 +43,9 @@ def dot_product_attention(
 
         softmax(softcap(scale * query key^T) + bias, where=mask) value
 
-    Logits, softmax and sums are in float32 at least. A query that may attend to nothing returns
-    exact zeros and passes exact zeros back. What is masked has no influence: NaN or Inf in keys,
-    and any finite number in values, changes neither outputs nor gradients.
+    Logits, softmax and sums are in float32 at least. A query with no visible key returns exact
+    zeros and passes exact zeros back. Masked positions have no influence: NaN or Inf in keys, and
+    any finite number in values, changes neither outputs nor gradients.
 
     Args:
         query: `[..., T, N, H]`.
@@ -57,23 +57,23 @@ def dot_product_attention(
             "may attend".
         scale: Multiplies the logits. Defaults to `H ** -0.5`.
         softcap: Bounds the scaled logits x to `softcap * tanh(x / softcap)`.
-        sinks: `[N]` logits that take part in the normaliser and have no value, so that a head may
-            attend to nothing in particular.
+        sinks: `[N]` logits that enter the normaliser but have no value, so that the weights of a
+            head may sum to less than 1.
         dropout_rate: The probability with which each normalised weight is dropped, in [0, 1); the
-            others grow by `1 / (1 - dropout_rate)`. Which ones depends on (rng, batch, head, query,
-            key) alone.
+            others grow by `1 / (1 - dropout_rate)`. The dropped ones depend on (rng, batch, head,
+            query, key) alone.
         dropout_rng: A PRNG key; needed when `dropout_rate` is above 0.
         deterministic: Turns dropout off.
         implementation: "dense" is the definition; "blockwise" gives the same numbers in memory
             linear in S, gradients too; "cudnn" is the fused kernel of an NVIDIA GPU, in half
-            precision. None takes "cudnn" where it can serve, else "dense" for few logits and
-            "blockwise" for more: see `explain`. Forward mode (`jax.jvp`) of the attention itself is
-            for "dense" alone, elsewhere jax refuses it; that of a gradient, which is a product
-            with the Hessian, is for "blockwise" too.
+            precision. None takes "cudnn" where it is supported, else "dense" for few logits and
+            "blockwise" for more: see `explain`. Only "dense" has forward mode (`jax.jvp`); jax
+            refuses it for the others. "blockwise" has forward mode of a gradient, which is a
+            product with the Hessian.
         block_size: An integer or (query_block, key_block), for "blockwise" only.
         return_residual: Also returns the logsumexp of each row's logits, sinks included: float32
-            (float64 for float64) `[..., T, N]`, differentiable. For a query that may attend to
-            nothing it is the sink, and -inf without sinks.
+            (float64 for float64) `[..., T, N]`, differentiable. For a query with no visible key it
+            is the sink, and -inf without sinks.
 
     Returns:
         `[..., T, N, V]` in the dtype of `query`; with `return_residual`, that and the residual.
@@ -128,8 +128,8 @@ def _compute(name, block_size, query, key, value, options):
 def explain(*arguments, **options) -> Choice:
     """Which implementation `dot_product_attention` takes, why, and what it costs.
 
-    Arguments and errors are those of `dot_product_attention`; nothing is computed, and what may be
-    an array may be a `jax.ShapeDtypeStruct`.
+    Arguments and errors are those of `dot_product_attention`. It computes no attention, and a
+    `jax.ShapeDtypeStruct` may replace any array.
 
     >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
     >>> explain(x, x, x).implementation
@@ -152,7 +152,7 @@ def explain(*arguments, **options) -> Choice:
 
     jax.eval_shape(look, arrays)
     *explained, block_size = explained
-    mask = numbers.get("mask")  # Not that of `look`, where its numbers are not known.
+    mask = numbers.get("mask")  # Not the mask in `look`: it is traced there.
     return cost(*explained, None if mask is None else as_mask(mask), block_size)
 
 
@@ -207,8 +207,8 @@ def attention_weights(
 ) -> Array:
     """The weights `[..., N, T, S]` that `dot_product_attention` averages the values with.
 
-    Arguments are those of `dot_product_attention`. Rows sum to 1, to less where `sinks` take their
-    share, and to 0 for a query that may attend to nothing.
+    Arguments are those of `dot_product_attention`. Rows sum to 1, to less with `sinks`, and to 0
+    for a query with no visible key.
     """
     query, key, _ = check_qkv(query, key, key)
     options = make_options(query, bias, mask, scale=scale, softcap=softcap, sinks=sinks)

@@ -1,13 +1,13 @@
-"""Dropout that depends on where a weight stands and on nothing else.
+"""Dropout that depends on the place of a weight only.
 
 `jax.random.bernoulli(rng, rate, shape)` gives other bits for another shape, so a blockwise path, a
-padded batch or a cached prefix would drop other weights than the definition. Here the fate of a
-weight is a hash of (rng, batch, head, query, key): the same for every implementation, block size
-and padded length.
+padded batch or a cached prefix would drop other weights than the definition. Here a hash of (rng,
+batch, head, query, key) decides. So every implementation, block size and padded length drops the
+same weights.
 
-Batch and head are counted in the arrays that the function is given. Under `shard_map` or `pmap`
-these are one device's part, so with one rng for all, every device drops the same weights: give each
-its own, `jax.random.fold_in(rng, jax.lax.axis_index(axis_name))`.
+Batch and head are counted in the arrays that the function gets. Under `shard_map` or `pmap` these
+are one device's part, so with one rng every device would drop the same weights. Give each device
+another rng: `jax.random.fold_in(rng, jax.lax.axis_index(axis_name))`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from attention_jax.types import Array
 def row_words(rng: Array, batch_shape: Sequence[int], num_heads: int, num_queries: int) -> Array:
     """Two random words for each row of the logits, `[..., N, T, 2]` uint32.
 
-    The PRNG folds in one index after another, so a row's words do not know how many rows there are.
+    The PRNG folds in one index after another, so a row's words do not depend on the number of rows.
     """
     shape = (*batch_shape, num_heads, num_queries)
     rows = as_rng("dropout_rng", rng)[None]
@@ -45,7 +45,7 @@ def keep_tile(words: Array, rate: float | Array, at: Tile) -> Array:
         Boolean, `[..., N, t_size, s_size]`.
     """
     first, second = words[..., :1], words[..., 1:]
-    # A row's 64 bits enter in two rounds, so two rows with one equal word are still unrelated.
+    # A row's two words enter one after the other, so rows that share one word are still unrelated.
     bits = _mix(at.s.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + first)
     bits = _mix(bits ^ second)
     return bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
@@ -60,7 +60,7 @@ def keep_mask(
     num_queries: int,
     num_keys: int,
 ) -> Array:
-    """The weights that survive, boolean `[..., N, T, S]`: what every implementation applies."""
+    """The weights that survive, boolean `[..., N, T, S]`; every implementation uses these."""
     words = row_words(rng, batch_shape, num_heads, num_queries)
     return keep_tile(words, rate, Tile.whole(num_queries, num_keys))
 

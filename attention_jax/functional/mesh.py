@@ -1,9 +1,9 @@
 """Work on a mesh of devices: each device computes the batch rows and heads that it holds.
 
-XLA splits plain operations over devices by itself. It cannot split a loop that takes one batch row
-after another: each device would gather the whole batch. `on_each_device` runs such a loop on each
-device's own rows and heads. `in_auto` serves meshes with Explicit axes, on which every operation
-has to say how its result is split: inside of it the compiler finds that out.
+XLA splits plain operations over devices by itself. It cannot split a loop over batch rows: each
+device would gather the whole batch. `on_each_device` runs such a loop on each device's own rows and
+heads. `in_auto` is for meshes with Explicit axes. There every operation has to say how its result
+is split; inside `in_auto` the compiler decides that.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from jax.sharding import PartitionSpec as P
 
 from attention_jax.types import Array, PyTree
 
-# What an axis of an array runs over: an integer i is batch axis i, "N" query heads, "K" key heads.
-# All else is whole on every device.
+# The meaning of each axis of an array: an integer i is batch axis i, "N" query heads, "K" key
+# heads. None is an axis that is whole on every device.
 Axes = tuple[int | str | None, ...]
 
 
 def in_auto(compute: Callable, arguments: Sequence[PyTree], results: PyTree) -> PyTree:
-    """`compute(*arguments)`, in which the compiler splits the work over Explicit axes of a mesh.
+    """`compute(*arguments)`, with Explicit axes of a mesh left to the compiler.
 
     Args:
-        compute: Uses no array of jax beside its arguments.
-        arguments: Trees of arrays, some of which may be split over Explicit axes, and of anything.
-        results: The partition of each result of `compute` on such a mesh, as `P`.
+        compute: A function that uses no array of jax except its arguments.
+        arguments: Trees of arrays, which may be split over Explicit axes, and of other values.
+        results: The partition `P` of each result of `compute` on such a mesh.
     """
     leaves, tree = jax.tree.flatten(arguments)
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
@@ -53,7 +53,7 @@ def in_auto(compute: Callable, arguments: Sequence[PyTree], results: PyTree) -> 
 
 
 def partition_of(x: Array, *axes: int | None) -> P:
-    """How these axes of `x` are split over Explicit axes of a mesh; None is an axis that is not."""
+    """How these axes of `x` are split over Explicit axes of a mesh; None is an unsplit axis."""
     if _explicit_mesh(x) is None:
         return P(*[None] * len(axes))
     spec = jax.typeof(x).sharding.spec
@@ -74,7 +74,7 @@ def _explicit_mesh(x):
 def axes_of(x: Array, letters: str, num_batch: int) -> Axes:
     """The `Axes` of an array whose last axes are those of `letters`, after some of the batch axes.
 
-    An axis of one entry serves all rows or heads, so it runs over nothing.
+    An axis of one entry serves all rows or heads, so it is None.
     """
     names = (*range(num_batch), *(name if name in "NK" else None for name in letters))
     names = names[len(names) - x.ndim :]
@@ -87,17 +87,17 @@ def on_each_device(
     axes: Sequence[Axes],
     result_axes: Sequence[Axes],
 ) -> Sequence[Array]:
-    """`body(*arguments)`, in which each device computes the batch rows and heads that it holds.
+    """`body(*arguments)`, where each device computes the batch rows and heads that it holds.
 
-    Where query heads are split over more devices than there are key heads, each device takes the
-    key head that its query heads read. The compiler alone knows how many devices there are, so
-    `body` must work for arrays of any number of rows and heads.
+    If query heads are split over more devices than there are key heads, each device takes the key
+    head that its query heads read. Only the compiler knows the number of devices, so `body` must
+    work for any number of rows and heads.
 
     Args:
-        body: Makes a list of arrays. Query head n must read key head n // (N / K).
-        arguments: Trees of arrays. How the first array is split says how the work is; it has all
-            batch axes and query heads.
-        axes: What the axes of each array in `arguments` run over.
+        body: Returns a list of arrays. Query head n must read key head n // (N / K).
+        arguments: Trees of arrays. The work is split as the first array is split; it has all batch
+            axes and query heads.
+        axes: The `Axes` of each array in `arguments`.
         result_axes: The same for the results. A result that lacks some of the batch axes or query
             heads must be a sum over them.
     """
@@ -122,7 +122,7 @@ def on_each_device(
 
     @mapped.def_vmap
     def _(size, batched, *operands):
-        # The new axis is a batch axis of every operation: the compiler can split that one.
+        # The new axis is a batch axis of every operation, so the compiler can split it.
         found = jax.vmap(flat, [0 if one else None for one in batched], axis_size=size)(*operands)
         return found, (True,) * len(found)
 
@@ -130,10 +130,10 @@ def on_each_device(
 
 
 def _partitioned(body, operands, axes, result_axes):
-    """`on_each_device`, for devices that the compiler will name."""
+    """`on_each_device`, after its checks; the compiler chooses the devices."""
     program = jax.make_jaxpr(body)(*operands)
     constants = [jnp.asarray(x) for x in program.consts]
-    # The compile cache does not see what the call computes: this tells one program from another.
+    # The compile cache does not look into the call; this digest tells programs apart.
     digest = hashlib.sha256(str(program.jaxpr).encode()).digest()
     extra = [*constants, jnp.asarray(np.frombuffer(digest, np.uint32))]
     all_axes = [*axes, *((None,) * x.ndim for x in extra)]
@@ -157,7 +157,7 @@ def _partitioned(body, operands, axes, result_axes):
         places = (tuple(map(split.sharding, names)) for names in (result_axes, all_axes))
         return split.mesh, own, *places
 
-    def infer(mesh, shapes, results):  # Where jax's older partitioner is asked for.
+    def infer(mesh, shapes, results):  # For jax's older partitioner.
         return partition(mesh, shapes, results)[2]
 
     call = custom_partitioning(whole)
@@ -167,7 +167,7 @@ def _partitioned(body, operands, axes, result_axes):
 
 
 def _rule(axes, result_axes, merged):
-    """Tells the compiler which axes are split alike; `merged`: as many key heads as query heads."""
+    """Tells the compiler which axes are split alike; `merged`: N equals K."""
     numbers = itertools.count()
     unsplit = []
 
@@ -187,7 +187,8 @@ class _Split(NamedTuple):
     """How rows and heads are split over devices.
 
     Attributes:
-        mesh: Its axes are as fine as they can be, for one axis of a mesh may split two of an array.
+        mesh: Its axes are as fine as possible, because one axis of a mesh may split two of an
+            array.
         used: The axes of the mesh over which batch axis i, "N" and "K" are split.
         num_key_heads: K.
     """
@@ -198,9 +199,9 @@ class _Split(NamedTuple):
 
     @classmethod
     def of(cls, sharding, mesh, names, sizes) -> "_Split":
-        """The split that `sharding` of an array with axes `names` comes to."""
+        """The split that follows from the `sharding` of an array with axes `names`."""
         K = sizes.get("K", 1)
-        if mesh.empty:  # The order of the devices is not known: each computes all.
+        if mesh.empty:  # The order of the devices is unknown, so each computes all.
             return cls(Mesh(np.array([*sharding.device_set]), ("devices",)), {}, K)
         mesh, used = _finest(mesh), {}
         for name, found in zip(names, _mesh_axes(sharding, mesh, len(names)), strict=True):
@@ -210,7 +211,7 @@ class _Split(NamedTuple):
         heads = math.prod(mesh.shape[axis] for axis in used.get("N", ()))
         if K % heads == 0:
             used["K"] = used.get("N", ())
-        elif heads % K:  # The query heads of one device would read several, and not all of each.
+        elif heads % K:  # One device would read parts of several key heads.
             del used["N"]
         return cls(mesh, used, K)
 
@@ -219,7 +220,7 @@ class _Split(NamedTuple):
 
     @property
     def one_key_head(self) -> bool:
-        """Whether each device takes one of the key heads, all of which it holds."""
+        """Whether each device holds all key heads and takes one."""
         return "N" in self.used and "K" not in self.used
 
     def own_key_head(self, x: Array, names: Axes) -> Array:
@@ -228,7 +229,7 @@ class _Split(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(x, self._key_head(), 1, names.index("K"))
 
     def summed(self, x: Array, names: Axes) -> Array:
-        """A result of one device as all of them hold it."""
+        """A result of one device, summed over all devices that share it."""
         if self.one_key_head and "K" in names:
             axis = names.index("K")
             shape = (*x.shape[:axis], self.num_key_heads, *x.shape[axis + 1 :])
@@ -260,9 +261,9 @@ def _primes(n: int) -> list[int]:
 
 
 def _mesh_axes(sharding, mesh: Mesh, ndim: int) -> list[tuple[str, ...]]:
-    """Over which axes of the mesh each axis of an array is split, the coarsest first.
+    """The axes of the mesh that split each axis of an array, the coarsest first.
 
-    Read off the place of each device's part: jax has no public way to ask for it.
+    It is derived from the place of each device's part, because jax has no public function for it.
     """
     parts = sharding.devices_indices_map((mesh.size,) * ndim)  # Any size that can be split.
     starts = {device: [s.start or 0 for s in part] for device, part in parts.items()}
@@ -290,7 +291,7 @@ def full_like(like: Array, fill: float, shape: Sequence[int], dtype=None) -> Arr
 
 
 def vary_alike(tree: PyTree) -> PyTree:
-    """All arrays varying over the same devices: gradients are summed where that changed one."""
+    """All arrays, made to vary over the same devices; a changed array's gradient is summed."""
     axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: _vary(x, axes), tree)
 

@@ -1,4 +1,4 @@
-"""What a caller asks of an attention beside query, key and value, checked once at the door."""
+"""The arguments of an attention beside query, key and value, checked once."""
 
 import math
 from typing import NamedTuple
@@ -22,8 +22,8 @@ class Options(NamedTuple):
     """The options of `dot_product_attention`, whatever computes it.
 
     Attributes:
-        bias, mask, scale, softcap, sinks: As there; None is left out, for `scale` the default.
-        rate: The dropout rate; None where nothing is dropped.
+        bias, mask, scale, softcap, sinks: As in `dot_product_attention`.
+        rate: The dropout rate; None without dropout.
         rng: The PRNG key of the dropout.
         residual: Whether the logsumexp is wanted.
     """
@@ -94,7 +94,7 @@ def make_options(
 
 
 def _active_rate(rate, rng, deterministic) -> float | Array | None:
-    """The dropout rate, or None where nothing is dropped."""
+    """The dropout rate, or None without dropout."""
     check_rate("dropout_rate", rate)
     check_flag("deterministic", deterministic)
     if deterministic or known(rate) == 0:

@@ -1,8 +1,8 @@
-"""The softmax of a block of queries without looking for its peaks: faster on a CPU.
+"""The softmax of a block of queries without its peaks: faster on a CPU.
 
-A softmax subtracts the largest logit of each row, its peak, so that exponentials stay inside of
-what floats hold. Most rows do not need it. Here tiles are added as if all peaks were 0; rows that
-do not fit are computed again, with their peaks (`Rows.attend` in `blockwise`).
+A softmax subtracts the largest logit of each row, its peak, so that exponentials do not overflow or
+vanish. Most rows do not need it. This module adds tiles as if all peaks were 0. If some row
+overflows or vanishes, it is computed again with its peak (`Rows.attend` in `blockwise`).
 
 Without peaks the tiles of a block need no order, so the triangle of a causal mask is divided into
 squares, see `_attend_halved`.
@@ -20,10 +20,10 @@ _LEAST_TOTAL, _MOST_TOTAL = 1e-6, 1e20  # Sums of exp(logit) that need no peak.
 
 
 def attend(rows):
-    """What `rows.attend()` returns: values mixed by normalised weights, and peak and total.
+    """The results of `rows.attend()`: values mixed by normalised weights, peak and total.
 
-    A row needs no peak where its sum of exp(logit) and what that mixes stay well inside of what
-    floats hold. The logarithm of the sum then does for its peak.
+    A row needs no peak if its sum of exp(logit) and its mixed values stay well inside the range of
+    floats. Then the logarithm of the sum serves as its peak.
     """
     if rows.work.halved:
         mixed, total, *rounded = _attend_halved(rows)
@@ -33,11 +33,11 @@ def attend(rows):
         )
     held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
     total, *rounded = (jnp.where(held, x, 1) for x in (total, *rounded))
-    # The normaliser is then 1, whose square, in derivatives of derivatives, is no trouble.
+    # The normaliser is then 1. Its square, in second derivatives, cannot overflow.
     peak = lax.stop_gradient(jnp.log(total))
     shrink = jnp.exp(-peak)
     total *= shrink
-    if rounded:  # What was multiplied sums to this.
+    if rounded:  # The rounded weights, which were multiplied, sum to this.
         shrink *= lax.stop_gradient(total / (rounded[0] * shrink))
 
     def again(*found):
@@ -49,9 +49,9 @@ def attend(rows):
 
 
 def _attend_halved(rows):
-    """Squares of keys before these queries, then a triangle, of which only the tips are masked.
+    """Squares of the keys before these queries, then a triangle of which only the tips are masked.
 
-    The square below the diagonal halves of a triangle, then the same of each of these halves.
+    A triangle is a square and two smaller triangles; these are divided in the same way.
     """
     work, at = rows.work, rows.rules.at
 
@@ -61,7 +61,7 @@ def _attend_halved(rows):
         return _add(part, rules.here(s_start, s_size, masked), carry)
 
     def triangle(start, stop, carry):
-        """These rows by the keys among themselves."""
+        """These queries with their own keys."""
         first = at.t_start + start
         if stop - start <= LEAST_TRIANGLE:
             return add(start, stop, first, stop - start, True, carry)
@@ -86,8 +86,8 @@ def _attend_halved(rows):
 def _add(rows, here, carry):
     """Mixed values and normalisers with one more tile, all peaks being 0.
 
-    Where weights are rounded to be multiplied, also the sum of the rounded ones, to divide by:
-    the largest weight of a row is 1 beside its own peak, which rounding spares; here it is not.
+    If weights are rounded for the product, also the sum of the rounded weights, to divide by. A
+    softmax with peaks does not need it: there the largest weight is 1, which rounding keeps.
     """
     weights = exp(rows.logits(here))
     totals = [weights.sum(-1)]

@@ -1,6 +1,7 @@
-"""How the work of blockwise attention is divided: tiles of the logits, and the order they come in.
+"""How blockwise attention divides its work: the tiles of the logits, and their order.
 
-The walk is: groups of heads, in each group blocks of queries, for each block tiles of keys.
+It goes over groups of heads, in each group over blocks of queries, for each block over tiles of
+keys.
 """
 
 import math
@@ -16,10 +17,10 @@ from attention_jax.functional.tiles import Tile
 from attention_jax.functional.xla_cpu import ONE_CORE, as_written
 from attention_jax.types import Array
 
-GRAIN = 64  # Tiles begin and end at multiples of this where they can: the width of a product.
+GRAIN = 64  # Tiles begin and end at multiples of this where possible, for fast products.
 LEAST_TRIANGLE = 256  # Rows down to which the triangle of a causal mask is halved.
 _ROOM = 2**22  # Bytes of a tile and its rows, up to which several heads share a turn on a CPU.
-# Elsewhere: many heads at once feed a large device. Not measured yet.
+# Other devices take many heads at once, because they are large. Not measured yet.
 _OFF_CPU, _SIDE = 2**28, 512
 _MOST_UNROLLED = 16  # Blocks of queries that are written out one by one, each with its own keys.
 
@@ -28,15 +29,16 @@ class Tiling(NamedTuple):
     """The sizes of the tiles of one pass.
 
     Attributes:
-        t, s: Queries in a tile, and the most keys. In a loop over blocks that do not divide T or S
-            the last one ends with the sequence and overlaps the one before it; what is in both
-            counts once.
-        box: How many of each leading axis are taken at once, a divisor of each; the last axes come
-            whole before one that is divided, and one of each of those before.
-        unrolled: The blocks of queries are no loop, so that each has a tile of just its keys.
-        halved: Each query sees the keys up to itself, and what a block of queries sees among
-            themselves is divided into ever smaller squares, see `peakless`. The last block has
-            fewer queries where t does not divide T; where there are several, s divides t.
+        t, s: The number of queries in a tile, and the largest number of keys. If they do not divide
+            T or S, the last block of a loop ends with the sequence and overlaps the block before;
+            the overlap counts once.
+        box: How many entries of each leading axis are taken at once, a divisor of its size. The
+            last axes are whole, then one axis may be divided, and the axes before it are 1.
+        unrolled: The blocks of queries are written out, not looped over, so that each has a tile of
+            only its keys.
+        halved: Each query sees the keys up to itself, and the triangle of a block's own keys is
+            divided into ever smaller squares, see `peakless`. The last block has fewer queries if t
+            does not divide T. With several blocks s divides t.
         peakless: The forward pass is that of `peakless`.
     """
 
@@ -49,15 +51,15 @@ class Tiling(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What one call is about.
+    """The sizes and types of one call.
 
     Attributes:
         lead: The sizes of the batch axes and of the axis of key heads.
         G, T, S: Query heads per key head, queries, keys.
-        scales: What queries are multiplied by when they are read, and logits when they are made;
-            one of the two is 1. Queries where that rounds nothing, for it is less work.
+        scales: The factor of queries when they are read, and the factor of logits; one of the two
+            is 1. Scaling queries is less work, but it is taken only where it is exact.
         dtype: The type of logits, softmax and sums.
-        operand: The type of what is multiplied; `dtype` but for bfloat16.
+        operand: The type of the operands of products: `dtype`, except for bfloat16.
     """
 
     lead: tuple[int, ...]
@@ -88,7 +90,7 @@ class Pass:
     def stack(self) -> tuple[int, ...]:
         """The leading axis of tiles: heads, or none for a single one.
 
-        XLA fuses a product of matrices with what becomes of it, a batch of one product not.
+        XLA fuses a single product with the operations after it, but not a batch of one product.
         """
         return (self.heads,) if self.heads > 1 else ()
 
@@ -113,11 +115,12 @@ class Pass:
 
     @property
     def narrow(self) -> bool:
-        """What is multiplied is narrower than the sums."""
+        """Operands of products are narrower than their sums."""
         return self.operand != self.dtype
 
     def right(self, x: Array) -> Array:
-        """The right operand x^T: XLA multiplies narrow numbers fast where that is no transpose."""
+        """The right operand x^T, stored: XLA multiplies narrow numbers fast only without a
+        transpose."""
         return as_written(transposed(x)) if self.narrow else transposed(x)
 
     def group(self, g: int | Array) -> Tile:
@@ -148,7 +151,7 @@ class Pass:
         carry = loop(0, whole, block, carry, self.unrolled)
         return carry if whole == self.blocks else block(whole, carry)
 
-    # How a part of the inputs stands while it is worked on.
+    # The layouts of the inputs inside the passes.
 
     def by_row(self, x: Array) -> Array:
         """The queries of a block: `[..., t, N, ...]` -> `[heads, G t, ...]`."""
@@ -178,7 +181,7 @@ class Pass:
 
 
 class Plan(NamedTuple):
-    """Both passes; static, and all that a compiled program depends on besides shapes."""
+    """Both passes. It is static: with the shapes it decides the compiled program."""
 
     forward: Pass
     backward: Pass
@@ -187,8 +190,8 @@ class Plan(NamedTuple):
 def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform) -> Plan:
     """The plan for these sizes, this type of the inputs and this platform ("cpu", "gpu", "tpu").
 
-    `block_size` overrides both sizes of the tiles. Of sizes that an export leaves open the plan
-    knows nothing: a length is one tile, and an axis of the batch or of heads is taken one by one.
+    `block_size` overrides both sizes of the tiles. An export may leave sizes open. Then an open
+    length is one tile, and an open axis of the batch or of heads is taken one by one.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
@@ -206,7 +209,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform) -> Pla
 
 
 def default_platform() -> str:
-    """Where a program runs that says nothing else."""
+    """The platform on which programs run by default."""
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()
@@ -214,7 +217,8 @@ def default_platform() -> str:
 
 
 def _tiling(sizes, H, most, room, t, s) -> Tiling:
-    """Tiles of t queries and s keys, `most` of which are seen, in no more bytes than `room`."""
+    """Tiles of t queries and s keys, of which at most `most` are visible, in at most `room`
+    bytes."""
     t, s = min(t, sizes.T), min(s, sizes.S)
     rows, columns = sizes.G * t, min(s, most)
     size = rows * columns * sizes.dtype.itemsize
@@ -223,16 +227,16 @@ def _tiling(sizes, H, most, room, t, s) -> Tiling:
 
 
 def _cpu_tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
-    """The tiles of the forward and of the backward pass, the fastest that were found on a CPU.
+    """The fastest tiles that were found on a CPU, for the forward and the backward pass.
 
-    A tile of whole rows, from the first key that is seen to the last, has no others to be added to,
-    so it is taken for up to 4096 keys. `docs/performance.md` says how they were measured.
+    Up to 4096 keys a tile takes whole rows, from the first visible key to the last: then no tiles
+    have to be added. `docs/performance.md` says how the tiles were measured.
     """
     lead, G, T, S, _, wide, operand = sizes
     some = min(256, -(-T // 2))
 
     def bounds(i):
-        """What is known of the keys that `some` queries see, from i on."""
+        """The known bounds of the keys that queries i to i + `some` see."""
         known = None if mask is None else mask.bounds(Tile(i, some, 0, S, T, S))
         return known or Bounds((0, S), (0, S))
 
@@ -254,11 +258,11 @@ def _cpu_tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
     few = 2048 if operand == wide else 1024
     forward, back = tiling(side, side, 2 * _ROOM), tiling(side, side)
     if narrow < S and heads >= 4 and narrow <= 512:
-        # A window: small squares, of which many heads share a turn.
+        # A window takes small squares of many heads at once.
         small = 128 if heads >= 8 else 256
         forward, back = tiling(small, small, 2 * _ROOM), tiling(small, small)
     elif most < S and most <= 4096:
-        forward = back = tiling(256, S, _ROOM // 2)  # As wide as the window, wherever it stands.
+        forward = back = tiling(256, S, _ROOM // 2)  # As wide as the window.
     elif alike:
         if S <= 4096:
             forward = tiling(min(1024, 2**21 // S), S, 2 * _ROOM)
@@ -268,7 +272,7 @@ def _cpu_tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
         small = 128 if S <= 512 else 256
         forward, back = tiling(small, small, 2 * _ROOM), tiling(small, small)
     elif known and max(T, S) <= few and tiling(256, S, unrolled=True).unrolled:
-        # Blocks that see each its own number of keys are written out while they are few.
+        # Blocks with different numbers of keys are written out while they are few.
         block = min(256, G * GRAIN * -(-T // (2 * GRAIN)))
         forward = tiling(block, S, 2 * _ROOM if 128 < S <= 512 else _ROOM, unrolled=True)
         if max(T, S) <= 1024 and (heads < 4 or S <= 256 or (S <= 512 and H > 64)):
@@ -282,9 +286,9 @@ def _cpu_tilings(sizes, H, mask, block_size) -> tuple[Tiling, Tiling]:
 
 
 def _is_triangle(mask, T, S):
-    """Whether each query sees the keys up to itself, by what the mask says of every 64 of them.
+    """Whether each query sees the keys up to itself, by the mask's bounds for every 64 queries.
 
-    Squares end at multiples of 64 (`GRAIN`), and what is smaller is masked.
+    Squares end at multiples of 64 (`GRAIN`); smaller parts are masked.
     """
 
     def knows(i):
@@ -311,7 +315,7 @@ def _box(lead, room):
 
 
 def loop(start, stop, body: Callable, carry, unrolled: bool = False):
-    """A `fori_loop`, or none where it is known to be short."""
+    """A `fori_loop`, or plain Python where it is known to be short."""
     if isinstance(start, int) and isinstance(stop, int) and (unrolled or stop - start <= 1):
         for i in range(start, stop):
             carry = body(i, carry)

@@ -118,13 +118,12 @@ def sinusoidal_at(positions: Array, features: int) -> Array:
 
 
 class Standing(NamedTuple):
-    """Where the tokens of a row stand that holds several documents, or padding.
+    """The positions of the tokens in a row with several documents or padding.
 
     Attributes:
         positions: `[..., T]` int32, counted from 0 in each document; 0 for padding.
-        places: `[..., T]` int32, where the tokens come when each document is put in one piece, and
-            padding behind them all. Two tokens of a document are as far apart as their positions,
-            and between them are none of another.
+        places: `[..., T]` int32, the places of the tokens if each document were in one piece, with
+            padding behind all. Within a document distances are those of `positions`.
     """
 
     positions: Array
@@ -136,8 +135,8 @@ def in_documents(length: int, ids: Sequence[Array], padding: Sequence[Array]) ->
 
     Args:
         length: T.
-        ids: Integers `[..., T]`: two tokens are of one document when they are equal in all of them.
-        padding: Booleans `[..., T]`: tokens of which one is True are of no document.
+        ids: Integers `[..., T]`: two tokens belong to one document if all their ids are equal.
+        padding: Booleans `[..., T]`: a token with any True belongs to no document.
     """
     shape = jnp.broadcast_shapes((length,), *(x.shape for x in (*ids, *padding)))
     rows = max((*ids, *padding), key=lambda x: (x.ndim, x.size))
@@ -147,7 +146,7 @@ def in_documents(length: int, ids: Sequence[Array], padding: Sequence[Array]) ->
         hidden = functools.reduce(jnp.logical_or, padding, jnp.zeros(shape, bool))
         groups = [hidden.astype(jnp.int32), *(jnp.broadcast_to(x, shape) for x in ids)]
         index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-        # Sorted, a document is in one piece, its tokens in their order; the second sort goes back.
+        # The first sort puts each document in one piece, in order; the second sort undoes it.
         *groups, order = lax.sort((*groups, index), num_keys=len(groups))
         begins = index == 0
         for group in groups:

@@ -1,4 +1,4 @@
-"""Masks, biases and dropout as they stand against one tile of the logits."""
+"""Masks, biases and dropout of one tile of the logits."""
 
 import functools
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from attention_jax.types import Array
 
 
 class Rules(NamedTuple):
-    """What holds for one block of queries.
+    """The bias, mask and dropout of one block of queries.
 
     Attributes:
         work: The pass.
         at: The block's queries, and all keys.
         drop: The rows' random words `[..., N, T, 2]`, and the rate.
-        upright: Tiles stand keys by queries, as the backward pass has them.
+        upright: Tiles are keys by queries, as in the backward pass.
     """
 
     work: Pass
@@ -36,9 +36,9 @@ class Rules(NamedTuple):
     upright: bool = False
 
     def over_keys(self, tile: Callable, start: Callable, alone):
-        """`tile(here, carry)` over all keys that somebody sees.
+        """`tile(here, carry)` over all keys that any query of the block sees.
 
-        The carry is `start()` at first, and `alone` where there is just one tile.
+        The first carry is `start()`, or `alone` if there is only one tile.
         """
         S, s = self.work.S, self.work.s
         if not isinstance(S, int):
@@ -64,7 +64,7 @@ class Rules(NamedTuple):
         return self._over_tiles(tile, start(), bounds)
 
     def _over_tiles(self, tile, carry, bounds):
-        """First the tiles that everybody sees, which need no mask, then those on both sides."""
+        """First the tiles that all queries see, which need no mask, then those on both sides."""
         S, s = self.work.S, self.work.s
         first, stop = greatest(bounds.seen[0] // s, 0), least(-(-bounds.seen[1] // s), -(-S // s))
         stop = greatest(first, stop)
@@ -82,7 +82,7 @@ class Rules(NamedTuple):
         return loop(0, before + after, masked_one, carry)
 
     def here(self, start, size, masked: bool, new=None) -> "Here":
-        """The tile of these queries and `size` keys, those from `new` on being new ones."""
+        """The tile of these queries and `size` keys; keys before `new` are masked."""
         work = self.work
         at = self.at._replace(s_start=start, s_size=size)
         bias = visible = keep = None
@@ -92,7 +92,7 @@ class Rules(NamedTuple):
         if masked:
             parts = [] if self.mask is None else [self.mask.narrowed(at).tile(at)]
             if new is not None and work.S % work.s:
-                parts.append((at.s >= new)[None, :])  # The tile before has the others.
+                parts.append((at.s >= new)[None, :])  # The tile before has these keys.
             hidden = None if bias is None else bias.hidden(at)
             if hidden is not None:
                 parts.append(~hidden)
@@ -104,7 +104,7 @@ class Rules(NamedTuple):
         return Here(at, work.scales[1], self._spread, bias, visible, keep)
 
     def _spread(self, x, at):
-        """`[..., N, t, s]` as it stands against a tile, `[heads, G t, s]` or `[heads, s, G t]`."""
+        """`[..., N, t, s]` in the layout of a tile, `[heads, G t, s]` or `[heads, s, G t]`."""
         work = self.work
         *batch, K = work.box
         x = jnp.broadcast_to(x, (*batch, K * work.G, at.t_size, at.s_size))
@@ -115,7 +115,7 @@ class Rules(NamedTuple):
 
 
 class Here(NamedTuple):
-    """What masks, biases and dropout say about one tile, as it stands against its logits."""
+    """The bias, mask and dropout of one tile, in the layout of its logits."""
 
     at: Tile
     scale: float
@@ -136,22 +136,22 @@ class Here(NamedTuple):
         return raw if self.visible is None else jnp.where(self.visible, raw, -jnp.inf)
 
     def product(self, a: Array, b: Array) -> Array:
-        """a b of each head. A NaN where nothing is masked shows anyway, and may fill its row."""
+        """a b of each head. Without a mask a NaN shows anyway, so it may fill its row."""
         return product(a, b) if self.visible is None else exact_product(a, b)
 
     def kept(self, weights: Array) -> Array:
-        """The weights after dropout, not yet divided by what is left of them."""
+        """The weights after dropout, not yet divided by 1 - rate."""
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
 
     def part(self, x: Array, axis: int = -2) -> Array:
-        """What belongs to the tile's keys, of an axis of all of them."""
+        """The entries of the tile's keys, from an axis of all keys."""
         at = self.at
         if at.s_size == at.S:
             return x
         return lax.dynamic_slice_in_dim(x, at.s_start, at.s_size, axis)
 
     def add(self, x: Array | None, part: Array) -> Array:
-        """`x`, sums of all keys, with those of the tile's keys added; None is zeros."""
+        """`x`, sums for all keys, with `part` added for the tile's keys; None is zeros."""
         if x is None and self.at.s_size == self.at.S:
             return part
         if x is None:

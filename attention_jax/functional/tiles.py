@@ -1,7 +1,7 @@
 """A rectangle of the logits, and the small values (masks, biases) that are evaluated on one.
 
-The dense path asks for the whole rectangle at once, the blockwise path for one tile at a time, so
-a rule is written once and costs no `[T, S]` memory unless somebody wants it whole.
+The dense path asks for the whole rectangle at once, the blockwise path for one tile at a time. So a
+rule is written once, and only the dense path needs `[T, S]` memory.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from attention_jax.checks import as_integers, as_size
 from attention_jax.functional.xla_cpu import dynamic_slice
 from attention_jax.types import Array
 
-FARTHEST = 2**29  # Positions that a rule may reach: sums of three and a length fit 32 bits.
+FARTHEST = 2**29  # The farthest position of a rule: sums of three and a length fit 32 bits.
 
 
 class Tile(NamedTuple):
-    """A rectangle of the `[T, S]` logits: the place where masks, biases and dropout are evaluated.
+    """A rectangle of the `[T, S]` logits, on which masks, biases and dropout are evaluated.
 
     Attributes:
         t_start, t_size: The rectangle's first query and its number of queries.
@@ -29,8 +29,8 @@ class Tile(NamedTuple):
         offset: Where query 0 stands in the sequence, when the queries are the newest tokens of a
             longer one: an integer, or an array that broadcasts against `[..., N, T, S]`.
         lead: (start, size) on each batch axis and on the axis of heads; None is all of them.
-        places: Where queries and keys stand, `[..., 1, t_size, 1]` and `[..., 1, 1, s_size]`, or
-            without the axes in front; None is where they come in the row.
+        places: Positions of queries and keys, `[..., 1, t_size, 1]` and `[..., 1, 1, s_size]`, or
+            without the leading axes; None means their places in the row.
     """
 
     t_start: int | Array
@@ -88,22 +88,23 @@ class Tile(NamedTuple):
         return jnp.take_along_axis(x, index, axis=-1, mode="clip")[..., None]
 
     def slice(self, x: int | Array, axes: str) -> int | Array:
-        """What this tile needs of `x`, whose axes are `...` and those named: N, T, S or another.
+        """The part of `x` for this tile. The axes of `x` are `...` and those named: N, T, S or
+        another.
 
-        Axes of another name stay whole, and so does an axis of one entry, which serves all.
+        Axes of another name stay whole, and so does an axis of one entry, which is broadcast.
         """
         if jnp.ndim(x) == 0:
             return x
         return dynamic_slice(x, *self._part(x.shape, axes))
 
     def put(self, x: Array, part: Array, axes: str) -> Array:
-        """`x` with `part` in the place that `slice` takes it from."""
+        """`x` with `part` in the place of `slice(x, axes)`."""
         if jnp.ndim(x) == 0:
             return part
         return lax.dynamic_update_slice(x, part, self._part(x.shape, axes)[0])
 
     def add(self, x: Array, part: Array, axes: str) -> Array:
-        """`x` with `part` added to what `slice` takes from it."""
+        """`x` with `part` added in the place of `slice(x, axes)`."""
         return self.put(x, self.slice(x, axes) + part, axes)
 
     def _part(self, shape, axes):
@@ -125,11 +126,11 @@ class Rule:
     axes: ClassVar[dict[str, str]] = {}
 
     def narrowed(self, at: Tile) -> Self:
-        """The same rule, holding no more of its arrays than the tile needs."""
+        """The same rule with only the parts of its arrays that the tile needs."""
         return self._over_arrays(at.slice)
 
     def add(self, part: Self, at: Tile) -> Self:
-        """This rule with the numbers of `part` added where `narrowed` takes them from."""
+        """This rule with the numbers of `part` added in the places of `narrowed(at)`."""
 
         def add(x, axes, part):
             return at.add(x, part, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -203,7 +204,7 @@ def as_offset(offset: int | str | Array) -> int | str | Array:
 
 
 def offset_of(offset: int | str | Array, at: Tile) -> int | Array:
-    """The number of positions by which a rule's queries are ahead of its keys."""
+    """How many positions a rule's queries are ahead of its keys."""
     return at.S - at.T if isinstance(offset, str) else per_row(offset)
 
 
@@ -218,10 +219,10 @@ def with_head_axis(x: Array) -> Array:
 
 
 def words(x) -> str:
-    """A field as it stands in a repr: numbers as they are, arrays by their shape."""
+    """A field in a repr: numbers and words in full, arrays by their shape."""
     return repr(x) if isinstance(x, int | str) else str(list(x.shape))
 
 
 def shown(offset: int | str | Array) -> list[str]:
-    """An offset as it stands in a repr; the default 0 is left out."""
+    """An offset in a repr; the default 0 is left out."""
     return [f"offset={words(offset)}"] if not isinstance(offset, int) or offset else []

@@ -1,8 +1,8 @@
-"""What XLA needs on a CPU: each function here stands for a plain operation, and says for which.
+"""Operations in the form that XLA runs fast on a CPU.
 
-The functions give the numbers of the plain operation. Off the CPU they *are* the plain operation:
-`lax.platform_dependent` chooses when the program is compiled, for the device that it will run on.
-Where it is not said otherwise, this holds for jax 0.10 to 0.12.
+Each function stands for a plain operation, which its docstring names, and gives the same numbers.
+On other devices it *is* the plain operation: `lax.platform_dependent` chooses for the device when
+the program is compiled. The remarks hold for jax 0.10 to 0.12 unless they say otherwise.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 
 from attention_jax.types import Array, PyTree
 
-# Before jax 0.11 XLA works off a batch of small products on one core.
+# Before jax 0.11 XLA computes a batch of small products on one core.
 ONE_CORE = jax.__version_info__ < (0, 11)
 # The polynomial nearest to exp, relatively, for |x| <= log(2) / 2; from degree 5 down to 0.
 _EXP = (0.00829027, 0.04189816, 0.16667639, 0.49999148, 0.99999970, 1.0)
@@ -31,10 +31,10 @@ def matmul(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def product(a: Array, b: Array) -> Array:
-    """Stands for `matmul(a, b)`, and runs on every core; Inf may be NaN, and NaN fill its row.
+    """Stands for `matmul(a, b)`, on all cores; Inf may become NaN, and NaN may fill its row.
 
-    XLA cuts a large product into parts for its cores. A batch of small ones it works off on one
-    core before jax 0.11, unless something is reduced in the same loop: then it deals out the batch.
+    XLA divides a large product among its cores. Before jax 0.11 it computes a batch of small
+    products on one core. If the same loop has a reduction, it divides the batch.
     """
     found = matmul(a, b)
     if not _is_dealt_out(a, b):
@@ -57,11 +57,11 @@ def exact_product(a: Array, b: Array) -> Array:
 
 
 def _tangents(of):
-    """The rule of derivatives of both."""
+    """The derivatives of `product` and `exact_product`."""
 
     def rule(primals, tangents):
         d_a, d_b = map(opaque, tangents)
-        # What is no number is not visible, or shows in the product: here it would meet a zero.
+        # A NaN or Inf is masked, or shows in the product already; here it would meet a zero.
         a, b = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
         return of(*primals), matmul(d_a, b) + matmul(a, d_b)
 
@@ -81,13 +81,15 @@ def _is_dealt_out(a, b):
 
 
 def _plus_nothing(x):
-    """`x`: the form that is fused with a product, keeps NaN (`minimum` alone does not there)."""
+    """`x`, in a form that XLA fuses with a product. It keeps NaN, which `minimum` alone loses
+    there."""
     return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
 
 
 @jax.custom_batching.custom_vmap
 def any_of_batch(x: Array) -> Array:
-    """Whether any is true, in the batch of a `vmap` as well: so a `cond` on it stays one."""
+    """Whether any entry is true, over the batch of a `vmap` too, so that a `cond` on it stays a
+    `cond`."""
     return x.any()
 
 
@@ -103,8 +105,8 @@ def _(size, batched, x):
 def exp(x: Array) -> Array:
     """Stands for exp(min(x, 88)), within a few units in the last place; 0 below -88 in float32.
 
-    XLA takes its own exponential for too dear to repeat, and so does not fuse it with a sum. The
-    result is finite: where a row is computed again, its derivative meets a zero.
+    XLA treats its own exponential as too expensive to repeat, so it does not fuse it with a sum.
+    The result must be finite, because its derivative meets a zero in rows that are computed again.
     """
     x = jnp.where(x > 88, jnp.asarray(88, x.dtype), x)  # A NaN stays one.
     if x.dtype != jnp.float32:
@@ -134,11 +136,12 @@ def _exp_of_float32(x):
 
 
 def opaque(x: Array) -> Array:
-    """Stands for `x`, and hides from XLA that all its entries are one number, as those of ones are.
+    """Stands for `x`, and hides from XLA that all entries are equal, as in `jnp.ones`.
 
-    XLA keeps such a right operand of a product as one number. Where it fuses the product with a
-    reduction, it reads past the end of that number: `(q @ jnp.ones((64, 128))).max(-1)` is wrong
-    under jit with jax 0.10 and 0.12. It cannot drop 0 * i from a sum, since i might be infinite.
+    XLA stores such a right operand of a product as one number. If it fuses the product with a
+    reduction, it reads past that number: `(q @ jnp.ones((64, 128))).max(-1)` is wrong under jit
+    with jax 0.10 and 0.12. Adding 0 * i hides it: XLA must keep this term, since i might be
+    infinite.
     """
 
     def plus_nothing(x):
@@ -149,7 +152,7 @@ def opaque(x: Array) -> Array:
 
 
 def as_written(x: PyTree) -> PyTree:
-    """Stands for `x`, and has XLA compute it as it is written, with its axes in this order.
+    """Stands for `x`, and makes XLA store it with its axes in this order.
 
     XLA would fold a transpose into a product. A product with a transposed left operand is slow.
     """
@@ -159,8 +162,8 @@ def as_written(x: PyTree) -> PyTree:
 def dynamic_slice(x: Array, starts, sizes) -> Array:
     """Stands for `lax.dynamic_slice`.
 
-    XLA computes bfloat16 in float32, but for products. A loop that slices such an array would begin
-    with a copy of the whole in float32. Integers with the same bits are sliced as they are.
+    XLA computes bfloat16 in float32, except in products. So a loop that slices a bfloat16 array
+    would first copy the whole array to float32. Slicing integers with the same bits avoids this.
     """
     if x.dtype != jnp.bfloat16:
         return lax.dynamic_slice(x, starts, sizes)
