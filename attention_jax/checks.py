@@ -1,5 +1,5 @@
-"""What stands at every door: the errors that a caller can cause, each said once and in the caller's
-words, and the modes of JAX that what is inside does not mind."""
+"""Checks of arguments, with errors in the caller's words; and the modes of JAX for the package's
+code."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,10 @@ FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64")))
 
 @contextlib.contextmanager
 def jax_defaults() -> Iterator[None]:
-    """What JAX has by default, for a block or a function: it decorates one too.
+    """Sets JAX's default modes for a block; it also decorates a function.
 
-    Strict modes forbid promotions that the caller did not mean. Those of this package are meant:
-    positions of queries `[t, 1]` meet those of keys `[s]`. And random bits for a whole array are
-    the same whatever they are drawn under.
+    Strict modes forbid accidental promotions, but this package promotes on purpose: positions of
+    queries `[t, 1]` meet those of keys `[s]`. The default modes also keep the random bits the same.
     """
     with (
         jax.numpy_rank_promotion("allow"),
@@ -66,13 +65,13 @@ def _or(words: Sequence[object]) -> str:
 
 
 def is_array(x: object) -> bool:
-    """Whether `x` holds numbers: a `jax.ShapeDtypeStruct` has a type, but none of them."""
+    """Whether `x` holds numbers; a `jax.ShapeDtypeStruct` has a type, but no numbers."""
     holds = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
     return holds and hasattr(x, "dtype") and not isinstance(x, type)
 
 
 def told(x: object) -> str:
-    """What came, for the one line of an error; what does not fit there by its type."""
+    """A value for the one line of an error; only its type if it is too long."""
     text = repr(x)
     if "\n" not in text and len(text) <= 80:
         return text
@@ -110,9 +109,9 @@ def check_word(name: str, value: str, words: Sequence[str]) -> None:
 
 
 def check_fields(layer: object) -> None:
-    """Raises unless the switches, functions, numbers and types of a layer are what it declares.
+    """Raises unless the switches, functions, numbers and types of a layer are as declared.
 
-    Its types are `param_dtype`, a floating-point type to compute in, and `dtype`, one too or None.
+    `param_dtype` must be a floating-point type to compute in; `dtype` must be one or None.
     """
     for field in dataclasses.fields(layer):
         value, kinds = getattr(layer, field.name), {field.type, *get_args(field.type)}
@@ -151,8 +150,8 @@ def as_floating(name: str, array: Array) -> Array:
 def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     """`array` as an array of at least `axes` axes of integers, or the error that says why not.
 
-    They are of 32 bits at least, and signed: a difference of two must not wrap around. Arrays of
-    numpy may hold some that do not fit; those of jax have been cut already.
+    The result is signed and has 32 bits at least, so that differences do not wrap around. Integers
+    of a numpy array may not fit, which is an error; jax arrays were truncated before.
     """
     array = as_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -182,7 +181,8 @@ def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
 
 
 def as_array(name: str, array: Array) -> Array:
-    """An array, of numpy where nothing in it is jax's, or the error that says why not."""
+    """`array` as an array, of jax if any part of it is, else of numpy; or the error that says why
+    not."""
     of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
     try:
         return jnp.asarray(array) if of_jax else np.asarray(array)
@@ -259,15 +259,16 @@ def check_number(name: str, x: float | Array) -> None:
 
 
 def known(x: float | Array) -> float | None:
-    """A number as Python has it, or None for one that is traced.
+    """A number as a Python float, or None if it is traced.
 
-    Where a function is traced, a comparison of any other array of jax would be traced too.
+    Compare this float, not the array: while a function is traced, comparisons of arrays are traced
+    too.
     """
     return None if isinstance(x, jax.core.Tracer) else float(x)
 
 
 def check_rate(name: str, rate: float | Array) -> None:
-    """Raises unless `rate` is one number, and 0 <= rate < 1; a traced one is taken on trust."""
+    """Raises unless `rate` is one number with 0 <= rate < 1; a traced one is not checked."""
     check_number(name, rate)
     if is_array(rate):
         check_floating(name, rate)
@@ -275,15 +276,15 @@ def check_rate(name: str, rate: float | Array) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
 
 
-_RAW_KEYS = [(1,), (2,), (4,)]  # Shapes of the data of keys; 2 words are of threefry, 4 of rbg.
+_RAW_KEYS = [(1,), (2,), (4,)]  # Shapes of raw keys: threefry has 2 words, rbg 4.
 
 
 def as_rng(name: str, rng: Array) -> Array:
-    """One threefry key, made of one PRNG key of any kind, or the error that says why not.
+    """A threefry key from a PRNG key of any kind, or the error that says why not.
 
-    Also of the raw uint32 data of a key. A threefry key stays as it is; of others all words are
-    hashed. Their own numbers are not used: under `vmap`, rbg draws those of all rows from the key
-    of the first row, and unsafe_rbg folds the same number into all keys.
+    It takes raw uint32 keys too. A threefry key stays unchanged; the words of other keys are
+    hashed. Their own generators are not used: under `vmap`, rbg draws all rows from the key of the
+    first row, and unsafe_rbg folds the same number into all keys.
     """
     dtype = getattr(rng, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -301,7 +302,7 @@ def as_rng(name: str, rng: Array) -> Array:
 
 
 def as_size(name: str, value: int, minimum: int = 1, maximum: int | None = None) -> int:
-    """`value` as a Python int; TypeError when it is none, ValueError out of these bounds."""
+    """`value` as a Python int; TypeError if it is not an integer, ValueError outside the bounds."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     try:

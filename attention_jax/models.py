@@ -36,7 +36,7 @@ class Block(nn.Module):
             leaves norms out.
         conv: A `ShortConvolution` that comes first, x + conv(norm(x)). None leaves it out.
         residual: Adds the input of each layer to its output.
-        dropout_rate: Dropout on what is added to the residual stream.
+        dropout_rate: Dropout on the output of each layer.
 
     Reference:
         Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", figure 1b.
@@ -64,11 +64,12 @@ class Block(nn.Module):
     ) -> Array:
         """`[..., T, D] -> [..., T, D]`; the options are those of the attention layer's call.
 
-        Positions are not for an attention layer with `rotary=False`, which does not use them.
+        `positions` are not passed to an attention layer with `rotary=False`, which does not use
+        them.
 
         Raises:
-            NotImplementedError: The attention layer has no such option, or the convolution would
-                have to decode.
+            NotImplementedError: The attention layer has no such option, or `conv` is used in
+                decoding.
         """
         check_fields(self)
         check_inputs("x", x)
@@ -100,18 +101,17 @@ class SequenceModel(nn.Module):
 
     Attributes:
         embedding: `TokenEmbedding`, or `VectorEmbedding` for inputs that are vectors.
-        blocks: `Block`s. A block or a layer that is there twice has the same parameters in both
-            places.
+        blocks: `Block`s. If a block or a layer appears twice, both places share its parameters.
         positions: Added to the embedded inputs: `SinusoidalPositions` or `LearnedPositions`. Rotary
             positions are part of the attention layers.
-        bias: Makes what is added to the logits of all blocks: `RelativeBias` or `AlibiBias`.
-        mask: A mask that goes by the order of the tokens in the row, as `masks.causal()`.
-        reach: A mask that goes by where tokens stand, as `masks.window(...)`.
+        bias: Makes the bias of all blocks: `RelativeBias` or `AlibiBias`.
+        mask: A mask that counts the tokens of the row, as `masks.causal()`.
+        reach: A mask that counts positions, as `masks.window(...)`.
         norm: As in `Block`, for a norm behind the last block.
         head: The last layer, as `nn.Dense`, or `Unembedding` for logits. None: logits come from the
             table of `TokenEmbedding`; vectors stay as they are.
         dropout_rate: Dropout on the embedded inputs.
-        remat: Recomputes each block in the backward pass instead of storing what is inside.
+        remat: Recomputes each block in the backward pass instead of storing its inner values.
 
     Example:
         A causal transformer of two layers for 256 tokens:
@@ -157,22 +157,22 @@ class SequenceModel(nn.Module):
 
         Args:
             inputs: Tokens `[..., T]`, or vectors `[..., T, D]`, as `embedding` takes them.
-            positions: Where the tokens stand, integers that broadcast to `[..., T]`, while decoding
-                those of the new tokens. None: where `mask` says (`Mask.standing`), so that a
-                document in a packed or padded row has the positions that it has alone; where it
-                says nothing, 0, 1, ..., T - 1, while decoding counted on from the cache. The fields
-                `positions`, `bias` and `reach` and rotary attention go by them; the field `mask`
-                goes by the order of the tokens in the row.
-            output_positions: `[..., P]` integers: at which of the T places of the row an output is
-                wanted. None: at all of them. Logits over a large vocabulary are most of a small
-                model's work.
-            mask: Who may attend to whom, beside what the fields `mask` and `reach` say.
+            positions: The positions of the tokens, integers that broadcast to `[..., T]`; in
+                decoding those of the new tokens. None takes them from `mask` (`Mask.standing`), so
+                that a document in a packed or padded row has the same positions as alone. If `mask`
+                gives none, they are 0, 1, ..., T - 1, in decoding counted on from the cache. The
+                fields `positions`, `bias` and `reach` and rotary attention use them; the field
+                `mask` goes by the order of the tokens in the row.
+            output_positions: `[..., P]` integers: the places of the row, of all T, to compute
+                outputs for. None takes all. Fewer save time: logits over a large vocabulary are
+                most of a small model's work.
+            mask: Combined by `&` with the fields `mask` and `reach`.
             deterministic: Turns dropout off; otherwise an rng named "dropout" is needed.
             sow_weights, lengths: As in `MultiHeadAttention`.
 
         Returns:
-            What the head makes of the `[..., P, D]` that the blocks leave. Under `jit`, a position
-            without a row in the table of `LearnedPositions` makes NaN of its token.
+            The head's output for the `[..., P, D]` of the last block. Under `jit`, a token whose
+            position has no row in the table of `LearnedPositions` becomes NaN.
 
         Raises:
             ValueError: A setting or an argument is out of its range, or does not fit another;
@@ -195,7 +195,8 @@ class SequenceModel(nn.Module):
             bias = self.bias() if row is None else biases.placed(self.bias(), row)
         run = lambda block, *arguments: block(*arguments)
         if self.remat:
-            # What decides which operations run is static: 3 and 4 count from `block`.
+            # Arguments 3 and 4, counted from `block`, decide which operations run, so they are
+            # static.
             run = nn.remat(run, static_argnums=(3, 4))
         for block in self.blocks:
             x = run(block, x, mask, deterministic, sow_weights, lengths, bias, positions)
@@ -205,7 +206,7 @@ class SequenceModel(nn.Module):
         return self.embedding.attend(x) if self.head is None else self.head(x)
 
     def _check_parts(self) -> None:
-        """Raises the error of parts that are no parts."""
+        """Raises an error for invalid parts."""
         check_fields(self)
         for name in ("mask", "reach"):
             rule = getattr(self, name)
@@ -216,7 +217,7 @@ class SequenceModel(nn.Module):
                 raise TypeError(f"blocks must be Blocks, got {told(block)}.")
 
     def _check_call(self, batch, output_positions, lengths) -> None:
-        """Raises the error that says what does not fit."""
+        """Raises an error for arguments that do not fit."""
         if output_positions is not None:
             shape = as_integers("output_positions", output_positions, axes=1).shape
             if shape[:-1] != batch:
@@ -235,16 +236,15 @@ class SequenceModel(nn.Module):
                 )
 
     def _stand(self, positions, mask, batch, T) -> tuple[Array | None, ...]:
-        """Where tokens stand; None is where they come in the row.
+        """The positions of the tokens; None means their places in the row.
 
         Returns:
-            The positions `[..., T]` of the tokens that came; those of all keys, `[..., S]`, for
-            rules about them; and the same for rules about distances alone, in which the documents
-            of a row may stand apart.
+            The positions `[..., T]` of the new tokens; the positions `[..., S]` of all keys, for
+            rules; and the same for rules about distances only, where documents do not overlap.
         """
         if positions is not None:
             positions = as_positions(positions, batch, T)
-        length, new = T, None  # The length of the row, and where in it the tokens come.
+        length, new = T, None  # The length of the row, and the places of the tokens in it.
         cache = self._cache()
         if cache is not None:
             index, length = cache
@@ -284,7 +284,7 @@ class SequenceModel(nn.Module):
         return None
 
     def _cached_positions(self, positions, new, shape) -> Array | None:
-        """The positions of all tokens in the cache, where rules ask for them."""
+        """The positions of all tokens in the cache, if rules need them."""
         if not self._has_rules:
             return None
         if not (self.is_initializing() or self.has_variable("cache", "cached_positions")):
@@ -301,16 +301,16 @@ class SequenceModel(nn.Module):
 
     @property
     def _has_rules(self) -> bool:
-        """Whether masks or biases depend on where tokens stand, not just on who comes first."""
+        """Whether masks or biases depend on positions, not only on the order of the tokens."""
         return self.reach is not None or self.bias is not None
 
     def _mask(self, mask: Mask | None, row: Array | None, places: Array | None) -> Mask | None:
-        """`mask`, and what the fields `mask` and `reach` say."""
+        """`mask` combined with the fields `mask` and `reach`."""
         own, reach = self.mask, self.reach
         if reach is not None and row is not None:
             reach = masks.placed(reach, places if _is_of_distances(reach) else row)
         elif masks.is_causal(own) and looks_back(reach):
-            own = None  # A rule that says nothing new takes time.
+            own = None  # `reach` is causal already; a second rule would take time.
         rules = [rule for rule in (own, reach, mask) if rule is not None]
         for rule in rules[1:]:
             rules[0] = rules[0] & rule
@@ -318,7 +318,7 @@ class SequenceModel(nn.Module):
 
 
 def decoding(model: SequenceModel) -> SequenceModel:
-    """The same model with caches: it takes the newest tokens alone, as layers with `decode=True`.
+    """The same model with caches: it takes only the newest tokens, as layers with `decode=True`.
 
     `init` on an input of full length makes the collection `cache` of that capacity; each
     `apply(..., mutable=["cache"])` then takes any number of new tokens.
@@ -339,7 +339,7 @@ def decoding(model: SequenceModel) -> SequenceModel:
 
 
 def _check_own_caches(blocks: Sequence[Block]) -> None:
-    """Raises NotImplementedError where one layer would keep the keys of two blocks."""
+    """Raises NotImplementedError if two blocks share a layer, because it has only one cache."""
     if len({id(block.attention) for block in blocks}) < len(blocks):
         raise NotImplementedError(
             "decode=True: blocks must not share an attention layer, which has one cache."
@@ -347,7 +347,7 @@ def _check_own_caches(blocks: Sequence[Block]) -> None:
 
 
 def _is_of_distances(mask: Mask) -> bool:
-    """Whether a rule depends on how far apart two tokens stand, and on nothing else."""
+    """Whether a rule depends only on the distance between two tokens."""
     if isinstance(mask, masks.Pair):
         return _is_of_distances(mask.left) and _is_of_distances(mask.right)
     return isinstance(mask, masks.Band | masks.Strided)

@@ -1,15 +1,15 @@
-"""Preferences: what is added to the logits, as a rule or as an array.
+"""Biases: rules or arrays that are added to the logits.
 
-A bias is a small value that can say, for any rectangle of the logits, what to add there. Its
+A bias is a small value that can give, for any rectangle of the logits, the numbers to add. Its
 arrays are leaves of a pytree, so the gradient of a loss with respect to a bias is a bias whose
 arrays are gradients. Biases add up with `+`, with one another and with arrays.
 
 An `offset` that is an array of integers is a leaf too, and `jax.grad` refuses integers. Make the
-bias inside of the function that is differentiated, of what is to be learnt:
+bias inside the differentiated function, from the array to be learnt:
 
     jax.grad(lambda slopes: loss(alibi(slopes, offset=offsets)))(slopes)
 
-or pass `allow_int=True`: the gradient of an integer is an array of `float0`, without content.
+or pass `allow_int=True`: the gradient of an integer is then an empty `float0` array.
 """
 
 import functools
@@ -42,7 +42,7 @@ from attention_jax.types import Array
 
 
 class Bias(Rule):
-    """What `alibi` and `relative` return. Subclasses say what one tile looks like."""
+    """The type that `alibi` and `relative` return. Subclasses evaluate one tile."""
 
     # numpy must leave `array + bias` to us instead of trying it element by element.
     __array_ufunc__ = None
@@ -59,7 +59,7 @@ class Bias(Rule):
         self.check(T, S)
 
     def hidden(self, at: Tile) -> Array | None:
-        """Where the tile is -inf, which is the same as masked; None if it cannot be."""
+        """Where the tile is -inf, which means masked; None if it cannot be -inf."""
         return None
 
     def __add__(self, other: "Bias | Array") -> "Bias":
@@ -141,7 +141,7 @@ class Sum(Bias):
         self.right.check_shifted(T, S)
 
     def tile(self, at):
-        with jax.debug_infs(False):  # -inf is a word here, not an accident.
+        with jax.debug_infs(False):  # -inf is allowed: it means masked.
             return self.left.tile(at) + self.right.tile(at)
 
     def hidden(self, at):
@@ -174,7 +174,7 @@ class Shifted(Bias):
 
 @value_class(query_positions="L", key_positions="S")
 class Placed(Bias):
-    """The rules of `bias`, for tokens that stand elsewhere than they come in the row."""
+    """The rules of `bias`, for tokens with given positions."""
 
     bias: Bias
     query_positions: Array
@@ -200,11 +200,11 @@ class Placed(Bias):
 
 
 def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) -> Bias:
-    """-slope * |t + offset - s|: the further away, the less welcome.
+    """-slope * |t + offset - s|: farther keys get smaller logits.
 
     Args:
-        slopes_or_num_heads: Slopes `[N]`, learnable; or the number of heads N, which have the
-            paper's geometric slopes.
+        slopes_or_num_heads: Slopes `[N]`, learnable; or the number of heads N, for the paper's
+            geometric slopes.
         offset: As in `masks.causal`. With an array, differentiate with respect to the slopes, not
             to the bias: see above.
 
@@ -223,7 +223,7 @@ def alibi(slopes_or_num_heads: int | Array, *, offset: int | str | Array = 0) ->
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """The paper's slopes, `[N]`: 2 ** (-8 n / N) for N a power of two.
 
-    Otherwise the slopes of the power of two below, then every other one of the power above.
+    Otherwise the slopes for the power of two below N, then every other slope for the power above.
     """
 
     def geometric(n):
@@ -248,7 +248,7 @@ def relative(
         table: `[num_buckets, N]`.
         bidirectional: Half of the buckets for keys after the query, half for those before it. If
             False, all are for keys before it, and every key after it shares bucket 0.
-        num_buckets: The number of rows of `table`, which is the default.
+        num_buckets: Must be the number of rows of `table`, if given.
         max_distance: From here on all distances share the last bucket. At most 2^20.
         offset: As in `masks.causal`. With an array, differentiate with respect to the table, not to
             the bias: see above.
@@ -298,8 +298,8 @@ def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of every distance 0 ... max_distance.
 
     Distance n is in logarithmic bucket j when log(n / exact) / log(max_distance / exact) * rest
-    reaches j. Where the quotient is close to an integer it is compared in whole numbers: there a
-    logarithm in floating point may miss by one.
+    reaches j. Where the quotient is close to an integer, whole numbers are compared, because a
+    floating-point logarithm may miss by one.
     """
     exact = num_buckets // 2
     rest = num_buckets - exact
@@ -316,16 +316,16 @@ def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
 def shifted(bias: Bias, offset: int | Array) -> Bias:
     """`bias` for queries that are the tokens `offset, offset + 1, ...` of the sequence.
 
-    Rules count from the sequence's start; an array stays the array of these very queries.
+    Rules count from the sequence's start; an array is that of these queries.
     """
     return Shifted(bias, as_offset(offset))
 
 
 def placed(bias: Bias, positions: Array, key_positions: Array | None = None) -> Bias:
-    """`bias` for tokens that stand at `positions`, not where they come in the row.
+    """`bias` for tokens whose positions are `positions`, not their places in the row.
 
-    Distances are those of positions; an array stays the array of these very tokens. Like an offset
-    that is an array, positions want the bias to be made inside of what is differentiated.
+    Distances are those of positions; an array is that of these tokens. As with an array `offset`,
+    make the bias inside the differentiated function.
 
     Args:
         bias: Any rule.
@@ -341,11 +341,11 @@ def placed(bias: Bias, positions: Array, key_positions: Array | None = None) -> 
 
 
 def as_bias(bias: "Bias | Array") -> Bias:
-    """A bias as it is, and a floating-point array as the rule that slices it."""
+    """A bias unchanged, or a floating-point array as a bias."""
     if isinstance(bias, Bias):
         return bias
     if not is_array(bias):
         raise TypeError(f"bias must be an array or a biases.* value, got {type(bias).__name__}.")
     check_floating("bias", bias)
-    with jax.debug_infs(False):  # -inf is a word here, not an accident.
+    with jax.debug_infs(False):  # -inf is allowed: it means masked.
         return Dense(jnp.asarray(bias))

@@ -2,15 +2,15 @@
 
 The forward pass walks over tiles of the logits, some queries by some keys. For each row it keeps
 the largest logit so far, the normaliser and the weighted mean of the values: the online softmax.
-The backward pass computes every tile again from the row's peak and normaliser. No tile outlives its
-turn. What is where:
+The backward pass computes every tile again from the row's peak and normaliser. So only one tile is
+in memory at a time. The other modules:
 
-- `plan` says how large tiles are, and in which order they come.
-- `tile_rules` says what masks, biases and dropout are on one tile. A mask gives the bounds of what
-  a block of queries sees: tiles that nobody sees are skipped, tiles that all see are not masked.
-- `mesh` runs all this on each device, for the batch rows and heads that the device holds.
-- `xla_cpu` has products and other operations in the forms that run fast on a CPU; `peakless` is a
-  softmax for the CPU. Neither changes what is computed here.
+- `plan` chooses the sizes and the order of the tiles.
+- `tile_rules` evaluates masks, biases and dropout on one tile. A mask gives bounds of the keys that
+  a block of queries sees: hidden tiles are skipped, and fully visible tiles are not masked.
+- `mesh` runs the tiles on each device, for the batch rows and heads that the device holds.
+- `xla_cpu` has products and other operations in forms that run fast on a CPU; `peakless` is a
+  softmax for the CPU. They change the speed, not the results.
 
 Reference:
     Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
@@ -46,7 +46,7 @@ def blockwise_attention(
     options: Options,
     block_size: tuple[int, int] | None = None,
 ) -> Array | tuple[Array, Array]:
-    """`dot_product_attention` for arguments that are checked, and sizes none of which is 0."""
+    """`dot_product_attention` for checked arguments, with all sizes above 0."""
     *batch, T, N, H = query.shape
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     scale = H**-0.5 if options.scale is None else _number(options.scale, dtype)
@@ -72,7 +72,7 @@ def blockwise_attention(
         top = lax.stop_gradient(jnp.maximum(peak, sinks))
         total = jnp.where(empty, 0, jnp.exp(log_total + (peak - top)))
         with_sinks = total + jnp.exp(sinks - top)
-        empty = with_sinks == 0  # Such a row has no sink either: it is minus infinity.
+        empty = with_sinks == 0  # Such a row has no keys, and its sink is minus infinity.
         with_sinks = jnp.where(empty, 1, with_sinks)
         out *= (total / with_sinks)[..., None]
         peak, log_total = top, jnp.log(with_sinks)
@@ -86,11 +86,11 @@ def blockwise_attention(
 
 
 class Request(NamedTuple):
-    """What is static in a call, beside shapes and rules.
+    """The static settings of a call, beside shapes and rules.
 
     Attributes:
         block_size: (queries, keys) in a tile; None: the plan's own.
-        scale: What logits are multiplied by.
+        scale: The factor of the logits.
         precision, platform: The default precision of products, and the default platform, when the
             attention was called.
     """
@@ -114,11 +114,11 @@ class Request(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(request, query, key, value, softcap, bias, mask, drop):
-    """Output `[..., T, N, V]`, and `[..., T, N]` two parts of the logsumexp: peak and the rest.
+    """Output `[..., T, N, V]`, and the logsumexp in two parts `[..., T, N]`: peak and rest.
 
-    They stay apart: beside a peak of -1e9, as some write "masked", a sum would lose the rest. The
-    peak counts as constant, derivatives are those of the rest. The peak of a row that sees nothing
-    is the largest number there is, so that the row has no weights: exp(anything - largest) is 0.
+    They stay apart, because some people mask with -1e9: in a sum such a peak would swallow the
+    rest. The peak counts as constant; derivatives are those of the rest. A row without visible keys
+    gets the largest float as its peak, so that its weights are 0: exp(x - largest) is 0.
     """
     return _forward(request, query, key, value, softcap, bias, mask, drop)[0]
 
@@ -155,7 +155,7 @@ _attend.__wrapped__.defvjp(_forward, _backward)
 
 
 def _axes(query, key, value, softcap, bias, mask, drop):
-    """What the axes of every array in these run over, for `on_each_device`."""
+    """The `Axes` of every array in the arguments, for `on_each_device`."""
     arrays = [(query, "TNH"), (key, "SKH"), (value, "SKV")]
     if softcap is not None:
         arrays.append((softcap, ""))
@@ -168,7 +168,7 @@ def _axes(query, key, value, softcap, bias, mask, drop):
 
 
 def _as_called(tiles):
-    """`tiles` in the precision of the call: jax traces a derivative later, outside of it."""
+    """`tiles` in the precision of the call, because jax traces derivatives after the call."""
 
     @functools.wraps(tiles)
     def traced(request, *arguments):
@@ -218,7 +218,7 @@ def _forward_tiles(request, query, key, value, softcap, bias, mask, drop):
 
 
 class Rows(NamedTuple):
-    """A block of queries in the forward pass, and what it is computed from.
+    """A block of queries in the forward pass, and its inputs.
 
     Attributes:
         queries: `[heads, G t, H]`, times the scale.
@@ -251,7 +251,7 @@ class Rows(NamedTuple):
 
         def tile(here, carry):
             logits = self.logits(here)  # [heads, G t, s]
-            # `initial`: a row in which all is masked has weights exp(-inf - lowest) = 0.
+            # `initial`: a fully masked row has weights exp(-inf - lowest) = 0.
             peak = logits.max(-1, initial=lowest)
             if carry is not None:
                 peak = jnp.maximum(peak, carry[1])
@@ -261,7 +261,7 @@ class Rows(NamedTuple):
             if carry is not None:
                 before = carry[2] * jnp.exp(carry[1] - peak)
                 total += before
-            # Of normalised weights: else the sum of large values would overflow.
+            # Weights are normalised first: else the sum of large values would overflow.
             inverse = 1 / jnp.where(total == 0, 1, total)
             mixed = self.mix(here, weights * inverse[..., None])
             if carry is not None:
@@ -274,7 +274,7 @@ class Rows(NamedTuple):
         """`[heads, G t, s]`."""
         if self.work.narrow:
             columns = here.part(self.keys_right, axis=-1)
-        else:  # Parts are taken of rows: a part of columns is stored transposed, slowly.
+        else:  # Take a part of the rows: XLA stores a part of columns transposed, which is slow.
             columns = transposed(here.part(self.keys))
         raw = here.product(self.queries, columns)
         return here.logits(raw, self.softcap, here.bias)
@@ -293,18 +293,18 @@ def _backward_tiles(
 ):
     """The gradients of query, key, value, and of the floats in softcap and bias.
 
-    Tiles stand upright, keys by queries: a transposed left operand, as in weights^T d_out, is slow.
+    Tiles are keys by queries, because a transposed left operand, as in weights^T d_out, is slow.
     """
     work = request.plan(query, key, value, mask).backward
-    # d_logits sum to d_residual over a row. Rounded to be multiplied they do not, and what all keys
-    # share would enter the gradient of the query: it is taken out again by the mean key of the row.
+    # d_logits sum to d_residual over a row, but not after rounding for the product. Then the common
+    # part of all keys would enter the query's gradient; the row's mean key removes it.
     evens_out = work.narrow and softcap is None
     largest = jnp.finfo(work.dtype).max
 
     def group(g, carry):
         keys, values = (opaque(work.by_head(work.group(g).slice(x, "SNH"))) for x in (key, value))
-        # NaN has shown in the output, or has no weight: here it would meet a zero, and 0 * NaN is
-        # NaN. Infinity stays large, so that a logit of minus infinity is one again.
+        # A NaN here has shown in the output or is masked; it would meet a zero, and 0 * NaN is NaN.
+        # Infinity becomes a large number, so that a logit of minus infinity stays one.
         keys = jnp.nan_to_num(keys)
         keys_right = as_written(transposed(keys))  # [heads, H, S]
 
@@ -321,13 +321,13 @@ def _backward_tiles(
             peaks, normalisers, d_residuals = (
                 work.by_row(rules.at.slice(x, "TN")) for x in (peak, total, d_residual)
             )  # [heads, G t]
-            inverses = 1 / normalisers  # Of weights, for d_outs would be rounded once more.
+            inverses = 1 / normalisers  # For the weights: d_outs would be rounded once more.
             d_residuals = jnp.where(peaks == largest, 0, d_residuals)
             deltas = (outs * d_outs).sum(-1) - d_residuals
-            # Without NaN, which `deltas` have: the product may spread it to other queries.
+            # Without NaN, which the product may spread to other queries; `deltas` keep it.
             queries_right, d_outs_right = work.right(queries), work.right(jnp.nan_to_num(d_outs))
             if work.overlapping:
-                # A row that the block before has counted has no weights here.
+                # Rows that the block before has counted get no weights here.
                 old = rules.at.t_start + jnp.arange(work.t) < i * work.t
                 peaks = jnp.where(jnp.tile(old, work.G), largest, peaks)
 
@@ -375,7 +375,7 @@ def _backward_tiles(
             return put(d_query, d_queries.astype(d_query.dtype), "TNH"), *others
 
         d_query, d_key, d_value, totals = carry
-        # None: where one block holds all, its products are the sums.
+        # None: with a single block its products are the sums.
         sums = zero_sums() if work.blocks > 1 else (None, None)
         d_query, *sums, totals = work.over_blocks(block, (d_query, *sums, totals))
         d_key, d_value = (
@@ -394,6 +394,6 @@ def _backward_tiles(
 
 
 def _number(x, dtype):
-    """A float where that is known and one; else an array of `dtype`."""
+    """A float if `x` is a known number, else an array of `dtype`."""
     traced = isinstance(x, jax.core.Tracer) or np.ndim(x) > 0
     return jnp.asarray(x, dtype) if traced else float(x)

@@ -1,4 +1,4 @@
-"""Differential attention: the difference of two softmaxes, so that what both attend to cancels."""
+"""Differential attention: the difference of two softmaxes, which cancels their common part."""
 
 import jax.numpy as jnp
 
@@ -31,9 +31,9 @@ def differential_attention(
 
         (softmax(q_1 k_1^T / sqrt(H / 2)) - lambda softmax(q_2 k_2^T / sqrt(H / 2))) value
 
-    The first halves of queries and keys make the first map, the second halves the second. All
-    other arguments hold for both maps, and mean what they mean in `dot_product_attention`; dropout
-    drops the same places of both, that is, weights of their difference.
+    The first halves of queries and keys make the first map, the second halves the second. All other
+    arguments apply to both maps, as in `dot_product_attention`. Dropout drops the same places of
+    both, so it drops weights of the difference.
 
     Args:
         query: `[..., T, N, H]`, H even.
@@ -41,14 +41,14 @@ def differential_attention(
         value: `[..., S, K, V]`. The paper has V = H: twice the size of a query's half.
         bias: As in `dot_product_attention`.
         mask: As in `dot_product_attention`.
-        lambda_full: How much of the second map is taken away: one number, or `[N]`.
+        lambda_full: The factor of the second map, which is subtracted: one number, or `[N]`.
         scale: Multiplies the logits. Defaults to `(H / 2) ** -0.5`.
         softcap, sinks, dropout_rate, dropout_rng, deterministic, implementation, block_size: As in
             `dot_product_attention`.
 
     Returns:
-        `[..., T, N, V]` in the dtype of `query`. A query that may attend to nothing returns zeros.
-        The weights of a row sum to 1 - lambda.
+        `[..., T, N, V]` in the dtype of `query`. A query with no visible key returns zeros. The
+        weights of a row sum to 1 - lambda.
 
     Raises:
         ValueError: Shapes do not fit together, H is odd, or a value is out of its range.
@@ -101,7 +101,7 @@ def reparametrized_lambda(
 ) -> Array:
     """exp(query_1 . key_1) - exp(query_2 . key_2) + lambda_init, from four vectors `[H / 2]`.
 
-    Learnt so, lambda moves as fast as the logits do. Ye et al. 2024, equation 2.
+    In this form lambda learns as fast as the logits. Ye et al. 2024, equation 2.
     """
     dtype = jnp.promote_types(query_1.dtype, jnp.float32)
     first, second = (

@@ -1,6 +1,6 @@
-"""The gated delta rule: a memory that forgets, and that corrects what it holds instead of adding.
+"""The gated delta rule: a memory that forgets, and that corrects its values instead of adding.
 
-The recurrence is computed in chunks, of which each is a few matrix products.
+The recurrence is computed in chunks, each by a few matrix products.
 """
 
 import functools
@@ -29,18 +29,18 @@ def gated_delta_attention(
 
         M_t = alpha_t M_{t-1} + beta_t k_t (v_t - alpha_t M_{t-1}^T k_t)^T,   o_t = M_t^T q_t
 
-    The memory M is `[H, V]` and begins as zeros. With beta = 1 and keys of length 1 it afterwards
-    returns exactly v_t for k_t. Keys should be no longer than 1, or the memory may grow without
-    bound. Time is linear in T. NaN or Inf in an input spoils its whole chunk, also before it.
+    The memory M is `[H, V]` and begins as zeros. With beta = 1 and keys of length 1 it then returns
+    exactly v_t for k_t. Keys should be no longer than 1, or the memory may grow without bound. Time
+    is linear in T. NaN or Inf in an input spoils its whole chunk, earlier positions too.
 
     Args:
         query: `[..., T, N, H]`.
         key: `[..., S, K, H]`, where K divides N: query head n reads the memory of key head
             n // (N / K).
         value: `[..., S, K, V]`.
-        log_decay: log(alpha), `[..., S, K]`, finite and not above 0. Default 0: nothing decays.
+        log_decay: log(alpha), `[..., S, K]`, finite and not above 0. Default 0: no decay.
         beta: How far the memory is corrected, `[..., S, K]` in [0, 1]. Default 1: all the way.
-        mask: `masks.causal()`; a recurrence knows no other.
+        mask: `masks.causal()`; a recurrence supports no other mask.
         chunk_size: How many positions are computed at once; the result does not depend on it.
 
     Returns:
@@ -101,8 +101,8 @@ def _compute(query, key, value, log_decay, beta, *, chunk_size):
     since = jnp.exp(total)
     until = jnp.exp(total[..., -1:, :] - total)
 
-    # What i really writes, u_i = beta_i (v_i - what the memory holds for k_i), depends on the
-    # u_j before it: (1 + L) u = beta (v - since k M), one triangular system for the whole chunk.
+    # Position i writes u_i = beta_i (v_i - the memory's value for k_i), which depends on the u_j
+    # before it. This is one triangular system for the chunk: (1 + L) u = beta (v - since k M).
     L = beta * between * (key @ jnp.swapaxes(key, -1, -2))  # Its diagonal is not read.
     inverse = _inverse(L)
     written, erased = inverse @ (beta * value), inverse @ (beta * since * key)
@@ -118,7 +118,7 @@ def _compute(query, key, value, log_decay, beta, *, chunk_size):
         out = query @ memory[..., None, :, :] + weights @ u[..., None, :, :]
         return decay * memory + stored @ u, out
 
-    # Made of the inputs, not a constant: under `shard_map` it varies over the devices as they do.
+    # Made from the inputs, so that under `shard_map` it varies over the devices as they do.
     memory = jnp.zeros_like(stored[0] @ written[0])
     _, out = lax.scan(chunk, memory, (query, weights, written, erased, stored, decay))
     out = jnp.moveaxis(out, 0, -3)  # [..., K, G, chunks, c, V]
@@ -145,22 +145,22 @@ def unit_length(x: Array) -> Array:
     """`x` over its length along the last axis; zeros stay zeros."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     squares = jnp.sum(jnp.square(x.astype(dtype)), axis=-1, keepdims=True)
-    # The constant is too small to matter for any vector but those of almost nothing.
+    # The constant matters only for vectors of almost no length.
     return (x * lax.rsqrt(squares + 1e-6)).astype(x.dtype)
 
 
 def _inverse(L: Array) -> Array:
-    """(1 + L)^-1 for a strictly lower triangular `[..., c, c]`; what is above is not read.
+    """(1 + L)^-1 for a strictly lower triangular `[..., c, c]`; its upper part is not read.
 
-    By halves: ((A, 0), (B, C))^-1 = ((A^-1, 0), (-C^-1 B A^-1, C^-1)). As exact as substitution,
-    where the series 1 - L + L^2 - ... cancels enormous terms as soon as keys repeat. XLA's own
-    triangular solve is not for here: inside of a loop on a CPU of few cores it can wait for ever.
+    It works by halves: ((A, 0), (B, C))^-1 = ((A^-1, 0), (-C^-1 B A^-1, C^-1)). This is as exact as
+    substitution. The series 1 - L + L^2 - ... is not: it cancels enormous terms if keys repeat.
+    XLA's triangular solve can hang inside a loop on a CPU with few cores.
     """
     c = L.shape[-1]
     if c == 1:
         return jnp.ones_like(L)
     half = (c + 1) // 2
-    if c % 2:  # One more row and column, of the unit matrix.
+    if c % 2:  # Add one row and column of the unit matrix.
         L = jnp.pad(L, [(0, 0)] * (L.ndim - 2) + [(0, 1), (0, 1)])
     A, B, C = L[..., :half, :half], L[..., half:, :half], L[..., half:, half:]
     A, C = _inverse(jnp.stack([A, C]))

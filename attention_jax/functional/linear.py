@@ -1,6 +1,6 @@
 """Linear attention: the exponential replaced by a product of features, so the past is a sum.
 
-A mechanism of its own, not a faster softmax. This file is the pattern for adding the next one.
+It is another mechanism, not a faster softmax. Follow this file to add a mechanism without weights.
 """
 
 import functools
@@ -50,8 +50,8 @@ def linear_attention(
 
     Returns:
         `[..., T, N, V]` in the dtype of `query`. A query without keys (S = 0), or whose weights are
-        all zero, returns zeros. One that sees a NaN or Inf, in a key or a value, returns NaN; to
-        the others, and to their gradients, it makes no difference.
+        all zero, returns zeros. A query that sees a NaN or Inf in a key or a value returns NaN;
+        other queries and their gradients are not affected.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -85,13 +85,13 @@ def _compute(query, key, value, *, causal, feature_map, chunk_size):
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     heads_first = (jnp.swapaxes(x, -2, -3).astype(dtype) for x in (query, key, value))
     query, key, value = heads_first  # [..., N, T, H], [..., K, S, H], [..., K, S, V]
-    # 0 * NaN is NaN, and sums forget where it came from: no product may meet one.
+    # 0 * NaN is NaN, and sums would spread it to all queries, so NaN must not enter a product.
     spoilt = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))  # [..., K, S]
     key, value = (jnp.where(spoilt[..., None], 0, x) for x in (key, value))
 
     query, key = (_features(feature_map, x) for x in (query, key))  # [..., N, T, F], [..., K, S, F]
     query = query.reshape(*batch, K, N // K, T, query.shape[-1])  # [..., K, G, T, F]
-    # A column of ones: the same sums that average the values count the weights.
+    # A column of ones: its mixed value is the sum of the weights.
     value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
     attend = _causal if causal else _bidirectional
@@ -115,7 +115,7 @@ def _features(feature_map, x: Array) -> Array:
 
 
 def _bidirectional(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
-    """Every query reads the one sum over all keys."""
+    """Every query reads the same sum over all keys."""
     del chunk_size
     state = jnp.einsum("...KSF,...KSV->...KFV", key, value)
     return jnp.einsum("...KGTF,...KFV->...KGTV", query, state)
@@ -129,7 +129,7 @@ def _causal(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
     query, key, value = (_chunks(x, length, c) for x in (query, key, value))
 
     state = jnp.einsum("...KmjF,...KmjV->...KmFV", key, value)
-    # Shifted, not subtracted: what is large in a query's own chunk would cancel its past.
+    # Shift instead of subtracting: large numbers in a query's own chunk would cancel its past.
     shift = [(0, 0)] * (state.ndim - 3) + [(1, 0), (0, 0), (0, 0)]
     before = jnp.cumsum(jnp.pad(state[..., :-1, :, :], shift), axis=-3)
     past = jnp.einsum("...KGmiF,...KmFV->...KGmiV", query, before)

@@ -1,4 +1,4 @@
-"""Who may attend to whom: masks as rules, evaluated where they are needed.
+"""Masks as rules: which queries may attend to which keys, evaluated tile by tile.
 
 A mask is a small value that can say, for any rectangle of the logits, which queries may attend to
 which keys. Masks combine with `&`, `|` and `~`, with one another and with boolean arrays:
@@ -10,7 +10,7 @@ which keys. Masks combine with `&`, `|` and `~`, with one another and with boole
     ··■·
     ··■■
 
-Every mask is a pytree: what it holds in arrays may be traced, and changing it recompiles nothing.
+Every mask is a pytree: its arrays may be traced, and changing them needs no new compilation.
 """
 
 import functools
@@ -45,17 +45,17 @@ from attention_jax.types import Array
 
 _ENDLESS = 2**31 - 1  # A length that no sequence has.
 _PICTURE_LIMIT = 32  # A larger picture does not fit a terminal.
-_PICTURE_SIZE = 8  # The size at which a rule without one of its own is drawn.
+_PICTURE_SIZE = 8  # The size at which rules that fit any size are drawn.
 
 
 class Bounds(NamedTuple):
-    """What a mask knows about the keys of a tile's queries without looking at each.
+    """The bounds of the keys that a tile's queries see, without looking at each key.
 
     Attributes:
         seen: (start, stop): no key outside is seen by any of the queries.
         open: (start, stop): every key inside is seen by all of them.
-        most: How long `seen` is at most, known before the program runs; None is S.
-        usual: How long it can be expected to be, where no `most` is known.
+        most: The greatest length of `seen`, known before the program runs; None is S.
+        usual: The expected length of `seen`, where no `most` is known.
     """
 
     seen: tuple[int | Array, int | Array]
@@ -65,7 +65,7 @@ class Bounds(NamedTuple):
 
 
 class Mask(Rule):
-    """What `causal`, `window`, `segments`, ... return. Subclasses say what one tile looks like."""
+    """The type that `causal`, `window`, `segments`, ... return. Subclasses evaluate one tile."""
 
     # numpy must leave `array & mask` to us instead of trying it element by element.
     __array_ufunc__ = None
@@ -75,7 +75,8 @@ class Mask(Rule):
         raise NotImplementedError
 
     def bounds(self, at: Tile) -> Bounds | None:
-        """Which keys of all S the tile's queries see; None where only the tile itself can tell."""
+        """Bounds of the keys, of all S, that the tile's queries see; None if only `tile` can
+        tell."""
         return None
 
     def size(self) -> tuple[int | None, int | None]:
@@ -83,20 +84,20 @@ class Mask(Rule):
         return None, None
 
     def parts(self) -> tuple["Mask", ...]:
-        """The masks that `&` made this one of; itself, if it is of another kind."""
+        """The masks that `&` combined into this one, or only itself."""
         return (self,)
 
     def standing(self, length: int) -> Standing | None:
-        """Where each of `length` tokens that attend to one another stands, if the mask tells.
+        """The positions of `length` tokens that attend to one another, if the mask tells them.
 
-        Two kinds of masks tell it, also as parts of what `&` combines:
+        Two kinds of masks tell positions, also as parts of an `&`:
 
         - `segments`: the tokens of one key id are a document, wherever they are in the row.
         - Masks that hide the same keys from all queries and heads, such as a boolean array with
-          axes of 1 for N and T: what they hide is padding. `key_lengths` is left out: padding
-          behind a document moves none of its tokens.
+          axes of 1 for N and T: the hidden keys are padding. `key_lengths` is left out, because
+          padding behind a document does not move its tokens.
 
-        Of all other masks this is None: a token stands where it comes in the row.
+        For all other masks this is None: positions are the places in the row.
 
         Raises:
             ValueError: The mask was made for another number of keys.
@@ -206,7 +207,7 @@ class Band(Mask):
         return name + ", ".join(options + shown(self.offset)) + ")"
 
 
-# L: the whole length, because a shifted query looks its id up at its position.
+# L is the whole length, because a shifted query looks up its id at its position.
 @value_class(query_ids="L", key_ids="S")
 class Segments(Mask):
     """query_ids[t] == key_ids[s]."""
@@ -235,7 +236,7 @@ class KeyLengths(Mask):
     lengths: Array
 
     def bounds(self, at):
-        # No more than there are: a length may well be that of a longer sequence.
+        # At most S: a length may be that of a longer sequence.
         return Bounds((0, _least(at.S, _most(self.lengths))), (0, _least(at.S, self.lengths)))
 
     def tile(self, at):
@@ -301,11 +302,11 @@ class Blocks(Mask):
         if self.summary == length:
             return Bounds((0, at.S), (0, at.S))
         own = _most(0, first * length), _least(at.S, (last + 1) * length)
-        # One block, all of it; queries of several blocks have none in common.
+        # All of the block, if the queries are in one; queries of several blocks share no keys.
         shared = _most(0, last * length), _least(at.S, (first + 1) * length)
         if self.summary:
             return Bounds((0, at.S), shared)
-        # As many blocks as `t_size` queries touch when the first is the last of its own.
+        # The most blocks that `t_size` queries touch: the first query is the last of its block.
         blocks = (at.t_size + length - 2) // length + 1
         return Bounds(own, shared, blocks * length if jnp.ndim(ahead) == 0 else None)
 
@@ -316,7 +317,7 @@ class Blocks(Mask):
 
 @value_class(array="NTS")
 class Dense(Mask):
-    """A boolean array that says it all."""
+    """A boolean array as a mask."""
 
     array: Array
 
@@ -335,13 +336,13 @@ class Dense(Mask):
 
 @value_class()
 class Pair(Mask):
-    """Two masks; what is made of them is said below."""
+    """Two masks, which `And` and `Or` combine."""
 
     left: Mask
     right: Mask
 
     def size(self):
-        """The larger of the two sizes, None being smaller than any."""
+        """The larger of the two sizes; None counts as the smallest."""
         pairs = zip(self.left.size(), self.right.size(), strict=True)
         return tuple(max(pair, key=lambda n: -1 if n is None else n) for pair in pairs)
 
@@ -354,7 +355,7 @@ class Pair(Mask):
         self.right.check_shifted(T, S)
 
     def tiles(self, at):
-        """Those of the two, which must broadcast against one another."""
+        """The tiles of the two, which must broadcast against one another."""
         left, right = self.left.tile(at), self.right.tile(at)
         check_alike(f"mask {self!r}", left.shape, right.shape)
         return left, right
@@ -372,7 +373,7 @@ class And(Pair):
     def bounds(self, at):
         left, right = self.left.bounds(at), self.right.bounds(at)
         if left is None or right is None:
-            # What one of them hides is hidden; what both show, nobody knows.
+            # Keys that one of them hides are hidden; which keys both show is unknown.
             known = left or right or Bounds((0, at.S), (0, 0))
             return known._replace(open=(0, 0))
         most, usual = (
@@ -447,7 +448,7 @@ class Shifted(Mask):
 
 @value_class(query_positions="L", key_positions="S")
 class Placed(Mask):
-    """The rules of `mask`, for tokens that stand elsewhere than they come in the row."""
+    """The rules of `mask`, for tokens with given positions."""
 
     mask: Mask
     query_positions: Array
@@ -459,7 +460,7 @@ class Placed(Mask):
     def bounds(self, at):
         queries = at.of_queries(self.query_positions)
         first, last = jnp.min(queries), jnp.max(queries)
-        # What the queries see of a sequence without an end; S - T is the offset "end".
+        # The bounds in an endless sequence; S - T stays, because it is the offset "end".
         span = at._replace(t_start=first, t_size=last - first + 1, offset=0)
         known = self.mask.bounds(span._replace(T=at.T + _ENDLESS - at.S, S=_ENDLESS))
         if known is None:
@@ -485,7 +486,7 @@ class Placed(Mask):
 
 
 def causal(offset: int | str | Array = 0) -> Mask:
-    """Key s is visible to query t when s <= t + offset: nobody sees the future.
+    """Key s is visible to query t when s <= t + offset: queries do not see the future.
 
     Args:
         offset: Where query 0 stands among the keys. An integer, an integer array `[...]` with one
@@ -508,8 +509,8 @@ def window(left: int | None, right: int | None = 0, offset: int | str | Array = 
         offset: As in `causal`.
 
     Raises:
-        ValueError: A negative `left` or `right`, or one beyond 2^29; for no limit there is None. A
-            window that ends before the query's own position is a window with a negative offset.
+        ValueError: A negative `left` or `right`, or one beyond 2^29; use None for no limit. For a
+            window that ends before the query's own position use a negative offset.
 
     Reference:
         Beltagy et al. 2020, "Longformer", section 3.1. https://arxiv.org/abs/2004.05150
@@ -581,7 +582,7 @@ def blocks(size: int, summary: int = 0, offset: int | str | Array = 0) -> Mask:
 
 
 def segments(query_ids: Array, key_ids: Array | None = None) -> Mask:
-    """Equal ids see one another: several sequences packed into one row.
+    """Equal ids see one another, for several sequences packed into one row.
 
     Args:
         query_ids: `[..., T]` integers.
@@ -602,7 +603,7 @@ def key_lengths(lengths: Array) -> Mask:
 
 
 def query_lengths(lengths: Array) -> Mask:
-    """Only the first `lengths` queries of each row are real, the others attend to nothing.
+    """Only the first `lengths` queries of each row are real; the others see no keys.
 
     `lengths` is `[...]` integers.
     """
@@ -623,17 +624,17 @@ def dense(array: Array) -> Mask:
 def shifted(mask: Mask, offset: int | Array) -> Mask:
     """`mask` for queries that are the tokens `offset, offset + 1, ...` of the sequence.
 
-    Rules and ids count from the sequence's start; a `dense` array stays the array of these very
-    queries. `offset` is an integer or `[...]` integers, one per batch row.
+    Rules and ids count from the sequence's start; a `dense` array is that of these queries.
+    `offset` is an integer or `[...]` integers, one per batch row.
     """
     return Shifted(mask, as_offset(offset))
 
 
 def placed(mask: Mask, positions: Array, key_positions: Array | None = None) -> Mask:
-    """`mask` for tokens that stand at `positions`, not where they come in the row.
+    """`mask` for tokens whose positions are `positions`, not their places in the row.
 
-    Rules about distances, blocks and lengths count positions; ids and arrays stay those of the
-    tokens. So a window reaches equally far in every document of a row, in one piece or not.
+    Rules about distances, blocks and lengths count positions; ids and arrays still go by the
+    tokens. So a window reaches equally far in every document of a row, even if it is in pieces.
 
     Args:
         mask: Any rule.
@@ -666,7 +667,7 @@ def as_mask(mask: "Mask | Array") -> Mask:
 
 
 def is_causal(mask: Mask | None) -> bool:
-    """Whether it is `causal()` and nothing else: all that a recurrence can honour."""
+    """Whether it is exactly `causal()`, the only mask that a recurrence supports."""
     return (
         isinstance(mask, Band)
         and isinstance(mask.offset, int)
@@ -675,7 +676,7 @@ def is_causal(mask: Mask | None) -> bool:
 
 
 def _overlap(*spans: tuple[int | Array, int | Array]) -> tuple[int | Array, int | Array]:
-    """What spans have in common; it is empty when its start is not below its stop."""
+    """The intersection of spans; it is empty when its start is not below its stop."""
     starts, stops = zip(*spans, strict=True)
     return _most(*starts), _least(*stops)
 
@@ -688,14 +689,14 @@ def _longer(left, right):
 
 
 def _least(*numbers: int | Array) -> int | Array:
-    """The smallest of all entries: a Python integer where all are."""
+    """The smallest of all entries: a Python integer if all entries are."""
     if all(isinstance(x, int) for x in numbers):
         return min(numbers)
     return functools.reduce(jnp.minimum, [jnp.min(x) for x in numbers])
 
 
 def _most(*numbers: int | Array) -> int | Array:
-    """The largest of all entries: a Python integer where all are."""
+    """The largest of all entries: a Python integer if all entries are."""
     if all(isinstance(x, int) for x in numbers):
         return max(numbers)
     return functools.reduce(jnp.maximum, [jnp.max(x) for x in numbers])

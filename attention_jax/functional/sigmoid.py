@@ -1,4 +1,4 @@
-"""Sigmoid attention: each weight by itself, without a softmax that has them sum to 1."""
+"""Sigmoid attention: each weight by itself, without a softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def sigmoid_attention(
     dropout_rng: Array | None = None,
     deterministic: bool = False,
 ) -> Array:
-    """Adds the values up, each with a weight of its own between 0 and 1.
+    """Adds up the values, each with a separate weight between 0 and 1.
 
         sigmoid(softcap(scale * query key^T) + bias + offset - log(S), where=mask) value
 
@@ -44,7 +44,7 @@ def sigmoid_attention(
             `dot_product_attention`.
 
     Returns:
-        `[..., T, N, V]` in the dtype of `query`. A query that may attend to nothing returns zeros.
+        `[..., T, N, V]` in the dtype of `query`. A query with no visible key returns zeros.
 
     Raises:
         ValueError: Shapes do not fit together, or a value is out of its range.
@@ -86,7 +86,7 @@ def sigmoid_weights(
     scale: float | Array | None = None,
     softcap: float | None = None,
 ) -> Array:
-    """The weights `[..., N, T, S]` of `sigmoid_attention`, whose arguments these are."""
+    """The weights `[..., N, T, S]` of `sigmoid_attention`, with its arguments."""
     query, key, _ = check_qkv(query, key, key)
     options = make_options(query, bias, mask, scale=scale, softcap=softcap)
     partition = partition_of(query, *range(query.ndim - 3), -2, -3, None)
@@ -94,12 +94,12 @@ def sigmoid_weights(
     return in_auto(_weights, arguments, partition)
 
 
-sigmoid_attention.weights = sigmoid_weights  # What a layer shows of it.
+sigmoid_attention.weights = sigmoid_weights  # For layers, which show them.
 
 
 def _weights(query, key, offset, options):
     logits, visible = visible_logits(query, key, options)  # [..., N, T, S]
-    num_keys = jnp.maximum(1, jnp.asarray(key.shape[-3], logits.dtype))  # Open in an export.
+    num_keys = jnp.maximum(1, jnp.asarray(key.shape[-3], logits.dtype))  # S may be symbolic.
     offset = offset.astype(logits.dtype) - jnp.log(num_keys)
     return where(visible, jax.nn.sigmoid(logits + offset[..., None, None]))
 

@@ -42,33 +42,33 @@ def attention_fn(
     attn_weights_value_einsum=None,
     **options,
 ) -> Array:
-    """`dot_product_attention` behind the signature that flax calls: `attention_fn=` of
+    """`dot_product_attention` with flax's signature: `attention_fn=` of
     `flax.linen.MultiHeadDotProductAttention` and of `flax.nnx.MultiHeadAttention`.
 
     Args:
         query, key, value, bias, dropout_rng, dropout_rate, deterministic: As in
             `dot_product_attention`.
-        mask: Boolean, or numbers of which 0 masks, as flax's mask builders make them by default.
-        broadcast_dropout: Flax's one dropout mask for all batch rows and heads. Refused where
-            anything is dropped.
+        mask: Boolean, or numbers where 0 means masked, as flax's mask builders make by default.
+        broadcast_dropout: Flax's single dropout mask for all batch rows and heads. Refused with
+            dropout.
         dtype: All three arrays are cast to it, and so is the result.
         precision: Of the matrix products, "default", "high" or "highest" or a
             `jax.lax.Precision`.
         module: Where the weights `[..., N, T, S]` are sown as `attention_weights`, before dropout.
-        is_causal: Query t sees the keys s <= t, beside what `mask` says. For a single query beside
-            several keys the mask says it all: so nnx decodes, with the new token's place in the
-            cache in its mask. Any other number of queries than of keys is refused.
+        is_causal: Query t sees only the keys s <= t that `mask` shows. For a single query and
+            several keys `mask` alone decides, because nnx decodes so and puts the token's place
+            into its mask. Otherwise there must be as many queries as keys.
         force_fp32_for_softmax: Always honoured: the softmax is in float32 at least.
-        qk_attn_weights_einsum, attn_weights_value_einsum: What linen makes of a layer's
-            `..._einsum_cls`. Refused: the products are those of this package.
+        qk_attn_weights_einsum, attn_weights_value_einsum: From a layer's `..._einsum_cls`. Refused,
+            because this package computes the products itself.
         **options: Further arguments of `dot_product_attention`.
 
     Returns:
         `[..., T, N, V]`.
 
     Raises:
-        NotImplementedError: `broadcast_dropout=True` with dropout, a precision by operand, an
-            einsum of the caller's own, or `is_causal` where it is not known where queries stand.
+        NotImplementedError: `broadcast_dropout=True` with dropout, a precision by operand, a custom
+            einsum, or `is_causal` where the positions of the queries are unknown.
     """
     check_flag("broadcast_dropout", broadcast_dropout)
     check_flag("is_causal", is_causal)
@@ -120,9 +120,9 @@ def attention_fn(
 
 
 def _causal(mask: Mask | None, T: int, S: int) -> Mask:
-    """`mask` without the future of T queries, the first of which stands at the first key."""
+    """`mask`, and causal for T queries that begin at the first key."""
     if T == 1 and S > 1 and mask is not None:
-        return mask  # The newest token: all that it may not see is in the mask.
+        return mask  # A decoded token: its mask hides all that it may not see.
     if T != S:
         raise NotImplementedError(
             f"is_causal=True needs as many queries as keys, or one query and a mask, got {T=} and "
@@ -153,7 +153,7 @@ def _precision(precision):
 
 
 def _sow(module, weights: Array) -> None:
-    """Sows in either of flax's two ways."""
+    """Sows weights in a module of linen or nnx."""
     from flax import linen, nnx
 
     collection = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate

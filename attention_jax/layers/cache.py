@@ -23,7 +23,7 @@ class Cache:
         self.ready = layer.has_variable("cache", "cached_key")
         if not (self.ready or layer.is_initializing()):
             raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
-        # Like the keys: on a mesh each device holds the cache of its own rows and heads.
+        # Split like the keys: on a mesh each device holds the cache of its own rows and heads.
         self.key = layer.variable("cache", "cached_key", jnp.zeros_like, key)
         self.value = layer.variable("cache", "cached_value", jnp.zeros_like, value)
         self.index = layer.variable(
@@ -37,11 +37,11 @@ class Cache:
         self.num_new = key.shape[-3]
 
     def positions(self) -> Array:
-        """Where the new tokens stand in the sequence, `[..., T]`."""
+        """The positions of the new tokens in the sequence, `[..., T]`."""
         return self.index.value[..., None] + jnp.arange(self.num_new)
 
     def rules(self, mask, bias):
-        """The masks and biases of the new tokens, which stand behind those in the cache."""
+        """The masks and biases of the new tokens, which come after those in the cache."""
         index = self.index.value
         causal = masks.shifted(masks.causal(), index)
         mask = causal if mask is None else causal & masks.shifted(masks.as_mask(mask), index)
@@ -71,7 +71,7 @@ class Cache:
                 f"the cache holds {capacity} tokens and is too full: rows hold up to "
                 f"{int(index.max())}, and {self.num_new} more came."
             )
-        # Written beyond the end, a token is dropped: never a silent overwrite.
+        # A write beyond the end is dropped, so the cache is never overwritten.
         places = jnp.where(new & ~overflow[..., None], self.positions(), capacity)
         self.key.value = put(self.key.value, places, key)
         self.value.value = put(self.value.value, places, value)

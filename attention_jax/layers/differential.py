@@ -10,14 +10,14 @@ from attention_jax.types import AttentionFn
 class DifferentialAttention(MultiHeadAttention):
     """Multi-head attention in which every head is the difference of two.
 
-    Attributes and parameters are those of `MultiHeadAttention`, `head_dim` H being the size of both
-    halves of a head together, an even number; `qk_norm` and `rotary` act on each half. Also there
-    are `lambda_query_1`, `lambda_key_1`, `lambda_query_2`, `lambda_key_2` `[H / 2]`, and
+    Attributes and parameters are those of `MultiHeadAttention`. `head_dim` H is the size of both
+    halves of a head together and must be even; `qk_norm` and `rotary` act on each half. Further
+    parameters are `lambda_query_1`, `lambda_key_1`, `lambda_query_2`, `lambda_key_2` `[H / 2]`, and
     `head_norm` with a scale `[H]` that all heads share.
 
     Attributes:
-        lambda_init: What lambda starts near. The paper has 0.8 - 0.6 exp(-0.3 l) in layer
-            l = 0, 1, ...
+        lambda_init: The approximate initial lambda. The paper has 0.8 - 0.6 exp(-0.3 l) in layer l
+            = 0, 1, ...
         attention_fn: Any function with the arguments of `differential_attention`.
 
     Reference:

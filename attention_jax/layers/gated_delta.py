@@ -28,8 +28,8 @@ from attention_jax.types import Array, AttentionFn, Initializer
 class GatedDeltaAttention(nn.Module):
     """A layer around the gated delta rule: causal, and linear in the length.
 
-    Queries, keys and values pass a short convolution and SiLU; queries and keys then have length 1.
-    What is read is normalised for each head and gated before the last projection.
+    Queries, keys and values pass a short convolution and SiLU; queries and keys are then normalised
+    to length 1. The output of each head is normalised and gated before the last projection.
 
     Parameters: `query`, `key`, `value` and `out` as in `MultiHeadAttention`; `query_conv`,
     `key_conv`, `value_conv` `[conv_size, heads * H]`; `decay` `[D, K]` with `decay_rate` and
@@ -78,12 +78,12 @@ class GatedDeltaAttention(nn.Module):
         sow_weights: bool = False,
         positions: Array | None = None,
     ) -> Array:
-        """Lets every position read what it and those before it have left in the memory.
+        """Lets every position read the memory that it and earlier positions have written.
 
         Args:
             inputs: `[..., T, D]`.
             mask: `masks.causal()`.
-            deterministic: Of no consequence: nothing is dropped.
+            deterministic: Ignored, because the layer has no dropout.
             sow_weights: Must be False: there are no weights to show.
             positions: Must be None: the memory counts the tokens as they come.
 
@@ -134,7 +134,7 @@ class GatedDeltaAttention(nn.Module):
         key = unit_length(short("key", num_kv_heads))  # [..., T, K, H]
         value = short("value", num_kv_heads)  # [..., T, K, H]
 
-        # Positive rates and steps, from the logarithm and through softplus: alpha < 1.
+        # exp and softplus make rates and steps positive, so that alpha < 1.
         rate = self.param("decay_rate", _log_uniform(1.0, 16.0), (num_kv_heads,), self.param_dtype)
         bias = self.param(
             "decay_bias", _inverse_softplus(1e-3, 0.1), (num_kv_heads,), self.param_dtype
@@ -159,7 +159,7 @@ def _log_uniform(low: float, high: float) -> Initializer:
 
 
 def _inverse_softplus(low: float, high: float) -> Initializer:
-    """What softplus takes to a number whose logarithm is drawn uniformly."""
+    """The inverse softplus of a number whose logarithm is drawn uniformly."""
 
     def init(rng, shape, dtype):
         step = jnp.exp(jax.random.uniform(rng, shape, dtype, math.log(low), math.log(high)))

@@ -27,7 +27,7 @@ from attention_jax.types import Array, AttentionFn, Initializer
 
 
 class SingleHeadAttention(nn.Module):
-    """One head of attention: where to start reading.
+    """One head of attention, the simplest layer: start reading here.
 
     Parameters: `query`, `key`, `value` with kernel `[D, H]`, and `out` with kernel `[H, D]`.
 
@@ -57,7 +57,7 @@ class SingleHeadAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
-    rotary: ClassVar[bool] = False  # As in MultiHeadAttention: it does not use positions.
+    rotary: ClassVar[bool] = False  # As in MultiHeadAttention; this layer does not use positions.
 
     @nn.compact
     @jax_defaults()
@@ -155,10 +155,10 @@ class MultiHeadAttention(nn.Module):
         kernel_init, bias_init: How the parameters start.
         out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
         softcap: As in `dot_product_attention`.
-        sinks: Learns a logit for each query head that takes part in the normaliser and has no
-            value, so that a head may attend to nothing: the parameter `sinks` `[N]`, from 0.
-        learnt: Arguments of `attention_fn` that are parameters of the layer, by name: `[N]` each,
-            from 0. `sinks=True` is `learnt=("sinks",)`.
+        sinks: Learns a logit for each query head that enters the normaliser but has no value, so
+            that a head may attend to little: the parameter `sinks` `[N]`, initially 0.
+        learnt: Names of arguments of `attention_fn` that become parameters of the layer: `[N]`
+            each, initially 0. `sinks=True` is `learnt=("sinks",)`.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
@@ -216,18 +216,17 @@ class MultiHeadAttention(nn.Module):
             sow_weights: Stores the weights `[..., N, T, S]`, before dropout, as
                 `attention_weights` in the collection `intermediates`.
             lengths: With `decode`: how many of the T new tokens count, `[...]` integers, one per
-                batch row. The others are padding on the right: the cache does not advance past
-                the tokens that count, so the next call takes the padding's place.
-            positions: Where the T tokens stand, integers that broadcast to `[..., T]`; for
-                `rotary`. Defaults to 0, 1, ..., T - 1, with `decode` counted on from the tokens in
-                the cache. Only differences matter, so documents side by side and left padding need
-                none. With `decode` they are those of the new tokens; a key stays where it stood
-                when it came. `mask` and `bias` do not look at them: see `masks.placed`.
+                batch row. The others are padding on the right, which the next call overwrites in
+                the cache.
+            positions: The positions of the T tokens, integers that broadcast to `[..., T]`; for
+                `rotary`. Defaults to 0, 1, ..., T - 1; with `decode` the default counts on from the
+                cache. Only differences matter, so documents side by side and left padding need no
+                positions. With `decode` give those of the new tokens; cached keys keep theirs.
+                `mask` and `bias` do not use them: see `masks.placed`.
 
         Returns:
-            `[..., T, out_features]`. With `decode` under `jit`, a row whose cache has no room for
-            its new tokens, or whose length is not in [0, T], returns NaN, and its cache keeps what
-            it holds.
+            `[..., T, out_features]`. With `decode` under `jit`, a row returns NaN and keeps its
+            cache if its cache has no room for the new tokens or its length is not in [0, T].
 
         Raises:
             ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
@@ -293,7 +292,7 @@ class MultiHeadAttention(nn.Module):
         return _attend(self, query, key, value, mask, bias, deterministic, sow_weights, **options)
 
     def _by_part(self, change: Callable[[Array], Array], x: Array) -> Array:
-        """`change` on the parts of a head that meet one another: here a head is one part."""
+        """`change`, applied to each part of a head; here a head is one part."""
         return change(x)
 
     def _dense_general(self, features, axis, name, kernel_init):
@@ -340,10 +339,9 @@ def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
 
 
 def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:
-    """Calls the layer's attention function with what was asked for, and nothing else.
+    """Calls the layer's attention function with the requested options only.
 
-    A mechanism that knows no bias or dropout is not handed one, unless somebody wants it: then that
-    is an error.
+    So a mechanism without bias or dropout works, and a request for one is an error.
     """
     check_rate("dropout_rate", layer.dropout_rate)
     check_flag("sow_weights", sow_weights)
@@ -370,7 +368,7 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
             options["deterministic"] = True
         else:
             if getattr(layer, "decode", False):
-                # It would depend on how the sequence is cut into calls.
+                # Dropout would depend on how the sequence is divided into calls.
                 raise NotImplementedError(
                     f"decode=True has no dropout, got dropout_rate={layer.dropout_rate}: "
                     "give deterministic=True."

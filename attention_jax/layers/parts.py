@@ -1,4 +1,4 @@
-"""What stands beside attention in a model: embeddings, positions, biases, the MLP and the rest."""
+"""The other parts of a model: embeddings, positions, biases, MLPs and dropout."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ from attention_jax.functional.positions import sinusoidal_at
 from attention_jax.types import Array, Initializer
 
 EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positions, as in GPT-2.
-# A sinusoid's mean square is 1/2: as large as tokens are at first, it cannot drown them.
+# A sinusoid's mean square is 1/2. The waves start as large as the tokens, so they do not hide them.
 SINUSOIDAL_SCALE = 2**0.5 * EMBEDDING_SCALE
 
 
@@ -50,7 +50,7 @@ class Embed(nn.Embed):
 
 
 class TokenEmbedding(Embed):
-    """What a model makes of tokens, and how it makes logits of vectors with the same table.
+    """Embeds tokens, and turns vectors into logits with the same table.
 
     Attributes:
         num_embeddings: The size of the vocabulary.
@@ -69,12 +69,13 @@ class TokenEmbedding(Embed):
         return super().__call__(as_integers("inputs", inputs, axes=1))
 
     def attend(self, x: Array) -> Array:
-        """`[..., D]` to logits `[..., num_embeddings]` in float32: how alike are x and each row?"""
+        """`[..., D]` to logits `[..., num_embeddings]` in float32: the product of x and each
+        row."""
         return super().attend(x).astype(jnp.float32)
 
 
 class VectorEmbedding(nn.Module):
-    """For a model of vectors: they come and go as they are.
+    """For a model of vectors, which are passed on unchanged.
 
     Attributes:
         features: Their width D.
@@ -83,7 +84,7 @@ class VectorEmbedding(nn.Module):
     features: int
 
     def __call__(self, inputs: Array) -> Array:
-        """`[..., T, D]`, or the error that says what came instead."""
+        """`[..., T, D]`, checked."""
         check_inputs("inputs", inputs)
         if inputs.shape[-1] != as_size("features", self.features):
             raise ValueError(
@@ -97,7 +98,7 @@ class VectorEmbedding(nn.Module):
 
 
 class Unembedding(nn.Dense):
-    """Logits from a matrix of their own, `[..., D] -> [..., features]` in float32."""
+    """Logits from a separate matrix, `[..., D] -> [..., features]` in float32."""
 
     def __call__(self, x: Array) -> Array:
         return super().__call__(x).astype(jnp.float32)
@@ -107,8 +108,8 @@ class SinusoidalPositions(nn.Module):
     """Adds `positions.sinusoidal`.
 
     Attributes:
-        scale: Multiplies the waves. The default makes them as large as tokens are at first; vectors
-            may be larger.
+        scale: Multiplies the waves. The default makes them as large as initial tokens; vectors may
+            be larger.
     """
 
     scale: float = SINUSOIDAL_SCALE
@@ -129,7 +130,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Adds a vector of its own for each position.
+    """Adds a learned vector for each position.
 
     Attributes:
         max_length: The number of positions.
@@ -146,8 +147,8 @@ class LearnedPositions(nn.Module):
         """`[..., T, D] -> [..., T, D]`; the positions, integers `[..., T]`, are 0, 1, ... if None.
 
         Raises:
-            ValueError: There are more than `max_length`. Under `jit`, a position without a row
-                makes NaN of its token.
+            ValueError: There are more than `max_length` positions. Under `jit`, a token whose
+                position has no row becomes NaN.
         """
         check_fields(self)
         T, max_length = x.shape[-2], as_size("max_length", self.max_length)
@@ -169,7 +170,7 @@ class LearnedPositions(nn.Module):
                 f"positions must lie in [0, max_length) with max_length={max_length}, got "
                 f"{int(positions.min())} to {int(positions.max())}."
             )
-        # A clipped position would be another one, without a word.
+        # NaN, because a clipped position would silently be a wrong one.
         return x + jnp.where(beyond[..., None], jnp.nan, table(jnp.where(beyond, 0, positions)))
 
 
@@ -215,7 +216,7 @@ class RelativeBias(nn.Module):
 class Dropout(nn.Module):
     """`flax.linen.Dropout` whose rate may also be traced, and whose key may be of any kind.
 
-    With a threefry key, and what JAX is set to by default, it is the same bit for bit.
+    With a threefry key and JAX's default settings the result is the same bit for bit.
 
     Attributes:
         rate: The probability with which a number is dropped, in [0, 1).
@@ -285,7 +286,7 @@ class GatedMLP(MLP):
 class ShortConvolution(nn.Module):
     """Each feature's weighted sum of its own last few values.
 
-    It tells what attention without positions cannot: which token stood just before.
+    It shows which token came just before, which attention without positions cannot.
 
     Attributes:
         width: W, the number of values in a sum.
@@ -311,17 +312,16 @@ class ShortConvolution(nn.Module):
         mask: Mask | None = masks.causal(),  # noqa: B008  (a constant)
         positions: Array | None = None,
     ) -> Array:
-        """`[..., T, D] -> [..., T, D]`; what lies before the first position counts as 0.
+        """`[..., T, D] -> [..., T, D]`; values before the first position count as 0.
 
         Args:
             x: `[..., T, D]`.
-            mask: A rule that hides the future. The sums reach back as far as they do, however far
-                the rule lets attention see.
+            mask: A rule that hides the future. It does not limit how far the sums reach back.
             positions: Must be None: the sums count the tokens as they come.
 
         Raises:
-            NotImplementedError: `positions`, or a mask that shows the future, or that tells tokens
-                apart: the sums would run over what it hides.
+            NotImplementedError: `positions`, a mask that shows the future, or a mask of arrays: the
+                sums would include tokens that it hides.
         """
         width = as_size("width", self.width)
         if positions is not None:
