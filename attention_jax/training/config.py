@@ -1,4 +1,4 @@
-"""What a run is made of: defaults, what its fields must be together, config files.
+"""Configs: their defaults, rules over several fields, and config files.
 
 Nothing here imports jax.
 
@@ -27,14 +27,14 @@ from attention_jax.training.rules import MOST_32_BITS, OPTIONAL, fault, label, r
 
 
 class ConfigError(RunError, ValueError):
-    """A flag, a field or a config file asks for something that cannot be."""
+    """A flag, a field or a config file is invalid."""
 
     status = 2
 
 
 @contextlib.contextmanager
 def refused(prefix: str = "") -> Iterator[None]:
-    """Turns what is wrong with a file or a path into a ConfigError."""
+    """Turns a ValueError about a file or a path into a ConfigError."""
     try:
         yield
     except ValueError as error:
@@ -70,7 +70,7 @@ DEFAULTS = {
         "sinks": False,
         "short_conv": 0,  # Width of the convolution before each attention; 0: none.
         "use_bias": True,
-        "init_scale": 1.0,  # Of what writes to the residual stream.
+        "init_scale": 1.0,  # Of projections into the residual stream.
         "tie_embedding": True,
         "remat": False,
         "dtype": "float32",  # Of the computation; parameters are always float32.
@@ -81,7 +81,7 @@ DEFAULTS = {
         "schedule": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
-        "decay": "matrices",  # What it pulls at: matrices, or all parameters.
+        "decay": "matrices",  # Which parameters shrink: matrices, or all.
         "clip_norm": 0.0,  # 0: off.
         "momentum": 0.0,
         "accumulate": 1,
@@ -94,8 +94,8 @@ DEFAULTS = {
     "checkpoint": {"every_epochs": 10, "keep": 2},
 }
 
-# The tasks of tokens need a model that knows order and can compose two steps: one bare layer stays
-# at chance (https://arxiv.org/abs/2408.14332 says why).
+# Tasks of tokens need a model with positions and two layers: one bare layer stays at chance
+# (https://arxiv.org/abs/2408.14332 says why).
 _TRANSFORMER = {
     "num_layers": 2,
     "num_heads": 2,
@@ -104,7 +104,7 @@ _TRANSFORMER = {
     "positions": "rotary",
     "causal": True,
 }
-_WITH_MLP = _TRANSFORMER | {"mlp_ratio": 4.0}  # Where a token has to be worked on, not only moved.
+_WITH_MLP = _TRANSFORMER | {"mlp_ratio": 4.0}  # For tasks that compute with tokens.
 
 
 def _token_task(model=_TRANSFORMER, epochs=20, **task):
@@ -118,7 +118,7 @@ def _token_task(model=_TRANSFORMER, epochs=20, **task):
 
 _QUESTIONS_OF_RECALL = {"power": 0.01, "random_non_queries": False}
 
-# What each task changes. `task` holds all the settings it has; there are no others.
+# The defaults that each task changes. `task` lists all its settings.
 TASKS = {
     "teacher": {"task": {"seq_length": 10}},
     "recall": _token_task(
@@ -146,7 +146,7 @@ TASKS = {
     "reverse": _token_task(seq_length=32, vocab_size=16),
     "sort": _token_task(_WITH_MLP, seq_length=32, vocab_size=16),
     "selective_copy": _token_task(seq_length=256, vocab_size=16, num_tokens=16),
-    # All questions look alike, and see two tokens: only an absolute position tells them apart.
+    # All questions look alike and see two tokens; only absolute positions tell them apart.
     "compression": _token_task(_WITH_MLP | {"positions": "learned"}, seq_length=63, vocab_size=16),
     "parity": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
     "majority": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
@@ -155,7 +155,7 @@ TASKS = {
 
 
 def default_config(task: str = "teacher") -> ConfigDict:
-    """The config that a run of `task` starts from: DEFAULTS, then what TASKS says.
+    """The default config of `task`: DEFAULTS, changed by TASKS.
 
     Raises:
         ConfigError: There is no such task.
@@ -177,7 +177,7 @@ def default_config(task: str = "teacher") -> ConfigDict:
     return config.lock()
 
 
-# What no sweep can change: the trials run side by side, on one clock.
+# Fields that no sweep can change, because the trials run side by side.
 SHARED = (
     *("launcher", "task.name", "train.steps_per_epoch", "train.epochs", "train.target"),
     "eval.every_epochs",
@@ -186,11 +186,11 @@ MAX_TRIALS = 10_000
 
 
 class Target(NamedTuple):
-    """What a held-out metric is to reach, and the run to stop at.
+    """The value of a held-out metric at which a run stops.
 
     Attributes:
         metric: Its name, without `eval_`.
-        value: A loss is to be this or less, any other metric this or more.
+        value: A loss must be this or less, any other metric this or more.
 
     >>> Target.parse("accuracy=0.99").is_reached({"accuracy": 0.98})
     False
@@ -203,7 +203,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Target | None":
-        """Reads "metric=value", and "" as None; ValueError where it is something else."""
+        """Reads "metric=value", and "" as None; ValueError for any other text."""
         if not text:
             return None
         metric, equals, number = text.rpartition("=")
@@ -219,7 +219,7 @@ class Target(NamedTuple):
         return target
 
     def is_reached(self, metrics: Mapping[str, float]) -> bool:
-        """Whether held-out metrics, named without `eval_`, have come so far. NaN has not."""
+        """Whether held-out metrics, named without `eval_`, reach the value. NaN does not."""
         found = metrics[self.metric]
         return bool(found <= self.value if self.metric.startswith("loss") else found >= self.value)
 
@@ -236,7 +236,7 @@ def flatten(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
 
 
 def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
-    """What is wrong with a config, as (path of a field, sentence); no jax, no devices."""
+    """The errors of a config, as (path of a field, sentence); needs no jax and no devices."""
     task = config.get("task", {}).get("name")
     if task not in TASKS:
         words = f"{label('task.name')} must be one of {', '.join(TASKS)}"
@@ -258,7 +258,7 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             bad.add(path)
             yield path, f"{label(path)} {words}: got {shown(value)}."
     if bad:
-        return  # What follows relates sound values to one another.
+        return  # The checks below need valid values.
 
     for section in ("eval", "train"):
         try:
@@ -276,7 +276,7 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield "train.target", f"{label('train.target')} {error}"
     if model.name == "selfhead":
-        # A number of heads that nobody chose is no contradiction.
+        # A default number of heads is allowed.
         unset = {1, DEFAULTS["model"]["num_heads"], known["model.num_heads"]}
         kept = {"num_heads": unset, "num_kv_heads": {None}, "qk_norm": {False}}
         for field, allowed in kept.items():
@@ -345,13 +345,13 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
 
 
 def slice_settings(config: ConfigDict, section: str = "eval") -> dict[str, dict[str, Any]]:
-    """What each slice of `config.eval.slices` changes in `config.task`, by its name.
+    """The changes of `config.task` that each slice of `config.eval.slices` makes, by its name.
 
     `section="train"` is for `config.train.slices`. Slices are separated by spaces, the settings of
     one by commas; a number alone is a length.
 
     Raises:
-        ConfigError: A slice is named twice, or changes what the task does not have.
+        ConfigError: A slice is named twice, or changes a setting that the task does not have.
 
     >>> config = default_config("recall")
     >>> config.eval.slices = "128 num_pairs=8 128,num_pairs=16"
@@ -396,12 +396,12 @@ def trials(config: ConfigDict, axes: Mapping[str, Sequence[Any]]) -> list[Config
     """The configs of a sweep: all combinations, the values of the last axis changing fastest.
 
     Args:
-        config: What they share.
-        axes: The values of each field that is swept, by its path.
+        config: The config that the trials share.
+        axes: The values of each swept field, by its path.
 
     Raises:
-        ConfigError: A field that cannot be swept, an axis without values or with one twice, or a
-            combination that cannot be.
+        ConfigError: A field cannot be swept, an axis has no values or repeats one, or a combination
+            is invalid.
     """
     known = flatten(config)
     for path, values in axes.items():
@@ -443,7 +443,7 @@ def load(path: str) -> ConfigDict:
         config = names["get_config"](*argument) if "get_config" in names else None
     except OSError as error:
         raise ConfigError(f"--config={path}: {error.strerror}.") from error
-    except Exception as error:  # Whatever the user's own program does wrong.
+    except Exception as error:  # The user's program may raise anything.
         raise ConfigError(_where(file, error)) from error
     if "get_config" not in names:
         raise ConfigError(f"{file}: get_config() is missing: see configs/ for examples.")
@@ -452,7 +452,7 @@ def load(path: str) -> ConfigDict:
     missing = [name for name in DEFAULTS if name not in config]
     if missing:
         raise ConfigError(f"{file}: config.{missing[0]} is missing: start from default_config().")
-    # A copy, or two runs of one process would share the fields they override.
+    # A copy, so that two runs of one process do not share the fields that they override.
     return copy.deepcopy(config)
 
 

@@ -1,4 +1,4 @@
-"""The loop: a run from its config to its result.
+"""The training loop: a run from its config to its result.
 
 >>> from attention_jax.training import config, experiment
 >>> result = experiment.run(config.default_config(), workdir="runs/first")  # doctest: +SKIP
@@ -47,17 +47,17 @@ class Diverged(RunError):
 
 
 class Result(NamedTuple):
-    """What a complete run leaves.
+    """The result of a complete run.
 
     Attributes:
         params: The trained parameters.
-        metrics: What `result.json` holds: `step`, `first_loss`, `train_loss`, `eval_loss` and the
-            other metrics of the held-out batches, `held_out`, which says what rows these have,
-            `seconds`, `steps_per_second`, `num_params` and `fingerprint`; with a target also
-            `target_step` and `target_seconds`, at which it was reached, None where it was not;
-            where steps may be skipped also `skipped`, how many were.
-        history: What `metrics.jsonl` holds, a row for every epoch and one for the first step, whose
-            `seconds` nobody knows: an epoch is one program.
+        metrics: The contents of `result.json`: `step`, `first_loss`, `train_loss`, `eval_loss` and
+            the other held-out metrics, `held_out`, which describes the held-out rows, `seconds`,
+            `steps_per_second`, `num_params` and `fingerprint`. With a target also `target_step` and
+            `target_seconds`, None if it was not reached; with `max_skipped` also `skipped`, the
+            number of skipped steps.
+        history: The rows of `metrics.jsonl`: one for every epoch and one for the first step. The
+            latter has no `seconds`, because an epoch is one program.
     """
 
     params: PyTree
@@ -66,24 +66,24 @@ class Result(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
-    """Trains what the config says, or finishes what an earlier run in `workdir` began.
+    """Trains by the config, or finishes an earlier run in `workdir`.
 
     Args:
         config: From `default_config`, with any fields changed.
-        workdir: The run directory. None: nothing is written.
+        workdir: The run directory. None writes no files.
 
     Returns:
-        The result, also of a run that had finished before.
+        The result, also if the run was complete before.
 
     Raises:
-        ConfigError: Something in the config, or about the run directory, cannot be.
+        ConfigError: The config or the run directory is invalid.
         Diverged: NaN or infinity, named with its step; the last good checkpoint is kept.
         Interrupted: After SIGTERM, SIGINT or SIGHUP, with a checkpoint saved.
     """
     check(config)
     started = time.perf_counter()
     prepare()
-    # Before the directory is claimed: what cannot be built leaves it to the corrected config.
+    # Built before the directory is claimed, so that after an error a corrected config can use it.
     program = build(config)
     return in_directory(workdir, config, lambda store: _run(config, program, store, started))
 
@@ -93,9 +93,9 @@ def in_directory(
     config: ConfigDict,
     work: Callable[[RunDirectory | NoDirectory], Any],
 ) -> Any:
-    """What `work` returns, done in a run directory that is claimed for a config, or in none.
+    """Runs `work` in a run directory that is claimed for the config, or without one.
 
-    What fails before anything of a step is written leaves the directory as it was.
+    A failure before the first step is written leaves the directory as it was.
     """
     if workdir is None:
         return work(NoDirectory())
@@ -135,7 +135,7 @@ def _first_state(config, program):
 
 
 def first_params(init_from: str, like: PyTree) -> PyTree:
-    """The parameters of `--init_from`; ConfigError where there are none, or they do not fit."""
+    """The parameters of `--init_from`; ConfigError if they are missing or do not fit."""
     try:
         return restore_params(init_from, like=like)
     except (OSError, RuntimeError, ValueError) as error:
@@ -143,9 +143,10 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
 
 
 def _train(config, program, state, store, started, stop):
-    """Runs the epochs that are left; returns the state, all rows, and the steps per second.
+    """Runs the remaining epochs; returns the state, all rows, and the steps per second.
 
-    The latter without the first epoch, in which programs are compiled; None if there was no other.
+    The speed leaves out the first epoch, in which programs are compiled; None if there was no
+    other.
     """
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     first_epoch = store.step // num_steps
@@ -153,7 +154,7 @@ def _train(config, program, state, store, started, stop):
     if history:
         started -= history[-1]["seconds"]
     target = program.target
-    if is_at(target, history):  # And the process died before it could say so.
+    if is_at(target, history):  # The process died before it wrote its result.
         return state, history, None
 
     def record(epoch, metrics, held_out, finish):
@@ -166,7 +167,7 @@ def _train(config, program, state, store, started, stop):
             raise Diverged(str(error)) from error
         check_metrics(held_out, epoch * num_steps, "held-out ")
         for row in rows_of_epoch(config, epoch, metrics, held_out):
-            if row["step"] == epoch * num_steps:  # Nobody has seen the clock at the first step.
+            if row["step"] == epoch * num_steps:  # The first step has no time.
                 row["seconds"] = round(finish.time() - started, 3)
             history.append(row)
             store.write(row)
@@ -183,14 +184,14 @@ def _train(config, program, state, store, started, stop):
             if last or epoch % config.eval.every_epochs == 0:
                 held_out = evaluate(state.params, program.rows)
             if target is not None and held_out:
-                # Worth a wait for the devices: no epoch is run that may not be.
+                # Wait for the devices here, so that no epoch runs after the target.
                 last = last or target.is_reached(jax.device_get(held_out))
-            # One epoch late, so that the devices have this one to work on while the host writes.
+            # Written one epoch late, so that the devices work while the host writes.
             if waiting is not None:
                 record(*waiting)
             waiting = epoch, metrics, held_out, Finish((metrics, held_out))
             if last or stop.number or epoch % config.checkpoint.every_epochs == 0:
-                # Saved only once it is known to be sound, and with its rows on the disk.
+                # `record` first: only a sound state whose rows are written may be saved.
                 record(*waiting)
                 waiting = None
                 store.save(state)
@@ -206,8 +207,8 @@ def _train(config, program, state, store, started, stop):
 
 
 def leave(number: int, step: int, store: RunDirectory | NoDirectory) -> NoReturn:
-    """Ends what a signal stopped: raises Interrupted, once what was saved is on the disk."""
-    store.wait()  # Or it may not say that it has saved.
+    """Ends a run after a signal: raises Interrupted once the checkpoint is on the disk."""
+    store.wait()  # The message below says that the state is saved.
     saved = "" if isinstance(store, NoDirectory) else " and saved: run again to go on"
     raise Interrupted(f"stopped by {signal.Signals(number).name} at step {step}{saved}.", number)
 
@@ -220,28 +221,28 @@ def is_at(target: Target | None, history: list[dict[str, Any]]) -> bool:
 
 
 class Finish:
-    """Notes the time at which arrays are there, whatever the host is doing then."""
+    """Notes the time at which arrays are ready, while the host does other work."""
 
     def __init__(self, arrays: PyTree):
         self._thread = threading.Thread(target=self._wait, args=(arrays,), daemon=True)
         self._thread.start()
 
     def _wait(self, arrays: PyTree) -> None:
-        with contextlib.suppress(Exception):  # Who fetches the arrays meets it.
+        with contextlib.suppress(Exception):  # Fetching the arrays raises it again.
             jax.block_until_ready(arrays)
         self._time = time.perf_counter()
 
     def time(self) -> float:
-        """As of `time.perf_counter`; waits for the arrays."""
+        """The time by `time.perf_counter`; waits for the arrays."""
         self._thread.join()
         return self._time
 
 
 class FirstCall:
-    """A compiled function that remembers how long its first call took, compiling included.
+    """A compiled function that measures its first call, with compilation.
 
-    That call waits for the devices, before and after, so that nothing else is in its time, and says
-    that it compiles, if that takes long.
+    That call waits for the devices before and after, so that its time holds no other work. It says
+    that it compiles if that takes long.
     """
 
     def __init__(self, function: Callable, what: str, busy: Busy):
@@ -269,14 +270,14 @@ def check_metrics(metrics: Mapping[str, Any], step: int, prefix: str = "") -> No
 def rows_of_epoch(config, epoch, metrics, held_out):
     """The rows of an epoch.
 
-    Every training metric is a mean over the steps since the row before, without those skipped.
-    Where all of these were, the row has none.
+    Every training metric is a mean over the steps since the row before, without skipped ones. If
+    all were skipped, the row has no training metrics.
     """
     num_steps = config.train.steps_per_epoch
     first_step = (epoch - 1) * num_steps + 1
     sound = metrics["bad_steps"] == 0
     metrics, held_out = _loss_first(metrics), _loss_first(held_out)
-    # The first step has a row of its own: where the run came from.
+    # The first step has a row too, to show where the run began.
     ends = [1, num_steps] if first_step == 1 and num_steps > 1 else [num_steps]
     for begin, end in zip([0, *ends], ends, strict=False):
         row = {"step": first_step + end - 1, "epoch": epoch}
@@ -291,7 +292,7 @@ def rows_of_epoch(config, epoch, metrics, held_out):
 
 
 def _loss_first(metrics):
-    """As a reader would put them; the weight is known beforehand, and bad steps end the run."""
+    """The metrics with the loss first, without the weight and the count of bad steps."""
     names = sorted(
         metrics.keys() - {"weight", "bad_steps"}, key=lambda name: (name != "loss", name)
     )
@@ -299,13 +300,13 @@ def _loss_first(metrics):
 
 
 def _summary(config, program, state, history, pace):
-    """The result of a run that has come to its end, said and returned."""
+    """Prints and returns the result of a run at its end."""
     params = jax.device_get(state.params)
     metrics = result_metrics(
         config, program.task, program.target, params, history, program.baseline(), pace
     )
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
-    # A mixture begins with the loss of all its parts, which is another.
+    # The first loss of a mixture is over all its parts, so it does not compare.
     below = (
         f", {first / final:,.1f} times below the first" if final and not config.train.slices else ""
     )
@@ -344,14 +345,14 @@ def result_metrics(
     baseline: Array,
     pace: float | None = None,
 ) -> dict[str, Any]:
-    """What `result.json` holds of a run at its end; `Result` lists it.
+    """The contents of `result.json`, which `Result` lists.
 
     Args:
         config, task, target: Of the run.
         params: Its parameters, in host memory.
         history: Its rows.
         baseline: The loss of the task's baseline.
-        pace: Steps per second, when known better than from the rows.
+        pace: Steps per second, if known more exactly than from the rows.
 
     Raises:
         Diverged: The baseline is not finite, or every step was skipped.
@@ -369,14 +370,14 @@ def result_metrics(
         "baseline_loss": float(baseline),
         "held_out": about_held_out(task, last["step"] * config.train.batch_size),
         "seconds": last["seconds"],
-        # A process that trained one epoch at most was compiling all the while.
+        # Without `pace` the process trained one epoch at most, and its time includes compilation.
         "steps_per_second": float(f"{pace or last['step'] / last['seconds']:.4g}"),
         "num_params": num_params(params),
         "fingerprint": fingerprint(params),
     }
     if config.optimizer.max_skipped:
         metrics["skipped"] = sum(row["skipped"] for row in history)
-    if target is not None:  # None in both where it was not reached.
+    if target is not None:  # Both None if it was not reached.
         end = last if is_at(target, history) else {}
         metrics |= {"target_step": end.get("step"), "target_seconds": end.get("seconds")}
     return metrics
@@ -389,7 +390,7 @@ def _when_reached(metrics):
 
 
 def announce(config: ConfigDict, what: str, devices: Collection[jax.Device], step: int) -> None:
-    """Says what is about to be trained, and after which step."""
+    """Prints a line about the coming training."""
     train = config.train
     # A step takes a batch of the task and one of each slice.
     num_sequences = train.batch_size * (1 + len(slice_settings(config, "train")))

@@ -1,7 +1,7 @@
 """Launchers: the only code that counts devices.
 
-A launcher runs an unchanged `(state, batch) -> (state, metrics)` on the devices at hand. State and
-metrics look the same under each, so a checkpoint does not know which one wrote it.
+A launcher runs an unchanged `(state, batch) -> (state, metrics)` on the devices. State and metrics
+look the same under each launcher, so any launcher can continue from a checkpoint.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,15 @@ class Launcher(NamedTuple):
         compile: `(function, *, donate=False) -> function` for functions of a state (or parameters)
             and a batch (or rows), whose results are no longer split over devices. `donate=True`
             gives the memory of the first argument to the result: the caller must not use it again.
-        put_state: Places a state where the compiled function wants it. The two may share memory: do
-            not use the one given after the one returned was donated.
+        put_state: Places a state where the compiled function wants it. Both states may share
+            memory: once the result is donated, do not use the argument.
         put_batch: Places any tree of arrays `[B, ...]`, split over the devices. ValueError when B
             cannot be split.
         constrain: Called inside the function on a tree of `[B, ...]` made there: keeps it split.
         axis_name: For `make_train_step` and `make_eval_step`.
         compile_trials: `(function, *, donate=False) -> function` for a function of one trial,
-            `(shared, state, settings) -> results`. The one returned takes many trials at once:
-            `shared` is the same for all, and whole trials are dealt out to the devices. `donate` is
-            about `state`.
+            `(shared, state, settings) -> results`. The result takes many trials at once: `shared`
+            is the same for all, and each device gets whole trials. `donate` applies to `state`.
         put_trials: Places any tree of arrays `[trials, ...]` for it. ValueError when the trials
             cannot be dealt out evenly.
         get_trials: Fetches such a tree, as NumPy arrays `[trials, ...]`.
@@ -87,7 +86,7 @@ def pmapped() -> Launcher:
             donate_argnums=0 if donate else (),
         )
 
-    # The sharding that pmap gives its results: any other would compile the second call anew.
+    # The sharding of pmap's results; with any other the second call would compile again.
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     replicated = NamedSharding(mesh, P())
     split = NamedSharding(mesh, P(AXIS))
@@ -158,14 +157,14 @@ def sharded() -> Launcher:
         check_split(trials, mesh.size, "a sweep of {} trials")
         return jax.device_put(trials, split)
 
-    # Gathered first: a process sees the trials of its own devices alone.
+    # Gather first, because a process sees only the trials of its own devices.
     gather = jax.jit(lambda trials: trials, out_shardings=replicated)
 
     return Launcher(
         compile=compiled,
         put_state=lambda state: jax.device_put(state, replicated),
         put_batch=put_batch,
-        # Without it the compiler may as well make the whole batch on every device.
+        # Without this constraint the compiler may make the whole batch on every device.
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
         axis_name=None,
         compile_trials=compiled_trials,
@@ -186,7 +185,7 @@ def _over_trials(function: Callable) -> Callable:
 
 
 def check_split(batch: PyTree, num_devices: int, name: str = "a batch of {} rows") -> None:
-    """Raises ValueError unless the leading axis of every array can be dealt out evenly."""
+    """Raises ValueError unless the leading axis of every array divides evenly among the devices."""
     for x in jax.tree.leaves(batch):
         size = np.shape(x)[0]
         if size == 0 or size % num_devices:

@@ -1,4 +1,4 @@
-"""The memory that a run needs at the least, which is looked at before anything is made."""
+"""Estimates the least memory of a run, to refuse it at the start if it cannot fit."""
 
 import os
 
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def check_memory(config: ConfigDict, num_trials: int = 1) -> None:
-    """Raises ValueError, with the sizes, where the memory cannot hold what a config asks for.
+    """Raises ValueError, with the sizes, if a config needs more memory than there is.
 
     It counts the arrays that a run cannot do without. A run that passes may still run out.
 
@@ -25,7 +25,7 @@ def check_memory(config: ConfigDict, num_trials: int = 1) -> None:
 
 
 def least_bytes(config: ConfigDict, num_trials: int = 1) -> dict[str, int]:
-    """The bytes that a run needs for certain, by what needs them.
+    """The bytes that a run needs for certain, by their use.
 
     >>> from attention_jax.training.config import default_config
     >>> least_bytes(default_config())["parameters, gradients and the optimizer's state"]
@@ -41,21 +41,20 @@ def least_bytes(config: ConfigDict, num_trials: int = 1) -> dict[str, int]:
     vocabulary = config.task.get("vocab_size", 0)
     positions = config.task.seq_length if model.positions == "learned" else 0
     num_params = model.num_layers * layer + (vocabulary + positions) * width
-    # Each parameter, its gradient, and what the optimizer keeps of it.
+    # Each parameter, its gradient, and the optimizer's numbers for it.
     copies = 4 if optimizer.name != "sgd" else 3 if optimizer.momentum else 2
     vectors = train.batch_size * config.task.seq_length
     needed = {
         "parameters, gradients and the optimizer's state": 4 * copies * num_params * num_trials,
         "a batch": vectors // optimizer.accumulate // jax.device_count() * width * 2,
     }
-    if config.task.name == "teacher":  # Its baseline sees the targets of all of them together.
+    if config.task.name == "teacher":  # Its baseline needs the targets of all batches at once.
         needed["the held-out batches"] = config.eval.num_batches * vectors * width * 4
     return needed
 
 
 def available_bytes() -> int | None:
-    """The memory of a device, or of the machine where devices have none of their own; None where
-    it is not known."""
+    """The memory of a device, or of the machine if devices share it; None if it is not known."""
     stats = jax.local_devices()[0].memory_stats() or {}
     try:
         return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

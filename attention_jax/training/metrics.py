@@ -1,8 +1,7 @@
 """Where the numbers of a run go: a screen, a JSON lines file, TensorBoard.
 
-A row is a flat dict: `step` and `epoch`, which count what is done, `seconds` where a clock was read
-at that step, and the metrics.
-Every writer has `write(row)` and `close()`.
+A row is a flat dict: `step` and `epoch` done so far, `seconds` if the time of that step is known,
+and the metrics. Every writer has `write(row)` and `close()`.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ SILENCE = 5.0  # Seconds without a line after which a program that is being comp
 # The axis of a plot, not a curve.
 _COUNTERS = ("step", "epoch", "seconds")
 
-# What the console shows, and how it calls it.
+# The metrics that the console shows, and their names there.
 _LABELS = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -44,10 +43,10 @@ _LABELS = {
 
 
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """The text of an object. JSON has no word for NaN or infinity.
+    """The JSON text of an object. JSON has no NaN or infinity.
 
     Raises:
-        RunError: Names what is NaN or infinite.
+        RunError: Names the numbers that are NaN or infinite.
     """
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
@@ -66,11 +65,11 @@ class Writer(Protocol):
 class JsonLines:
     """One JSON object per row; `pandas.read_json(path, lines=True)` reads it.
 
-    Opening it for a run that continues after `last_step` drops all that stands behind that step,
-    the torn line of a killed process included: the run writes those rows again.
+    Opening it for a run that continues after `last_step` drops all later lines, also the torn line
+    of a killed process. The run writes those rows again.
 
     Attributes:
-        rows: The rows in the file, those of the past included.
+        rows: All rows in the file, old ones too.
 
     Raises:
         ValueError: Up to `last_step` a line is no row, or a row is missing at the end; the file is
@@ -87,15 +86,15 @@ class JsonLines:
         line = to_json(row)
         self.rows.append(row)
         self._file.write(line.encode() + b"\n")
-        # With the system, not only with this process: kill -9 cannot take it back.
+        # Hand the row to the system, where `kill -9` cannot lose it.
         self._file.flush()
 
     def sync(self) -> None:
-        """Returns when the rows are on the disk; a checkpoint must not know more than they do."""
+        """Returns when the rows are on the disk; a checkpoint must not be newer than its rows."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        # Each row is with the system already, or its write has told why not.
+        # The system has every row already, or `write` has raised.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -134,7 +133,7 @@ def _row(line):
 
 
 class TensorBoard:
-    """Event files, when tensorboardX is there; otherwise one note, and nothing."""
+    """Event files, if tensorboardX is installed; otherwise it prints one note."""
 
     def __init__(self, directory: Path, last_step: int = 0):
         self._directory, self._last_step = directory, last_step
@@ -168,34 +167,34 @@ class TensorBoard:
 
     def _open(self) -> bool:
         try:
-            # Seconds, where torch is installed: the first epochs train meanwhile.
+            # Imported late: with torch it takes seconds, and the first epochs train meanwhile.
             from tensorboardX import event_file_writer
             from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             self._absent = True
             print("tensorboardX is not installed: no TensorBoard events.")
             return False
-        # Not its SummaryWriter: that writes in a thread, which a full disk ends with a traceback,
-        # and then waits for the thread.
+        # Not its SummaryWriter: on a full disk its thread ends with a traceback, and closing waits
+        # for it.
         self._directory.mkdir(exist_ok=True)
         self._events = event_file_writer.EventsWriter(str(self._directory / "events"))
-        # What a killed process wrote behind the checkpoint is hidden, not drawn twice.
+        # This hides events that a killed process wrote after the checkpoint.
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(step=self._last_step + 1, session_log=start))
         return True
 
 
 class Busy:
-    """Says what takes long, while it does: `with busy("compiling"): ...`.
+    """Names work that takes long, while it runs: `with busy("compiling"): ...`.
 
-    That is, when SILENCE has passed since the last line. So a reader is told of a compilation that
-    takes a minute, and of the third of six that take some seconds each.
+    It prints the text when SILENCE has passed since the last line. So it names one long
+    compilation, and also the third of six compilations of some seconds each.
 
     Args:
         say: Takes the text; called from another thread.
 
     Attributes:
-        since: The time of the last line, as of `time.monotonic`; whoever writes one may set it.
+        since: The time of the last line, by `time.monotonic`; set it after printing a line.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -206,7 +205,7 @@ class Busy:
     def __call__(self, text: str) -> Iterator[None]:
         def tell() -> None:
             self.since = time.monotonic()
-            with contextlib.suppress(BrokenPipeError):  # The next line that is printed meets it.
+            with contextlib.suppress(BrokenPipeError):  # The next print raises it again.
                 self._say(text)
 
         timer = threading.Timer(max(0.0, self.since + SILENCE - time.monotonic()), tell)
@@ -220,12 +219,12 @@ class Busy:
 
 
 class Console:
-    """A bar in a terminal; elsewhere lines fit for a log file.
+    """A progress bar in a terminal, else lines for a log file.
 
-    Of those about ten a run, and more where ten seconds would pass without one.
+    There are about ten lines a run, and more if ten seconds would pass without one.
 
     Attributes:
-        busy: Says what goes on until the next row comes.
+        busy: Names long work between rows.
     """
 
     def __init__(self, epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
@@ -271,7 +270,7 @@ class Console:
 
 
 def metrics_line(row: Row) -> str:
-    """What a reader wants to know of a row, in a line.
+    """The metrics of a row that the console shows, in a line.
 
     >>> metrics_line({"step": 3, "epoch": 1, "loss": 0.5, "grad_norm": 7.0, "eval_loss": 0.25})
     'loss 0.5  held-out loss 0.25'

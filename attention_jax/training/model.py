@@ -1,4 +1,4 @@
-"""From words to a model: those of `config.model`, and those of a call."""
+"""Makes a model from words: those of `config.model`, or those of a call."""
 
 import functools
 import inspect
@@ -34,11 +34,11 @@ def make_model(config: ConfigDict, task: Task, **traced: Any) -> SequenceModel:
     Args:
         config: Checked.
         task: That of the config.
-        traced: Values that stand instead of those of `config.model`.
+        traced: Values that replace those of `config.model`.
 
     Raises:
-        ValueError, NotImplementedError: Its settings do not go together. What only a layer knows it
-            refuses when it is called.
+        ValueError, NotImplementedError: Its settings do not fit together. A layer may refuse more
+            when it is called.
     """
     slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
     lengths = [changes.get("seq_length", 0) for changes in slices]
@@ -90,7 +90,7 @@ def make_sequence_model(
     init_scale: float | Array = 1.0,
     short_conv: int = 0,
 ) -> SequenceModel:
-    """A model from words: the `SequenceModel` whose parts they name. words.py has those it knows.
+    """The `SequenceModel` whose parts these words name; words.py lists them.
 
     Args:
         attention, mechanism, mlp, norm, pattern, positions: Words; with a norm, a last one follows
@@ -114,8 +114,8 @@ def make_sequence_model(
         remat: As in `SequenceModel`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
         stride: Of the patterns "strided" and "blocks".
-        init_scale: Multiplies the initial kernels of what writes to the residual stream. GPT-2 has
-            (2 num_layers) ** -0.5.
+        init_scale: Multiplies the initial kernels of projections whose output is added to the
+            residual stream. GPT-2 has (2 num_layers) ** -0.5.
         short_conv: The width of a `ShortConvolution` before each attention; 0 leaves it out.
 
     Raises:
@@ -232,12 +232,12 @@ def make_sequence_model(
 
 
 def _said(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that somebody chose: neither None nor False."""
+    """The options that the caller set: neither None nor False."""
     return {x: value for x, value in options.items() if value is not None and value is not False}
 
 
 def _make(word: str, make: Callable[..., Any], given: Mapping[str, Any], **others: Any) -> Any:
-    """Calls `make` with the options that were given, and those of the others that it has.
+    """Calls `make` with the given options, and with those of the others that it accepts.
 
     Raises:
         NotImplementedError: An option was given that `make` does not have.

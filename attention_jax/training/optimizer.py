@@ -20,12 +20,12 @@ def make_schedule(
 ) -> optax.Schedule:
     """Learning rate as a function of the step.
 
-    It rises linearly to `learning_rate` over the first `warmup_steps` (whose first step is not
-    wasted at zero), then stays (`"constant"`) or falls to 0 at `total_steps` along half a cosine
+    It rises linearly to `learning_rate` over the first `warmup_steps`, and is above 0 at the first
+    step. Then it stays (`"constant"`), or falls to 0 at `total_steps` along half a cosine
     (`"cosine"`).
 
     Args:
-        learning_rate, warmup_steps: May be traced, and are then taken on trust.
+        learning_rate, warmup_steps: May be traced, and are then not checked.
         schedule: `"constant"` or `"cosine"`.
         total_steps: Where a cosine ends.
 
@@ -74,10 +74,10 @@ def make_optimizer(
         name: `"adam"`, `"adamw"` or `"sgd"`.
         learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`. These and the
             numbers below may be traced, so that many trials are one program.
-        weight_decay: Pulls parameters towards 0 by this fraction of the learning rate per step;
-            adamw and sgd only.
-        decay: Which ones: `"matrices"`, see `is_matrix`, or `"all"`.
-        clip_norm: Longer gradients are shortened to this norm. 0: none is.
+        weight_decay: Shrinks parameters by this fraction of the learning rate per step; adamw and
+            sgd only.
+        decay: Which parameters shrink: `"matrices"`, see `is_matrix`, or `"all"`.
+        clip_norm: Longer gradients are shortened to this norm. 0 turns it off.
         momentum: sgd only.
 
     Raises:
@@ -125,9 +125,9 @@ def make_optimizer(
 def is_matrix(path: tuple, parameter: Array) -> bool:
     """Whether a parameter multiplies features: kernels, embeddings and convolutions.
 
-    Such a parameter has two axes or more. So have some biases, which are told by their names: those
-    of heads `[N, H]`, and the table of relative positions. Biases, scales of norms, sinks and rates
-    are left alone, as is usual for transformers.
+    Such a parameter has two axes or more. Some biases have two axes too, those of heads `[N, H]`
+    and the table of relative positions; their names exclude them. Biases, scales of norms, sinks
+    and rates do not decay, as is usual for transformers.
 
     Args:
         path: Of the parameter in its tree, as `jax.tree_util` has it.
@@ -142,7 +142,7 @@ def _is_traced(value: float | Array) -> bool:
 
 
 def _holds(value: float | Array, rule: Callable[[float], bool]) -> bool:
-    """Whether a number keeps a rule; one that is traced is taken on trust."""
+    """Whether a number keeps a rule; a traced number is not checked."""
     return _is_traced(value) or rule(value)
 
 
@@ -161,9 +161,9 @@ class SkipState(NamedTuple):
 def skipping(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer for a run that skips bad steps.
 
-    `make_train_step` then leaves parameters and optimizer state as they were, bit for bit, at every
-    bad step, and counts. `state.step` goes on, and with it the data and the dropout key. When to
-    give up is for the caller to say: see `check_finite`.
+    At a bad step `make_train_step` then keeps parameters and optimizer state bit for bit, and
+    counts it. `state.step` goes on, and with it the data and the dropout key. The caller decides
+    when to give up: see `check_finite`.
     """
 
     def init(params: PyTree) -> SkipState:

@@ -1,16 +1,16 @@
-"""The training step: pure functions `(state, batch) -> (state, metrics)`, whatever runs them.
+"""The training step: pure functions `(state, batch) -> (state, metrics)`.
 
-Nothing here knows a model, a device or a file. A step is given a loss function
+This module does not depend on models, devices or files. A step gets a loss function
 
     loss_fn(params, batch, rng) -> (loss, sums)
 
-where `rng` is the dropout key (None: no dropout), `loss` is a *sum* over the batch and `sums` holds
-what it is a sum over, `"weight"`, and any further sums to report, such as `"accuracy"`. Sums can be
-added over micro-batches, devices and held-out batches; means cannot.
+where `rng` is the dropout key (None: no dropout) and `loss` is a *sum* over the batch. `sums` holds
+the total weight, `"weight"`, and further sums to report, such as `"accuracy"`. Sums can be added
+over micro-batches, devices and held-out batches; means cannot.
 
-A step is bad when its loss or gradient is not finite, or the parameters or the optimizer's state
-that it leads to. Its metrics say so, and `check_finite` raises. An optimizer made by `skipping`
-drops the update of a bad step; any other applies it as it is.
+A step is bad if its loss or gradient is not finite, or its new parameters or optimizer state. Its
+metrics say so, and `check_finite` raises. An optimizer made by `skipping` drops the update of a bad
+step; any other applies it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ Sums = dict[str, Array]
 LossFn = Callable[[PyTree, Batch, Array | None], tuple[Array, Sums]]
 Apply = Callable[[PyTree, Batch, Array | None], Array]
 
-# As a number of bad steps: more than any run skips, because the state itself is broken.
+# A count of bad steps above any limit: it marks a broken state.
 _BROKEN = 2**31 - 1
 
 
@@ -57,15 +57,16 @@ def cross_entropy(apply: Apply) -> LossFn:
         apply: `(params, batch, rng) -> [B, P, vocab_size]`, logits at `batch.positions` alone.
 
     Returns:
-        A loss function with the sums `"weight"` and `"accuracy"`: an answer is right where no other
-        token has as large a logit.
+        A loss function with the sums `"weight"` and `"accuracy"`: an answer is right if its logit
+        is larger than all others.
     """
 
     def loss_fn(params: PyTree, batch: Batch, rng: Array | None) -> tuple[Array, Sums]:
         logits = apply(params, batch, rng).astype(jnp.float32)
         target_logits = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
         error = jax.nn.logsumexp(logits, axis=-1) - target_logits  # [B, P]
-        # Alone at the top. On a CPU `argmax` takes more time than the whole loss.
+        # The target's logit is the only largest one. On a CPU `argmax` is slower than the whole
+        # loss.
         correct = (logits >= target_logits[..., None]).sum(axis=-1) == 1
         right = batch.weights * correct.astype(batch.weights.dtype)
         sums = {"weight": batch.weights.sum(), "accuracy": right.sum()}
@@ -100,17 +101,16 @@ def make_train_step(
         loss_fn: Gives sums, see above.
         optimizer: Sees the gradient of the mean loss, the total loss over the total weight.
         axis_name: Axis of the enclosing `jax.pmap`, over which every sum is taken.
-        accumulate: Number of micro-batches that the batch is worked off in, one after the other.
-            The result is that of the whole batch; the memory is that of one micro-batch.
+        accumulate: Number of micro-batches to compute one after the other. The result is that of
+            the whole batch; the memory is that of one micro-batch.
 
     Returns:
         `(state, batch) -> (state, metrics)`. The metrics are scalars: `"loss"`, `"weight"`, the
         other sums of `loss_fn` as means, `"grad_norm"`, before any clipping, and `"bad_steps"`, 0
-        after a sound step. After a bad one it is 1, or, with an optimizer made by `skipping`, the
-        number of bad steps in a row. Without `skipping` only the metrics are looked at here: a look
-        at all parameters at every step takes time. `make_epoch` looks at them after its last step.
-        The dropout key is a function of `state.rng`, `state.step`, the device along `axis_name` and
-        the micro-batch.
+        after a sound step. After a bad step it is 1, or with `skipping` the number of bad steps in
+        a row. Without `skipping` only the metrics are checked here, because checking all parameters
+        at every step takes time. `make_epoch` checks them after its last step. The dropout key is a
+        function of `state.rng`, `state.step`, the device along `axis_name` and the micro-batch.
 
     Raises:
         ValueError: `accumulate` is below 1, or (on the first call) does not divide the batch.
@@ -193,9 +193,9 @@ def make_eval_step(
 def split_rows(batch: PyTree, parts: int) -> PyTree:
     """Cuts `[B, ...]` into `[parts, B / parts, ...]`; part i holds rows i, i + parts, ...
 
-    Strided, because neighbouring rows live on one device. Where the rows of each device are a
-    multiple of `parts`, it then holds its share of every part, and nothing is sent around; where
-    they are not, which `sharded` allows, the compiler moves rows.
+    Parts are strided, because neighbouring rows are on one device. If the rows of each device are a
+    multiple of `parts`, each device holds its share of every part, and no rows are sent. If they
+    are not, which `sharded` allows, the compiler moves rows.
     """
 
     def split(x: Array) -> Array:
@@ -216,7 +216,7 @@ def make_epoch(
     rng: Array,
     constrain: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Sums]]:
-    """Builds many steps in one program, each with a batch of its own made on the way.
+    """Builds one program of many steps, which makes a new batch for each step.
 
     Args:
         train_step: From `make_train_step`.
@@ -224,11 +224,11 @@ def make_epoch(
         num_steps: Steps per call.
         rng: Key of the training data. The batch of step i is `sample(fold_in(rng, i), rows)`, with
             i counted over the whole run, so a resumed run sees the data of an uninterrupted one.
-        constrain: `Launcher.constrain`, which says where the batch is to be made.
+        constrain: `Launcher.constrain`, which splits the making of the batch over devices.
 
     Returns:
         `(state, rows [B]) -> (state, metrics)`, every metric with an axis `[num_steps]`. The last
-        step counts as bad also if the state that it leads to is not finite.
+        step is also bad if its new state is not finite.
     """
 
     def epoch(state: TrainState, rows: Array) -> tuple[TrainState, Sums]:
@@ -282,10 +282,10 @@ def check_finite(
     Args:
         metrics: `[num_steps]` arrays of one call of an epoch, fetched.
         first_step: The step that they begin with.
-        max_skipped: How many bad steps in a row are let pass; above 0 with `skipping` alone.
+        max_skipped: How many bad steps in a row are allowed; above 0 only with `skipping`.
 
     Raises:
-        FloatingPointError: Names the first step too many, and what is not finite there.
+        FloatingPointError: There are more; it names the step and the numbers that are not finite.
     """
     step = first_bad_step(metrics, first_step, max_skipped=max_skipped)
     if step is not None:
@@ -300,7 +300,7 @@ def check_finite(
 def first_bad_step(
     metrics: Mapping[str, np.ndarray], first_step: int, *, max_skipped: int = 0
 ) -> int | None:
-    """The first step that ends a run, of arguments as for `check_finite`; None: it goes on."""
+    """The first step that ends a run, or None; arguments as for `check_finite`."""
     broken = np.asarray(metrics["bad_steps"]) > max_skipped
     return first_step + int(np.argmax(broken)) if broken.any() else None
 

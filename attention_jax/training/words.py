@@ -9,11 +9,11 @@ from functools import partial
 
 import attention_jax
 
-# The layer of each mechanism, for the block at some depth. What stands in the `partial` is settled;
-# the words of the config give the other fields that the layer has.
+# The layer of each mechanism, for the block at some depth. The `partial` fixes some fields; the
+# config gives the others.
 MECHANISMS = {
     "dot_product": lambda depth: partial(attention_jax.MultiHeadAttention),
-    # It has no weights to drop.
+    # Linear attention has no weights to drop.
     "linear": lambda depth: partial(
         attention_jax.MultiHeadAttention,
         attention_fn=attention_jax.linear_attention,
@@ -67,7 +67,7 @@ POSITIONS = {
 
 
 def _full(causal, window=None):
-    """Not causal: a window reaches as far forward as back."""
+    """If not causal, a window reaches as far forward as back."""
     return None if window is None else attention_jax.masks.window(window, 0 if causal else window)
 
 
