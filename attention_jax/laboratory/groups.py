@@ -1,4 +1,4 @@
-"""Trials that are one program: what one compiled function can have many values of, and what not."""
+"""Groups of trials that share one compiled program."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from attention_jax.training.memory import check_memory
 from attention_jax.training.step import all_finite
 from attention_jax.types import Array, PyTree, TrainState
 
-# Fields that one program can have many values of, and their types in it.
+# Fields that may differ between the trials of a program, and their types in it.
 TRACED = {
     "seed": np.int32,
     "model.dropout_rate": np.float32,
@@ -31,20 +31,20 @@ TRACED = {
 
 
 class Group(NamedTuple):
-    """Trials that are one program, and its compiled functions over all of them.
+    """Trials that share a program, and its compiled functions over all of them.
 
     Attributes:
-        numbers: Which trials of the sweep these are.
-        name: What tells the program from those of the other groups; "" where it is the only one.
-        config: That of the first.
+        numbers: The numbers of these trials in the sweep.
+        name: Tells the program from those of other groups; "" if it is the only one.
+        config: The config of the first trial.
         settings: The traced values, `[trials, ...]` each, on the devices.
-        init: `(None, None, settings) -> state`, the state being `(params, opt_state)`.
-        epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. A trial that is not
-            active stays as it is, as does one that diverges, which is no longer active then.
+        init: `(None, None, settings) -> state`, where the state is `(params, opt_state)`.
+        epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. An inactive trial
+            keeps its state. So does a trial that diverges, which becomes inactive.
         evaluate: `(None, params, (settings, active)) -> (active, metrics)`. A trial with a metric
-            that is not finite is no longer active.
+            that is not finite becomes inactive.
         baseline: `(None, None, settings) -> loss`.
-        like: What `init` returns, as shapes.
+        like: The shapes of the result of `init`.
     """
 
     numbers: list[int]
@@ -61,11 +61,11 @@ class Group(NamedTuple):
 def build(
     configs: Sequence[ConfigDict], axes: Mapping[str, Sequence[Any]], launcher: Launcher
 ) -> list[Group]:
-    """Sorts trials into programs and builds these; nothing is compiled yet.
+    """Sorts trials into programs and builds these, without compiling them.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of
-            a program cannot be dealt out evenly to the devices.
+        ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of a
+            program do not divide evenly among the devices.
     """
     static = [path for path in axes if path not in TRACED]
     sorts: dict[tuple, list[int]] = {}
@@ -85,16 +85,16 @@ def _name(paths, values):
 
 def _build(numbers, name, configs, traced, launcher):
     config, mine = configs[numbers[0]], [configs[number] for number in numbers]
-    # The other launchers deal the trials out to the devices.
+    # The other launchers divide the trials among the devices.
     devices = 1 if config.launcher == "single" else jax.device_count()
     check_memory(config, -(-len(numbers) // devices))
     settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
     if "seed" in traced and config.task.name == "teacher":
-        # Drawn by NumPy: not inside a program, so each trial is given its teacher.
+        # NumPy draws the teacher, which a program cannot do, so each trial is given its teacher.
         heads = config.model.num_heads if config.model.name == "multihead" else 1
         layers = [draw_weights(c.seed, config.model.features, heads) for c in mine]
         settings["task.layer"] = jax.tree.map(lambda *x: np.stack(x), *layers)
-    # For the axis of trials also where nothing is traced.
+    # `number` gives an axis of trials even if no field is traced.
     given = {"number": np.array(numbers, np.int32), "settings": settings}
     rows = np.arange(config.train.batch_size, dtype=np.int32)
 
@@ -108,7 +108,7 @@ def _build(numbers, name, configs, traced, launcher):
     def epoch(step: Array, state: PyTree, given: PyTree) -> tuple[PyTree, Array, dict]:
         given, active = given
         make = functions(given)
-        # The step is the same for all trials: so are their batches, unless they have seeds.
+        # All trials are at the same step, so they have the same batches unless their seeds differ.
         new, metrics = make.epoch(TrainState(step, *state, make.dropout_rng()), rows)
         active &= (metrics["bad_steps"] <= config.optimizer.max_skipped).all()
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new.params, new.opt_state), state)
@@ -146,7 +146,7 @@ def _build(numbers, name, configs, traced, launcher):
 
 
 def first_trials(group: Group) -> PyTree:
-    """The states that the trials of a group begin with."""
+    """The initial states of a group's trials."""
     params, opt_state = group.init(None, None, group.settings)
     if init_from := group.config.init_from:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group.like[0])

@@ -1,7 +1,7 @@
 """Pictures of runs, each as PNG and as SVG.
 
-Every line has a colour, a dash and a marker of its own, so that a print in black and white tells
-them apart. The line below a picture says what was run, and what its dots and bands are.
+Lines differ in colour, dash and marker, so that a black-and-white print tells them apart. The text
+below a picture names the runs and explains its dots and bands.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from attention_jax.laboratory.runs import SEED, Line, Run, lines, main_metric, mean, slices, spread
 from attention_jax.training.config import default_config, slice_settings
 
-MAX_LABELS = 12  # More lines of a legend hide the picture.
+MAX_LABELS = 12  # A longer legend would hide the picture.
 SUFFIXES = (".png", ".svg")
 # Colours that the colour-blind tell apart: Okabe and Ito 2008, "Color Universal Design".
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -23,8 +23,8 @@ _MEANS = {True: "line: their mean", False: "bars: their mean and spread"}
 def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> list[Path]:
     """Draws a metric over the steps: for each line of the table the mean, and a band of its seeds.
 
-    By default the training loss: every epoch has one, while evaluations may be few. Returns the
-    files written, as all these functions do.
+    The default is the training loss, because every epoch has one and evaluations may be few.
+    Returns the written files, as all these functions do.
     """
     figure, axes = _figure()
     bands = False
@@ -105,8 +105,8 @@ def draw_against(
 def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None) -> list[Path]:
     """Draws the final metric on the task and on its slices: means over the seeds, and each seed.
 
-    Slices that differ from the task in the length alone stand on an axis of lengths, where a dotted
-    line marks the length that was trained on.
+    If slices differ from the task only in length, the axis shows lengths, and a dotted line marks
+    the trained length.
     """
     metric = (main_metric(runs) if metric is None else metric).partition("@")[0]
     names = slices(runs, metric)
@@ -137,7 +137,8 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
 
 
 def _lengths(runs, names):
-    """The trained length, and the length of the task (None) and of each slice, if that is all."""
+    """The trained length, and the lengths of the task (None) and of each slice, if only these
+    differ."""
     config = default_config(runs[0].config.get("task.name", "teacher"))
     lengths = {run.config.get("task.seq_length") for run in runs}
     if len(lengths) != 1 or None in lengths:
@@ -154,7 +155,7 @@ def _lengths(runs, names):
 
 
 def _figure():
-    # Two seconds to import: only who draws waits for it.
+    # Imported here, because it takes two seconds.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -192,7 +193,7 @@ def _columns(points):
 
 
 def _scale_x(axes, values):
-    """An axis for these numbers, logarithmic where they span much."""
+    """An axis for these numbers, logarithmic if their range is wide."""
     if min(values) > 0 and max(values) >= 8 * min(values):
         axes.set_xscale("log")
         axes.set_xticks(values, [f"{v:,g}" if v >= 1 else f"{v:g}" for v in values])
@@ -220,7 +221,7 @@ def _finish_y(axes, runs, metric):
         elif metric == "eval_accuracy":  # The baseline is a guess among exp(loss) answers.
             axes.axhline(math.exp(-mean(found)), color="0.4", ls=":", lw=1, label="guessing")
     values = [float(v) for line in axes.lines for v in line.get_ydata() if v > 0]
-    if "loss" in metric and values:  # A logarithm of nothing fails.
+    if "loss" in metric and values:  # A log axis without values fails.
         axes.set_yscale("log")
         decades = math.log10(max(values) / min(values))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
@@ -242,7 +243,7 @@ def _save(figure, axes, runs, path, note):
 
 
 def about(runs: Sequence[Run]) -> str:
-    """What was run, in a line: task, steps, seeds."""
+    """The runs in a line: task, steps, seeds."""
     tasks = dict.fromkeys(str(run.config.get("task.name", "")) for run in runs)
     steps = [run.result["step"] for run in runs if "step" in run.result]
     seeds = len({run.config.get(SEED) for run in runs})

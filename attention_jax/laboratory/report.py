@@ -4,11 +4,11 @@
     uv run python -m attention_jax report runs/* --out=report --x=model.window \\
         --published=window.json
 
-A sweep counts as its trials. Shows a table. With `--out` the table goes to `report.md` instead,
-beside pictures, each as PNG and SVG: `curves`, with `--x` `by_FIELD` and, of runs with
-`eval.slices`, `slices`. The configs tell what differs between the runs. Runs that differ in the
-seed alone are one line, with a mean and a spread. `--published` names a JSON file that maps values
-of the field to the numbers of a paper, `{"64": 0.515, "128": 0.655}`; they stand beside ours.
+It prints a table. With `--out` it writes the table to `report.md` instead, and pictures as PNG and
+SVG: `curves`, with `--x` also `by_FIELD`, and for runs with `eval.slices` also `slices`. A sweep is
+reported as its trials. Runs that differ only in the seed are one line, with a mean and a spread.
+`--published` names a JSON file that maps values of the field to the numbers of a paper, `{"64":
+0.515, "128": 0.655}`; the table shows them beside ours.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def table(
 ) -> list[list[str]]:
     """A heading and a row for each line of runs: best, mean and spread over the seeds.
 
-    The spread is the standard deviation of a sample, over n - 1. A slice has its mean alone.
+    The spread is the standard deviation of a sample, over n - 1. Slices show only their mean.
 
     Args:
         runs: At least one.
         metric: Defaults to `main_metric`.
-        x: The field that `published` is about.
+        x: The field of `published`.
         published: Numbers by the value of `x`, as text.
     """
     metric = main_metric(runs) if metric is None else metric
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     """Does the command; `argv[0]` is its name.
 
     Raises:
-        ConfigError: What cannot be reported, in a line.
+        ConfigError: The runs or the options are invalid, in a line.
     """
     summary, _, rest = __doc__.partition("\n\n")
     parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
@@ -149,7 +149,7 @@ def show(
     metric: str | None = None,
     published: str | Path | None = None,
 ) -> str:
-    """The table of `write`, for a screen; raises as that does."""
+    """The table of `write`, for a screen; raises the same errors."""
     found, numbers = _found(runs, x, metric, published)
     return aligned(table(found, metric, x, numbers))
 
@@ -161,7 +161,7 @@ def write(
     metric: str | None = None,
     published: str | Path | None = None,
 ) -> list[Path]:
-    """Does what the command does; returns the files written.
+    """Writes a report with pictures; returns the written files.
 
     Raises:
         ValueError: A directory holds no run; no run has the field or the metric; or `published`
@@ -178,7 +178,7 @@ def write(
     links = [f"![{file.stem}]({file.name})" for file in files if file.suffix == ".png"]
     text = [f"# {about(found)}", *_command(runs, x, metric, published), *_facts(found)]
     text += [markdown(table(found, metric, x, numbers)), *links]
-    # A path among the fields may be of any bytes.
+    # A path among the fields may hold any bytes.
     (out / "report.md").write_text(
         "\n\n".join(text) + "\n", encoding="utf-8", errors="surrogateescape"
     )
@@ -192,7 +192,7 @@ def _command(runs, x, metric, published):
 
 
 def _facts(runs):
-    """When the report was made, and on what its runs ran."""
+    """The date of the report, and the versions of its runs."""
     names = ("attention_jax", "jax", "flax", "python")
     found = dict.fromkeys(
         ", ".join(f"{name} {run.versions[name]}" for name in names if name in run.versions)

@@ -1,4 +1,4 @@
-"""Runs as a report knows them: read from their directories, and put together by their configs."""
+"""Runs for a report: read from their directories, and grouped by their configs."""
 
 import json
 import math
@@ -17,11 +17,11 @@ class Run(NamedTuple):
     """A run, or a trial of a sweep.
 
     Attributes:
-        name: Of its directory.
+        name: The name of its directory.
         config: Its fields by path.
-        result: What `result.json` holds; empty as long as the run is not complete.
-        rows: What `metrics.jsonl` holds.
-        versions: Those that it ran on.
+        result: The contents of `result.json`; empty until the run is complete.
+        rows: The rows of `metrics.jsonl`.
+        versions: The versions of the packages that it ran on.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Run(NamedTuple):
     versions: Mapping[str, str] = {}
 
     def final(self, metric: str) -> float:
-        """The metric at the end; NaN where there is none, in a diverged or unfinished run say.
+        """The metric at the end; NaN if there is none, as in a diverged or unfinished run.
 
         `eval_accuracy@*` is the mean over the slices.
         """
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Runs that differ in their seeds alone.
+    """Runs that differ only in their seeds.
 
     Attributes:
         fields: The fields that tell them from other runs, by path.
@@ -97,12 +97,12 @@ def load(directory: str | Path) -> list[Run]:
 
 
 def _rows(text):
-    # A run that goes on, or was killed, may leave half a line.
+    # A running or killed run may have written half a line.
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def main_metric(runs: Iterable[Run]) -> str:
-    """`eval_accuracy` where every complete run has one, else `eval_loss`."""
+    """`eval_accuracy` if every complete run has one, else `eval_loss`."""
     results = [run.result for run in runs if run.result and "diverged_step" not in run.result]
     has_accuracy = results and all("eval_accuracy" in result for result in results)
     return "eval_accuracy" if has_accuracy else "eval_loss"
@@ -113,13 +113,13 @@ def is_loss(metric: str) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The fields that are not the same in all runs, as the configs order them."""
+    """The fields that differ between the runs, in the order of the configs."""
     paths = dict.fromkeys(path for run in runs for path in run.config)
     return [p for p in paths if any(run.config.get(p) != runs[0].config.get(p) for run in runs)]
 
 
 def lines(runs: Sequence[Run], metric: str) -> list[Line]:
-    """Runs that differ in their seeds alone, together; in the order of the runs."""
+    """Groups of runs that differ only in their seeds, in the order of the runs."""
     fields = [path for path in differing(runs) if path != SEED]
     found: dict[tuple, Line] = {}
     for run in runs:

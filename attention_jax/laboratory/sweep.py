@@ -2,10 +2,10 @@
 
     train.py --sweep optimizer.learning_rate=1e-4,1e-3,1e-2 --sweep seed=0,1,2,3
 
-Numbers that only enter the arithmetic become arrays with a value for each trial, and the train step
-is mapped over them with `jax.vmap`. What changes shapes or operations makes a program of its own;
-in each, the product of the rest is mapped: groups.py. A trial is the run that `experiment.run`
-makes of the same config, up to rounding.
+Fields that only change numbers become arrays with a value for each trial, and `jax.vmap` maps the
+train step over them. Each value of any other field needs another program. A program maps over all
+combinations of the fields that only change numbers: see groups.py. A trial equals `experiment.run`
+with the same config, up to rounding.
 """
 
 import os
@@ -38,12 +38,13 @@ class SweepState(NamedTuple):
     """All that a sweep carries from epoch to epoch, and all that its checkpoint holds.
 
     Attributes:
-        step: Steps done so far, by the trials that are not frozen.
-        numbers: For each program which trials it has, `[trials]`.
+        step: Steps done so far by the active trials.
+        numbers: For each program the numbers of its trials, `[trials]`.
         trials: For each program the parameters and optimizer states of its trials,
             `[trials, ...]`.
-        diverged: The step at which each trial met a NaN or infinity, `[all trials]`; 0: it has not.
-        reached: The step at which each trial reached the target; 0: it has not.
+        diverged: The step at which each trial met a NaN or infinity, `[all trials]`; 0 if it did
+            not.
+        reached: The step at which each trial reached the target; 0 if it did not.
     """
 
     step: np.ndarray
@@ -54,14 +55,14 @@ class SweepState(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a complete sweep leaves.
+    """The result of a complete sweep.
 
     Attributes:
-        metrics: What `result.json` holds: `step`, `seconds`, `trial_steps_per_second`; `best`, the
-            number of the best trial, None where all diverged, by the metric `best_by`; and under
-            `trials` for each trial its number, the values swept, and the metrics of a run.
+        metrics: The contents of `result.json`: `step`, `seconds`, `trial_steps_per_second`; `best`,
+            the number of the best trial by the metric `best_by`, or None if all diverged; and under
+            `trials` for each trial its number, the swept values, and the metrics of a run.
         histories: The rows of each trial.
-        params: The trained parameters of each trial; None where it diverged.
+        params: The trained parameters of each trial; None if it diverged.
     """
 
     metrics: dict[str, Any]
@@ -74,16 +75,16 @@ def run(
     axes: Mapping[str, Sequence[Any]],
     workdir: str | os.PathLike | None = None,
 ) -> Result:
-    """Trains all combinations of the values of the axes, or finishes what an earlier call began.
+    """Trains all combinations of the values of the axes, or finishes an earlier call.
 
     Args:
-        config: What the trials share.
-        axes: The values of each field that is swept, by its path: `{"seed": [0, 1]}`.
-        workdir: The directory of the sweep. None: nothing is written.
+        config: The config that the trials share.
+        axes: The values of each swept field, by its path: `{"seed": [0, 1]}`.
+        workdir: The directory of the sweep. None writes no files.
 
     Raises:
-        ConfigError: Something in the config, the axes or the directory cannot be, or the trials of
-            a program cannot be dealt out evenly to the devices.
+        ConfigError: The config, the axes or the directory is invalid, or the trials of a program do
+            not divide evenly among the devices.
         Interrupted: After SIGTERM, SIGINT or SIGHUP, with a checkpoint saved.
     """
     if not axes:
@@ -175,7 +176,7 @@ def _announce(config, axes, groups, num_trials, step):
 
 
 def _compiling(groups, what):
-    """What is said while a function of a group is compiled, for each group."""
+    """The text to print while a function of each group is compiled."""
     if len(groups) == 1:
         return [f"compiling {what}"]
     return [
@@ -185,7 +186,7 @@ def _compiling(groups, what):
 
 
 def _like(groups):
-    """The structure of a sweep's state, for the checkpoint to be read by."""
+    """The structure of a sweep's state, to restore a checkpoint."""
     empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     none = jnp.zeros(sum(len(group.numbers) for group in groups), jnp.int32)
     return SweepState(
@@ -198,7 +199,7 @@ def _like(groups):
 
 
 class _Log:
-    """What is known of the trials on the host: their rows, and which are frozen.
+    """The trials on the host: their rows, and which are frozen.
 
     Attributes:
         histories: The rows of each trial.
@@ -219,7 +220,7 @@ class _Log:
         for number, config in enumerate(configs):
             place = trial_directory(directory, number)
             last = 0 if state is None else int(state.step)
-            if self.diverged[number]:  # In an epoch of which it has no row.
+            if self.diverged[number]:  # That epoch has no row.
                 last = (self.diverged[number] - 1) // num_steps * num_steps
             with refused(), reported(place):
                 place.mkdir(parents=True, exist_ok=True)
@@ -236,7 +237,7 @@ class _Log:
     def write(self, number, row):
         if self._lines:
             with reported(self.directory):
-                self._lines[number].write(row)  # To the rows too.
+                self._lines[number].write(row)  # Also appends to the history.
         else:
             self.histories[number].append(row)
 
@@ -246,7 +247,7 @@ class _Log:
                 lines.sync()
 
     def runs(self, metrics):
-        """The trials as a report knows them."""
+        """The trials as `Run`s for a report."""
         return [
             Run(f"trial {number}", flatten(config), result, rows)
             for number, (config, result, rows) in enumerate(
@@ -258,7 +259,8 @@ class _Log:
         return report.aligned(report.table(self.runs(metrics)))
 
     def draw(self, metrics, path):
-        """The final metric on each slice, or against the first field that is no seed, or curves."""
+        """Draws the final metric on each slice, or against the first field but the seed, or
+        curves."""
         runs = self.runs(metrics)
         if slices(runs, main_metric(runs)):
             return pictures.draw_slices(runs, path)
@@ -269,9 +271,9 @@ class _Log:
 
 
 def _train(config, target, launcher, groups, states, log, store, started, stop):
-    """Runs the epochs that are left, and leaves the states that they end with in `states`.
+    """Runs the remaining epochs, and puts the final states into `states`.
 
-    Returns the last step of the last epoch that was run.
+    Returns the last step.
     """
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     first_epoch = store.step // num_steps
@@ -322,7 +324,7 @@ def _train(config, target, launcher, groups, states, log, store, started, stop):
     compiled = set()
 
     def call(i, name, *arguments):
-        """Calls a function of a group; of the first call, which compiles it, is told."""
+        """Calls a function of a group; a line announces the first call, which compiles it."""
         function = getattr(groups[i], name)
         if (i, name) in compiled:
             return function(*arguments)
@@ -357,7 +359,7 @@ def _train(config, target, launcher, groups, states, log, store, started, stop):
             waiting = epoch, results
             stops = evaluates and target is not None
             saves = stop.number or epoch % config.checkpoint.every_epochs == 0
-            # Nobody may be left after the epoch that was just recorded; then this one is the last.
+            # If the recorded epoch has ended the last active trial, this epoch is the last.
             if epoch == epochs or stops or saves or not log.active.any():
                 record(*waiting)
                 waiting = None
@@ -381,7 +383,7 @@ def _save(step, launcher, groups, states, log, store):
 
 
 def _summary(configs, axes, target, launcher, groups, params, log, step):
-    """The result of a sweep that has come to its end."""
+    """The result of a sweep at its end."""
     results = [{} for _ in configs]
     for group in groups:
         baselines = launcher.get_trials(group.baseline(None, None, group.settings))
@@ -395,7 +397,7 @@ def _summary(configs, axes, target, launcher, groups, params, log, step):
                     found = experiment.result_metrics(
                         configs[number], task, target, params[number], history, baselines[i]
                     )
-                    del found["steps_per_second"]  # Its steps were not alone on the clock.
+                    del found["steps_per_second"]  # Other trials shared its time.
             except experiment.Diverged:
                 log.diverged[number] = found["step"]
             if log.diverged[number]:

@@ -16,8 +16,8 @@ END = 2
 def parity(*, seq_length: int = 32, cumulative: bool = False) -> Task:
     """Tells whether the number of ones is odd.
 
-    A row is random bits and an end marker (token 2), where the target stands; or, cumulative, bits
-    alone, each with the parity of those up to it and itself as its target:
+    A row is random bits and an end marker (token 2) with the target. If cumulative, a row is only
+    bits, and the target at each bit is the parity up to and including it:
 
         inputs    1 0 1 1 2      cumulative    1 0 1 1 0
         targets           1                    1 1 0 1 1
@@ -40,7 +40,7 @@ def parity(*, seq_length: int = 32, cumulative: bool = False) -> Task:
 
 
 def majority(*, seq_length: int = 32, cumulative: bool = False) -> Task:
-    """Tells whether there are more ones than zeros; as many is no.
+    """Tells whether there are more ones than zeros; equal numbers count as no.
 
         inputs    1 0 1 1 2      cumulative    1 0 1 1 0
         targets           1                    1 0 1 1 1

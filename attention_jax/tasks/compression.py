@@ -1,4 +1,4 @@
-"""Compression: a whole row through one position."""
+"""Compression: storing a whole row at one position."""
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,20 @@ COMPRESS = 0
 
 
 def compression(*, seq_length: int = 63, vocab_size: int = 16) -> Task:
-    """Gives every token back after having seen them through one position only.
+    """Repeats every token, although only one position sees the tokens.
 
-    A row is N random tokens, the compression token (token 0), and N questions, which look like it;
-    the target at the i-th question is the i-th token. A question sees itself and the compression
-    token, which alone sees the tokens:
+    A row is N random tokens, the compression token (token 0), and N questions, which are token 0
+    too. The target at the i-th question is the i-th token. A question sees only itself and the
+    compression token, which sees the tokens:
 
         inputs    7 3 9 C C C C
         targets           7 3 9
 
-    This is the reference with another decoder. There the output at the compression token, plus a
-    fixed code of a position, goes through an MLP that names the token at that position. Here the
-    model is its own decoder: the questions need its absolute `positions` to know which token they
-    are asked for, and read the compression token in every layer, not in the last alone. N = 31,
-    the default, is the length 32 of the reference.
+    The reference has another decoder: the output at the compression token, plus a fixed code of a
+    position, goes through an MLP that names the token at that position. Here the model decodes by
+    itself. The questions need its absolute `positions` to tell which token they ask for, and they
+    read the compression token in every layer, not only in the last. N = 31, the default, is the
+    length 32 of the reference.
 
     Args:
         seq_length: T = 2 N + 1, odd, at least 3.

@@ -1,4 +1,4 @@
-"""Copying: attention by position. In order, backwards, sorted, or out of a row of blanks."""
+"""Copying: attention by position. In order, backwards, sorted, or from among blanks."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from attention_jax.tasks.task import Task, token_task
 from attention_jax.types import Array, Batch
 
 BLANK = 0
-COPY = 1  # Of selective_copy: now fill in the blanks.
+COPY = 1  # In selective_copy: asks for the tokens.
 
 
 def copy(*, seq_length: int = 32, vocab_size: int = 16) -> Task:
@@ -25,9 +25,8 @@ def copy(*, seq_length: int = 32, vocab_size: int = 16) -> Task:
         inputs    7 3 9 _ _ _
         targets         7 3 9
 
-    The answers stand nowhere in the second half: a model is not fed its targets, so reading ahead
-    does not help, and all blanks look alike, so only a model that knows positions can tell them
-    apart.
+    The second half does not show the answers, because a model is not fed its targets. All blanks
+    look alike, so only a model with positions can tell them apart.
 
     Args:
         seq_length: T, even, at least 2.
@@ -103,7 +102,7 @@ def transcription(
 
 
 def selective_copy(*, seq_length: int = 256, vocab_size: int = 16, num_tokens: int = 16) -> Task:
-    """Repeats the tokens that stand scattered among blanks, in their order.
+    """Repeats tokens that are scattered among blanks, in their order.
 
     A row is N random tokens at random places among blanks (token 0), a token that asks for them
     (token 1), and N blanks; the target at the i-th of these is the i-th token:

@@ -1,4 +1,4 @@
-"""What several tasks draw: numbers without replacement, places by a power law, repeats."""
+"""Random draws of several tasks: numbers without replacement, places by a power law, repeats."""
 
 import functools
 
@@ -14,11 +14,10 @@ def draw_distinct(
 ) -> Array:
     """Draws `count` distinct integers of `low ... high - 1`, every ordered choice equally likely.
 
-    A permutation of the range costs a sort of thousands of numbers to keep a handful. Here element
-    i says only which of the `high - low - i` numbers it means that the elements before it have left
-    over; these codes are independent, and stand for the ordered choices one to one (Lehmer's code).
-    To read them, the last element first: every number drawn later that is at or above this one
-    moves up by one, to make room for it.
+    A permutation of the range would sort thousands of numbers to keep a few. Here code i is an
+    index into the `high - low - i` numbers that earlier elements have left. The codes are
+    independent, and each ordered choice has exactly one code (Lehmer's code). They are decoded from
+    the last element to the first: every later number that is at or above this one moves up by one.
 
     Args:
         rng: PRNG key.
@@ -57,10 +56,10 @@ def draw_slots(rng: Array, count: int, num_slots: int, power: float) -> Array:
 def draw_others(rng: Array, count: int, size: int, taken: Array) -> Array:
     """Draws `count` integers of `0 ... size - 1` that are not in `taken [K]`, with replacement.
 
-    Number u of those left over is u plus the number of taken ones at or below it.
+    Free number u is u plus the number of taken ones at or below it.
     """
     taken = jnp.sort(taken)
-    below = taken - np.arange(len(taken), dtype=np.int32)  # Numbers left over below each taken one.
+    below = taken - np.arange(len(taken), dtype=np.int32)  # Free numbers below each taken one.
     left = jax.random.randint(rng, (count,), 0, size - len(taken), jnp.int32)
     return left + (below <= left[:, None]).sum(axis=1, dtype=jnp.int32)
 
@@ -73,7 +72,7 @@ def first_equal(items: Array) -> Array:
     """
     index = np.arange(len(items), dtype=np.int32)
     columns = items.reshape(len(items), -1).T
-    # In a stable order, equal ones stand together, and the first of them in front.
+    # A stable sort puts equal items together, with the first one in front.
     *columns, order = jax.lax.sort((*columns, index), num_keys=len(columns), is_stable=True)
     changes = functools.reduce(jnp.logical_or, (c[1:] != c[:-1] for c in columns))
     front = jax.lax.cummax(jnp.where(jnp.append(True, changes), index, 0))

@@ -11,25 +11,25 @@ from attention_jax.types import Array, Batch
 
 
 def in_context_recall(*, seq_length: int = 128, vocab_size: int = 16) -> Task:
-    """Names the value of a key, whenever the key has come before in the row.
+    """Names the value of each key that has come before in the row.
 
-    A row is a stream of pairs of a key and its value. Each key is drawn from the first half of the
-    vocabulary, and keeps through the row the value that it was given, at random, from the second.
-    The last key is one of those before it, each of them equally likely. With `vocab_size=8`:
+    A row is a stream of pairs of a key and its value. Keys are drawn from the first half of the
+    vocabulary. Each key gets a random value from the second half and keeps it through the row. The
+    last key is one of those before it, all equally likely. With `vocab_size=8`:
 
         inputs    2 5 0 7 2 5 3 5 0 7
         targets           5       7
 
-    The reference trains on the next token at every position and counts these ones in the test;
-    here they alone count in both.
+    The reference trains on the next token at every position and tests only these values; here only
+    they count in both.
 
     Args:
         seq_length: T, even, at least 4.
         vocab_size: Number of tokens; at least 2.
 
     Returns:
-        A token task with `T / 2 - 1` positions, all keys but the first; those of new keys have
-        weight 0. Baseline: guessing a value, log(vocab_size / 2).
+        A token task with `T / 2 - 1` positions, all keys but the first; new keys have weight 0.
+        Baseline: guessing a value, log(vocab_size / 2).
 
     Raises:
         ValueError: A setting is out of range.
@@ -49,14 +49,14 @@ def noisy_recall(
     noise_vocab_size: int = 16,
     noise_rate: float = 0.2,
 ) -> Task:
-    """`in_context_recall` with pairs of noise in between, from tokens of their own.
+    """`in_context_recall` with pairs of separate noise tokens in between.
 
     Args:
         seq_length: As for `in_context_recall`.
         vocab_size: Number of tokens, those of noise included.
         noise_vocab_size: How many of them, the last ones, are noise; at most `vocab_size - 2`.
-        noise_rate: Chance of a pair to be noise, in [0, 1). The last pair never is, nor is one of
-            the others, so that there is a key to ask for.
+        noise_rate: The probability that a pair is noise, in [0, 1). The last pair and one of the
+            others are never noise, so that there is a key to ask for.
 
     Returns, Raises, Reference: As for `in_context_recall`; noise has weight 0.
     """
@@ -74,7 +74,7 @@ def noisy_recall(
 def stream_of_pairs(
     name: str, seq_length: int, vocab_size: int, noise_vocab_size: int, noise_rate: float
 ) -> Task:
-    """Both of the tasks above; the vocabulary is keys, values, noise."""
+    """Makes both tasks above; the vocabulary is keys, values, noise."""
     num_pairs, odd = divmod(as_size("seq_length", seq_length, 4), 2)
     if odd:
         raise ValueError(f"seq_length of {name} must be even: got {seq_length}.")
@@ -94,7 +94,7 @@ def stream_of_pairs(
         else:
             noisy = jnp.zeros(num_pairs, bool)
         new = ~noisy & (first_equal(jnp.where(noisy, -1, keys)) == index)
-        # The last key: the new one with the highest of random numbers.
+        # The last key is the new key with the highest random number.
         lottery = jax.random.uniform(last_rng, (num_pairs - 1,), jnp.float32)
         keys = keys.at[-1].set(keys[jnp.where(new[:-1], lottery, -1.0).argmax()])
         noisy, new = noisy.at[-1].set(False), new.at[-1].set(False)
@@ -129,8 +129,8 @@ def fuzzy_recall(
 
     A key has `min_key_length ... max_key_length` tokens, all equally likely, drawn without
     replacement; values likewise. The row is padded on the left with the last token of the
-    vocabulary; the last pair is one of those before it. The target at every token before one of a
-    value is that token, if the key has come before:
+    vocabulary; the last pair is one of those before it. If the key has come before, each token of
+    its value is the target at the token before it:
 
         inputs    _ _ 2 0 5 1 6 7 2 0 5
         targets                     5
@@ -146,7 +146,7 @@ def fuzzy_recall(
         min_value_length, max_value_length: Likewise.
 
     Returns:
-        A token task with `T - 1` positions; what is no value, or that of a new key, has weight 0.
+        A token task with `T - 1` positions; only values of old keys have weight 1, others 0.
         Baseline: guessing a value's token, log(vocab_size / 2).
 
     Raises:
@@ -180,14 +180,14 @@ def fuzzy_recall(
 
     def make_row(rng: Array) -> Batch:
         rngs = jax.random.split(rng, 3)
-        # What may come, -1 where a key or a value is over.
+        # The pairs to draw from; -1 fills short keys and values.
         keys = draw_words(rngs[0], min_key_length, max_key_length, 0, num_keys)
         first = first_equal(keys)
         values = draw_words(rngs[1], min_value_length, max_value_length, num_keys, padding)[first]
         pairs = jnp.concatenate([keys, values], axis=1)  # [pairs, longest]
         sizes = (pairs >= 0).sum(axis=1, dtype=jnp.int32)
 
-        # As many as fit, one more of them asked for at the end, all of it against the right edge.
+        # As many pairs as fit, then one of them again as the question, all aligned to the right.
         count = (jnp.cumsum(sizes) + longest <= seq_length).sum(dtype=jnp.int32)
         asked = jax.random.randint(rngs[2], (), 0, count, jnp.int32)
         pair = jnp.where(index == count, asked, index)
@@ -195,7 +195,7 @@ def fuzzy_recall(
         old = (index == count) | (first[pair] != index)
 
         place = jnp.arange(seq_length, dtype=jnp.int32) - (seq_length - ends[-1])
-        # Whose tokens stand here.
+        # The pair whose tokens are at each place.
         slot = jnp.searchsorted(ends, place, side="right").astype(jnp.int32)
         within = place - (ends - sizes[pair])[slot]
         key_size = (keys >= 0).sum(axis=1, dtype=jnp.int32)[pair][slot]
@@ -211,7 +211,7 @@ def fuzzy_recall(
         )
 
     def draw_words(rng: Array, shortest: int, longest: int, low: int, high: int) -> Array:
-        """`[pairs, longest]` distinct tokens of `low ... high - 1`, -1 where a word is over."""
+        """`[pairs, longest]` distinct tokens of `low ... high - 1`; -1 fills short words."""
         token_rng, length_rng = jax.random.split(rng)
         tokens = draw_distinct(token_rng, longest, low, high, shape=(num_pairs,))
         length = jax.random.randint(length_rng, (num_pairs, 1), shortest, longest + 1, jnp.int32)

@@ -1,4 +1,4 @@
-"""The induction head: what came after this token the last time?"""
+"""The induction head: which token came after this one the last time?"""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ MARKER = 0
 def induction(*, seq_length: int = 64, vocab_size: int = 16) -> Task:
     """Names the token that followed the marker.
 
-    A row is random tokens, among them the marker (token 0) at a random place and once more at the
-    end. The target there is the token after the first one:
+    A row is random tokens with the marker (token 0) at a random place and again at the end. The
+    target at the end is the token after the first marker:
 
         inputs    7 3 0 5 9 3 8 0
         targets                 5
 
-    The distance is anything, so the task asks how well positions carry over to longer rows than
-    those trained on.
+    The distance is arbitrary, so the task tests how well positions carry over to rows longer than
+    those in training.
 
     Args:
         seq_length: T, at least 3.

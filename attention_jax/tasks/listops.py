@@ -1,4 +1,4 @@
-"""ListOps: the value of a nested expression, which takes its structure to find."""
+"""ListOps: the value of a nested expression."""
 
 from typing import NamedTuple
 
@@ -33,13 +33,13 @@ def listops(
     arguments is the mean of the middle two, rounded down. The target stands at the last bracket,
     and padding after it.
 
-    The reference makes expressions of any length and throws away those outside of 500 ... 2000
-    tokens. Here an operator takes no more arguments than there is room for in the row, and none
-    where there is no room for two; short expressions stay.
+    The reference makes expressions of any length and discards those outside of 500 ... 2000 tokens.
+    Here short expressions stay. An operator takes only as many arguments as fit into the row, and
+    is not drawn if two do not fit.
 
     Args:
         seq_length: T, at least 4.
-        max_depth: Levels of the expression, that of the deepest digits included; at least 2.
+        max_depth: Levels of the expression, with the level of the deepest digits; at least 2.
         max_args: Most arguments of an operator; at least 2.
         expand_rate: In [0, 1].
 
@@ -62,7 +62,7 @@ def listops(
     level = np.arange(levels, dtype=np.int32)
 
     def num_args(lottery: Array, room: Array) -> Array:
-        """2 ... max_args arguments, or fewer where there is less room; lottery in [0, 1)."""
+        """2 ... max_args arguments, or fewer if there is less room; lottery in [0, 1)."""
         choices = jnp.minimum(max_args, room) - 1
         return 2 + jnp.minimum((lottery * choices).astype(jnp.int32), choices - 1)
 
@@ -79,10 +79,10 @@ def listops(
             done = state.depth == 0
             here = level == state.depth - 1  # The operator whose arguments are being written.
             pick = lambda stack: jnp.einsum("l,l...->...", here.astype(jnp.int32), stack)
-            # What closes, and its value.
+            # Whether the operator closes, and its value.
             closes = ~done & (pick(state.missing) == 0)
             value = evaluate(pick(state.operators), pick(state.counts))
-            # What opens: an operator in the place of a digit; its arguments and bracket take more.
+            # Whether an operator opens in place of a digit; its arguments and bracket need room.
             room = seq_length - state.length - 1
             opens = ~done & ~closes & (chance < expand_rate)
             opens &= (state.depth < levels) & (room >= 2)
@@ -91,7 +91,8 @@ def listops(
 
             below, above = level == state.depth, level == state.depth - 2
             missing = state.missing - here * (opens | writes_digit) + below * opens * size
-            # A digit is an argument of this operator, the value of what closes of the one around.
+            # A digit is an argument of this operator; the value of a closed one, of the outer
+            # operator.
             digit_or_value = jnp.where(closes, value, digit)
             receiver = (above & closes) | (here & writes_digit)
             counts = jnp.where((below & opens)[:, None], 0, state.counts)
@@ -133,15 +134,15 @@ def listops(
 
 
 class State(NamedTuple):
-    """An expression half written.
+    """An unfinished expression.
 
     Attributes:
-        depth: How many operators are open; 0: the expression is over.
-        length: How long the whole will be, if no more operators come.
+        depth: How many operators are open; 0 at the end.
+        length: The length of the expression if no more operators come.
         missing: `[levels]` arguments that each open operator still needs.
         operators: `[levels]`.
         counts: `[levels, 10]`: how many arguments so far have each value.
-        value: Of the operator closed last.
+        value: The value of the last closed operator.
     """
 
     depth: Array
@@ -153,7 +154,7 @@ class State(NamedTuple):
 
 
 def evaluate(operator: Array, counts: Array) -> Array:
-    """The value of an operator on arguments given by how often each digit is among them, `[10]`."""
+    """The value of an operator; `counts` `[10]` says how often each digit is an argument."""
     upto = jnp.cumsum(counts, dtype=jnp.int32)
     total = upto[-1]
     digits = np.arange(10, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Memorization: facts that stand in no row, only in the parameters."""
+"""Memorization: facts that are only in the parameters, not in a row."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ from attention_jax.types import Array, Batch
 def memorization(*, seq_length: int = 32, vocab_size: int = 256, seed: int = 0) -> Task:
     """Names the value that belongs to a key, the same one in all rows.
 
-    The values belong to the keys by a map that `seed` draws once: keys are the tokens below
-    `(vocab_size - 1) / 2`, values other ones, no value belonging to two keys. A row is random keys,
-    each followed by the last token of the vocabulary, which asks for its value:
+    A map that `seed` draws once gives each key its value. Keys are the tokens below `(vocab_size -
+    1) / 2`; values are other tokens, and no two keys share a value. A row is random keys, each
+    followed by the last token of the vocabulary, which asks for its value:
 
         inputs    2 ? 0 ? 2 ? 1 ?
         targets     5   4   5   7
 
-    A key that is rare in training is learnt late: here all are equally likely. The reference trains
-    on 256 rows again and again; here every row is new, and the map is all there is to learn.
+    All keys are equally likely, because a rare key is learnt late. The reference trains on the same
+    256 rows again and again; here every row is new, and only the map can be learnt.
 
     Args:
         seq_length: T, even, at least 2.
@@ -66,8 +66,8 @@ def memorization(*, seq_length: int = 32, vocab_size: int = 256, seed: int = 0) 
 def draw_map(seed: int, size: int) -> np.ndarray:
     """The value of each key, `[size // 2]` int32: distinct numbers of `size // 2 ... size - 1`.
 
-    By NumPy's legacy generator, whose stream is frozen for all versions: a run resumed years later
-    still has its map.
+    NumPy's legacy generator has the same stream in all versions, so a run resumed years later still
+    has its map.
     """
     num_keys = size // 2
     values = np.random.RandomState(seed).permutation(np.arange(num_keys, size))

@@ -26,27 +26,27 @@ def recall(
     """Names the value that followed a key earlier in the row.
 
     A row shows K pairs of a key and its value, then asks for each key once. The target at a key's
-    second showing is its value; nothing else counts. With `vocab_size=14, num_pairs=2`:
+    question is its value; no other position counts. With `vocab_size=14, num_pairs=2`:
 
         inputs    2 9 5 7 0 0 5 0 2 0 0 0
         targets               7   9
 
     Keys are drawn without replacement from 1 ... vocab_size / 2 - 1, values without replacement
-    from vocab_size / 2 ... vocab_size - 1. What follows the pairs is cut into slots of two tokens;
+    from vocab_size / 2 ... vocab_size - 1. The rest of the row is divided into slots of two tokens.
     K distinct slots are drawn without replacement, slot x = 1, 2, ... with a probability
-    proportional to `power * x ** (power - 1)`, and the i-th key opens the i-th slot drawn. The rest
-    is filler.
+    proportional to `power * x ** (power - 1)`. The i-th key goes to the start of the i-th drawn
+    slot. All else is filler.
 
     One layer of attention stays at chance here; two solve it.
 
     Args:
         seq_length: T, even.
         vocab_size: Number of tokens; more than `seq_length`.
-        num_pairs: K; the row must hold them and their questions, 4 K <= T for one pass.
+        num_pairs: K; the row must hold the pairs and their questions, 4 K <= T for one pass.
         power: Above 0. 1 spreads the questions evenly, less favours early slots.
         num_passes: How often the pairs are shown, one pass after the other.
-        random_non_queries: The filler is random, any token but the keys of the row, so that no
-            question is asked by chance. Otherwise it is token 0.
+        random_non_queries: The filler is any token but the keys of the row, so that it asks no
+            questions by chance. Otherwise it is token 0.
 
     Returns:
         A token task with K labelled positions, `[B, K]` in the order of the pairs. Baseline:
@@ -92,10 +92,10 @@ def forgetting_recall(
     power: float = 0.01,
     random_non_queries: bool = False,
 ) -> Task:
-    """Names the value that last followed a key: some keys are given another value on the way.
+    """Names the latest value of a key: some keys get another value on the way.
 
-    As `recall`, but after the K pairs come U of the keys again, drawn without replacement, each
-    with a new value that is not its old one. With K = 2 and U = 1:
+    As `recall`, but after the K pairs U of the keys, drawn without replacement, come again with
+    another value. With K = 2 and U = 1:
 
         inputs    2 9 5 7 5 12 0 0 5 0 2 0 0 0
         targets                   12   9
@@ -135,7 +135,7 @@ def forgetting_recall(
         keys = draw_distinct(key_rng, num_pairs, 1, half)
         values = draw_distinct(value_rng, num_pairs, half, vocab_size)
         which = draw_distinct(which_rng, num_updates, 0, num_pairs)
-        # A step around the circle of values that does not come back to where it began.
+        # Add a step modulo the number of values, never 0, so that the value changes.
         size = vocab_size - half
         step = jax.random.randint(new_rng, (num_updates,), 1, size, jnp.int32)
         new = half + (values[which] - half + step) % size
@@ -158,11 +158,11 @@ def compositional_recall(
     power: float = 0.01,
     random_non_queries: bool = False,
 ) -> Task:
-    """Names the value that followed two tokens together, neither of which tells it alone.
+    """Names the value that followed two tokens together; one token alone does not tell it.
 
-    As `recall`, but a key is two tokens: g first and g second ones are drawn, and all K = g * g
-    combinations of them are shown with their values, in random order. The target stands at the
-    second token of a question. With `vocab_size=30, num_pairs=4`:
+    As `recall`, but a key is two tokens. g first and g second tokens are drawn, and all K = g * g
+    combinations are shown with their values, in random order. The target is at the second token of
+    a question. With `vocab_size=30, num_pairs=4`:
 
         inputs    3 14 22 7 11 29 7 14 20 3 11 25 ... 7 14 0 0 0 0 3 14 0
         targets                                         20           22
@@ -228,7 +228,7 @@ def compositional_recall(
 def check_pairs(
     seq_length: int, vocab_size: int, shown: int, num_questions: int, words: str
 ) -> tuple[int, int, int]:
-    """`seq_length` and `vocab_size` of pairs and questions, and where the values begin."""
+    """Checks `seq_length` and `vocab_size`; returns them and the first token of the values."""
     seq_length, vocab_size = as_size("seq_length", seq_length), as_size("vocab_size", vocab_size)
     shortest = shown + 2 * num_questions
     if seq_length % 2 or seq_length < shortest:
@@ -256,16 +256,16 @@ def questions(
     power: float,
     random_fillers: bool,
 ) -> Callable[[Array, Array, Array, Array, Array], Batch]:
-    """Completes rows that begin with `shown` tokens by a zone of questions.
+    """Adds a zone of questions to rows that begin with `shown` tokens.
 
     Returns:
-        `(rng, begin [shown], asked [K, W], answers [K], keys) -> Batch`. The zone is cut into slots
-        of W + 1 tokens. The W tokens of question i open the i-th slot drawn, and its answer is the
-        target at the last of them. `keys` are not used as random fillers.
+        `(rng, begin [shown], asked [K, W], answers [K], keys) -> Batch`. The zone is divided into
+        slots of W + 1 tokens. The W tokens of question i start the i-th drawn slot, and its answer
+        is the target at the last of them. Random fillers are not `keys`.
 
     Raises:
         ValueError: `power` is out of range.
-        TypeError: `random_fillers`, which is `random_non_queries`, is no bool.
+        TypeError: `random_fillers` (the task's `random_non_queries`) is not a bool.
     """
     if not isinstance(random_fillers, bool):
         raise TypeError(f"random_non_queries must be True or False: got {random_fillers!r}.")

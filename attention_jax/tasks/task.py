@@ -1,4 +1,4 @@
-"""What a task is: a source of batches with no state."""
+"""Tasks: sources of batches without state."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from attention_jax.types import Array, Batch, PyTree
 
 
 class Task(NamedTuple):
-    """Something to learn, generated where it is used.
+    """A task to learn, whose batches are generated on the device.
 
     Attributes:
         name: Its name in `TASKS`.
@@ -21,15 +21,15 @@ class Task(NamedTuple):
         loss: `"squared_error"` (continuous targets) or `"cross_entropy"` (tokens).
         inputs: Width D of continuous inputs. None: the inputs are tokens.
         vocab_size: Number of tokens. None: the inputs are continuous.
-        baseline: What a model without attention could claim: its name, and a function from a batch
-            to its mean loss there, a scalar. A model that has learnt anything stays below.
-        mask: Boolean `[T, T]`: which positions may attend to which, beside what the model says.
-            None: the task does not mind.
-        sample_held_out: As `sample`, of rows that `sample` never draws. None: a model is evaluated
-            on rows of `sample`, drawn with a key that training does not use.
-        held_out: What the rows are that a model is evaluated on, in words.
-        num_rows: How many different rows `sample` can draw. None: more than can be counted, or not
-            counted here.
+        baseline: The loss of a guess without attention: its name, and a function from a batch to
+            the mean loss, a scalar. A model that has learnt is below it.
+        mask: Boolean `[T, T]`: which positions may attend to which, in addition to the model's
+            masks. None for no mask.
+        sample_held_out: As `sample`, for rows that `sample` never draws. None evaluates on rows of
+            `sample`, drawn with a key that training does not use.
+        held_out: Describes the held-out rows in words.
+        num_rows: How many different rows `sample` can draw. None if they are infinitely many or not
+            counted.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Task(NamedTuple):
 
 
 def about_held_out(task: Task, num_drawn: int) -> str:
-    """What the rows are that a model was evaluated on, for whoever reads its accuracy.
+    """Describes the held-out rows, for the reader of an accuracy.
 
-    Where a percent of them or more may have been drawn in training, that is told.
+    If training may have drawn a percent of them or more, the text gives the numbers.
 
     Args:
-        task: What was learnt.
+        task: The learnt task.
         num_drawn: How many rows training has drawn.
 
     >>> from attention_jax.tasks import TASKS
@@ -70,7 +70,7 @@ def per_row(make_row: Callable[[Array], PyTree]) -> Callable[[Array, Array], PyT
         make_row: `rng -> ` arrays without the axis B.
 
     Returns:
-        `(rng, rows [B]) -> ` the arrays with it, whose row r comes from `fold_in(rng, r)`.
+        `(rng, rows [B]) -> ` the arrays with axis B; row r comes from `fold_in(rng, r)`.
     """
 
     @jax_defaults()
@@ -96,7 +96,7 @@ def token_task(
     Args:
         name, vocab_size, num_rows, mask, held_out: As in `Task`.
         make_row: `rng -> ` one row, a batch without the axis B.
-        guess: The baseline: what one could guess among, and how many equally likely ones they are.
+        guess: The baseline: its name, and the number of equally likely answers.
     """
     words, choices = guess
     loss = np.float32(math.log(choices))

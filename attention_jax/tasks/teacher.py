@@ -10,7 +10,7 @@ from attention_jax.checks import as_size, jax_defaults
 from attention_jax.tasks.task import Task, per_row
 from attention_jax.types import Array, Batch
 
-# Standard deviation of the teacher's logits over keys: its heads choose, but seldom one key alone.
+# Standard deviation of the teacher's logits over keys: its heads prefer some keys, seldom only one.
 LOGIT_SCALE = 2.0
 
 
@@ -22,15 +22,16 @@ def teacher(
     seed: int = 0,
     layer: Mapping[str, Array] | None = None,
 ) -> Task:
-    """Predicts the output of another attention layer, whose weights are never seen.
+    """Predicts the output of another attention layer without seeing its weights.
 
-    Inputs are independent standard normal vectors. Targets are what multi-head attention with
-    weights drawn from `seed` makes of them, so a student of the same architecture can get to zero
-    loss, and only by attending as the teacher does.
+    Inputs are independent standard normal vectors. Targets are the outputs of multi-head attention
+    with weights drawn from `seed`. So a student of the same architecture can reach zero loss, but
+    only if it attends as the teacher does.
 
     The teacher has half as many heads as its student, and logits of standard deviation 2. A student
-    with no head to spare trains badly here: two of its heads share one of the teacher's, another of
-    the teacher's is left over, and the loss stays on that plateau for thousands of steps.
+    with only as many heads as its teacher trains badly here. Two of its heads imitate the same
+    teacher's head, another teacher's head has no imitator, and the loss stays on that plateau for
+    thousands of steps.
 
     Args:
         seq_length: T.
@@ -38,7 +39,7 @@ def teacher(
         num_heads: N of the student, a divisor of D. The teacher has N // 2 heads (one for N = 1) of
             the student's size H = D / N.
         seed: Chooses the teacher.
-        layer: The teacher itself, as `draw_weights` draws it; may be traced. Defaults to that of
+        layer: The teacher's weights, as from `draw_weights`; may be traced. Defaults to those of
             `seed`.
 
     Returns:
@@ -62,7 +63,7 @@ def teacher(
 
     def sample(rng: Array, rows: Array) -> Batch:
         inputs = draw_rows(rng, rows)
-        # All rows in one product: row by row they are too small to be worth starting.
+        # All rows in one product: products of single rows are too small to be fast.
         return Batch(
             inputs, attention_layer(inputs, **layer), jnp.ones(inputs.shape[:2], jnp.float32)
         )
@@ -80,8 +81,8 @@ def teacher(
 def draw_weights(seed: int, features: int, num_heads: int) -> dict[str, np.ndarray]:
     """Draws the frozen layer: `query`, `key`, `value` `[D, N, H]` and `out` `[N, H, D]`, float32.
 
-    By NumPy's legacy generator, whose stream is frozen for all versions: a run resumed years later
-    still has its teacher.
+    NumPy's legacy generator has the same stream in all versions, so a run resumed years later still
+    has its teacher.
     """
     head_dim = features // num_heads
     num_heads = max(1, num_heads // 2)
@@ -95,7 +96,8 @@ def draw_weights(seed: int, features: int, num_heads: int) -> dict[str, np.ndarr
 
 
 def attention_layer(inputs: Array, query: Array, key: Array, value: Array, out: Array) -> Array:
-    """Multi-head self-attention on `[B, T, D]`, of its own: a task knows no model."""
+    """Multi-head self-attention on `[B, T, D]`. It is written here, because tasks do not import
+    models."""
     D, N, H = query.shape
     split = lambda w: (inputs @ w.reshape(D, N * H)).reshape(*inputs.shape[:2], N, H)
     query, key, value = (split(w).swapaxes(1, 2) for w in (query, key, value))  # [B, N, T, H]

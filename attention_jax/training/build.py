@@ -1,4 +1,4 @@
-"""From the words of a config to values: task, model, optimizer, and the functions of a run."""
+"""Makes the values that a config names: task, model, optimizer, and the functions of a run."""
 
 import contextlib
 import os
@@ -25,14 +25,15 @@ _PARAMS, _TRAIN, _HELD_OUT, _DROPOUT = range(4)
 
 
 class Program(NamedTuple):
-    """The compiled functions of a run and what they work on.
+    """The compiled functions of a run, and their fixed arguments.
 
     Attributes:
-        task: What is learnt.
+        task: The task to learn.
         target: Where to stop, or None.
         init: `() -> TrainState`.
         put_state: Places a state on the devices.
-        epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the state given is used up.
+        epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the argument `state` is
+            donated.
         evaluate: `(params, rows) -> metrics` on the held-out batches.
         baseline: `() -> loss` of the task's baseline on them.
         rows: The row numbers of a batch, split over the devices.
@@ -49,15 +50,15 @@ class Program(NamedTuple):
 
 
 def build(config: ConfigDict) -> Program:
-    """Builds what a config names; nothing is compiled yet.
+    """Builds the program of a config, without compiling it.
 
     Raises:
-        ConfigError: The task, the model, the optimizer or the devices cannot honour the config, or
+        ConfigError: The task, the model, the optimizer or the devices do not support the config, or
             the environment names devices that jax does not find.
     """
     with refusals():
         program = _build(config)
-        # Traced here, and not again when it is called: the errors of the model are among these.
+        # Trace the model here, to raise its errors; a call does not trace it again.
         state = program.init.eval_shape()
         if program.target:
             found = jax.eval_shape(program.evaluate, state.params, program.rows)
@@ -67,10 +68,10 @@ def build(config: ConfigDict) -> Program:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Turns what cannot be built into a ConfigError, of one line."""
+    """Turns errors of building into a ConfigError of one line."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # The latter where JAX_PLATFORMS finds none.
+    except (RuntimeError, AssertionError) as error:  # The latter if JAX_PLATFORMS finds none.
         names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
         asked = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
         message = f"jax finds no device with {asked or 'its defaults'}. {error}"
@@ -82,7 +83,7 @@ def refusals() -> Iterator[None]:
 
 
 def check_target(target: Target, task: str, held_out: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the held-out metrics have the one that the target is about."""
+    """Raises ValueError unless the held-out metrics include the target's."""
     metrics = held_out.keys() - {"weight"}
     if target.metric not in metrics:
         raise ValueError(
@@ -118,7 +119,7 @@ def _build(config):
 
 
 class Functions(NamedTuple):
-    """What a config comes to, as pure functions; `Program` says what they do."""
+    """The pure functions of a config; `Program` describes them."""
 
     task: Task
     init: Callable[[], TrainState]
@@ -139,14 +140,14 @@ def make_functions(
 
     Args:
         config: Checked.
-        traced: Values that stand instead of those of the config, by the path of the field; arrays
-            in a function that jax traces, so that one program serves many. The seed, numbers of the
-            optimizer and of the model; and `task.*`, arguments of the task.
+        traced: Values that replace those of the config, by the path of the field. They may be
+            arrays in a function that jax traces, so that one program serves many. They are the
+            seed, numbers of the optimizer and of the model; and `task.*`, arguments of the task.
         axis_name, constrain: Of the launcher.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: The task, the model or the optimizer cannot
-            honour the config.
+        ValueError, TypeError, NotImplementedError: The task, the model or the optimizer does not
+            support the config.
     """
 
     traced = {} if traced is None else traced
@@ -181,11 +182,11 @@ def make_functions(
         return steps.LOSSES[task.loss](apply)
 
     def part_of(rng: Array, number: int) -> Array:
-        """The key of a part of the mixture. No row has it: rows are counted from 0 to 2**31 - 1."""
+        """The key of a part of the mixture. No row has this key: rows count from 0 to 2**31 - 1."""
         return jax.random.fold_in(rng, 2**31 + number) if number else rng
 
     def mixed_loss(params: PyTree, batches: list[Batch], rng: Array | None) -> tuple[Array, dict]:
-        """The loss of a batch of each part, which a step takes together."""
+        """The summed loss of a batch of each part."""
         found = []
         for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
             part_rng = None if rng is None else part_of(rng, number)
@@ -195,9 +196,9 @@ def make_functions(
     def mixed_sample(rng: Array, rows: Array) -> list[Batch]:
         return [part.sample(part_of(rng, number), rows) for number, part in enumerate(parts)]
 
-    # The keys are made inside the programs: outside, each operation would be a program of its own.
+    # Keys are made inside the programs: outside, each operation would be compiled separately.
     def stream(number: int) -> Array:
-        # Of one kind, whatever the default is: the numbers are the same under each.
+        # Always threefry, so that the numbers do not depend on JAX's default.
         return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
 
     def init() -> TrainState:
@@ -238,7 +239,7 @@ def make_functions(
         return metrics
 
     def baseline() -> Array:
-        # The rows of all held-out batches as one batch, whole whatever the launcher.
+        # All held-out batches as one batch, which no launcher splits.
         def batch(index):
             rng = jax.random.fold_in(stream(_HELD_OUT), index)
             sample = task.sample_held_out or task.sample
@@ -266,7 +267,7 @@ def make_slices(
     """The task as each of `config.eval.slices` (or `.train`) changes it, by the name of the slice.
 
     Raises:
-        ValueError: A slice cannot be, or needs a model for other inputs.
+        ValueError: A slice is invalid, or needs a model for other inputs.
     """
     slices = {}
     for name, changes in slice_settings(config, section).items():

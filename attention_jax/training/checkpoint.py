@@ -1,8 +1,8 @@
 """Checkpoints: the state as one unit, written by orbax.
 
-A checkpoint is a flat dict from path (`params.out.kernel`) to array beside a JSON object, so it
-depends neither on the launcher that ran nor on the classes that the state is made of. The JSON part
-holds a fingerprint of the arrays, because orbax itself has no checksum.
+A checkpoint is a flat dict from path (`params.out.kernel`) to array, and a JSON object. So it does
+not depend on the launcher or on the classes of the state. The JSON part holds a fingerprint of the
+arrays, because orbax itself has no checksum.
 
 Importing this module is cheap; orbax (about a second) is imported when a directory is opened.
 """
@@ -40,14 +40,14 @@ MAX_NAMED = 3  # Leaves that an error about a misfit names.
 class Checkpoints:
     """The checkpoints of one run, one numbered directory per step.
 
-    Only one process may write a directory. Unfinished checkpoints (their names contain "tmp") of an
-    earlier, killed process are removed on opening. What cannot be written, on a full disk say, is
-    an OSError of `save`, `wait` or `close`; the checkpoints before it stay as they are.
+    Only one process may write a directory. Opening removes unfinished checkpoints (their names
+    contain "tmp") of an earlier, killed process. If a write fails, on a full disk for example,
+    `save`, `wait` or `close` raises OSError; earlier checkpoints stay as they are.
 
     Args:
         directory: Created when missing.
-        keep: How many of the newest checkpoints stay, at least 2: the newest may turn out broken.
-        read_only: Open another run's directory, and leave it as it is.
+        keep: How many of the newest checkpoints stay. At least 2, because the newest may be broken.
+        read_only: Opens another run's directory without changing it.
 
     Raises:
         ValueError: `keep` is below 2.
@@ -62,14 +62,14 @@ class Checkpoints:
         self._manager = _open(self.directory, keep, read_only)
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint; None when there is none."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, config: Mapping[str, Any] | None = None) -> None:
         """Saves in the background; `state` may be donated or changed right after.
 
         Args:
-            state: Under `state.step`. A step that is saved already is not saved again.
+            state: Saved under `state.step`, unless that step is saved already.
             config: Anything that JSON can hold, kept beside the arrays.
         """
         import orbax.checkpoint as ocp
@@ -97,8 +97,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """Restores the newest checkpoint that is whole.
 
-        One that cannot be read or does not match its fingerprint is moved aside, to a name that
-        ends in `.broken`, with a line on stderr that says so.
+        A checkpoint that cannot be read or does not match its fingerprint is renamed to a name that
+        ends in `.broken`, and a line on stderr says so.
 
         Args:
             like: A state of the structure, shapes and dtypes to restore; its arrays may be
@@ -109,7 +109,7 @@ class Checkpoints:
 
         Raises:
             ValueError: The checkpoint and `like` do not fit; names the first leaves that differ.
-            RuntimeError: There are checkpoints, and all are broken.
+            RuntimeError: All checkpoints are broken.
         """
         found = self._newest_whole()
         return None if found is None else _from_arrays(*found, like, prefix="")
@@ -119,7 +119,7 @@ class Checkpoints:
 
         Args:
             like: As for `restore`.
-            trial: Of a sweep, the number of the trial.
+            trial: The number of the trial, in a sweep.
 
         Raises:
             FileNotFoundError: There is no checkpoint.
@@ -135,14 +135,14 @@ class Checkpoints:
         return _from_arrays(arrays, about, like, prefix="params.")
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong with it."""
+        """Returns when the last save is on disk; raises its errors."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then ends the writer."""
         if self._has_failed:
-            with contextlib.suppress(Exception):  # It has been raised once.
+            with contextlib.suppress(Exception):  # The error was raised once already.
                 self._manager.close()
             return
         with self._writing():
@@ -163,9 +163,9 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Of whatever orbax runs in its threads.
+        except Exception as error:  # orbax's threads may raise anything.
             self._has_failed = True
-            # Of the storage layer's long sentence only what the system said.
+            # Keep only the system's error from the storage layer's long message.
             number = re.search(r"os_error_code='(\d+)'", str(error))
             number = int(number[1]) if number else getattr(error, "errno", None)
             reason = _in_short(error) if number is None else os.strerror(number)
@@ -177,16 +177,16 @@ class Checkpoints:
         broken = []
         for step in steps:
             with warnings.catch_warnings():
-                # Of what was still to be awaited when another part could not be read.
+                # orbax warns of coroutines never awaited when another part could not be read.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 try:
                     found = self._read(step)
                 except MemoryError:
                     raise
-                except Exception as error:  # Damage may lead orbax anywhere.
+                except Exception as error:  # After damage orbax may raise anything.
                     broken.append((step, _in_short(error)))
                     continue
-            # Only now: with nothing whole to fall back on, all is left as it is.
+            # Only after a whole one was found: if all are broken, they stay as they are.
             for step_and_reason in broken:
                 self._set_aside(*step_and_reason)
             return found
@@ -220,7 +220,7 @@ class Checkpoints:
             file=sys.stderr,
         )
         if not self._read_only:
-            # Not deleted, and not left in the way of the run, which will come to this step again.
+            # Renamed, not deleted; the name must be free, because the run saves this step again.
             names = (f"{step}.broken{number or ''}" for number in itertools.count())
             aside = next(place for name in names if not (place := self.directory / name).exists())
             (self.directory / str(step)).rename(aside)
@@ -231,7 +231,7 @@ def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
     """Reads the newest parameters of another run, without touching it.
 
     Args:
-        run_directory: The workdir of that run; or of a trial, `sweep/trials/001` say; or of a
+        run_directory: The workdir of that run; or of a trial, as `sweep/trials/001`; or of a
             complete sweep, for its best trial.
         like: Parameters of the structure, shapes and dtypes to restore.
 
@@ -251,7 +251,7 @@ def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
 def fingerprint(tree: PyTree) -> str:
     """sha256 over the sorted paths, dtypes, shapes and bytes of all arrays, as 64 hex digits.
 
-    Equal for equal parameters, whichever launcher, process or machine made them.
+    It is equal for equal parameters, on any launcher, process or machine.
     """
     digest = hashlib.sha256()
     for path, array in sorted(_to_arrays(tree)[0].items()):
@@ -267,8 +267,8 @@ def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager
 
     if not read_only:
         directory.mkdir(parents=True, exist_ok=True)
-        # By hand: orbax's own cleanup_tmp_directories works in the background, and neither reading
-        # nor closing waits for it.
+        # orbax's cleanup_tmp_directories works in the background, and reading and closing do not
+        # wait for it, so this removes them directly.
         for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
             if unfinished.is_dir():
                 shutil.rmtree(unfinished)
@@ -284,11 +284,11 @@ def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Keeps off the screen what orbax and its threads print; what is wrong is raised, too.
+    """Silences the output of orbax and its threads; errors are raised as well.
 
-    Orbax tells its life on absl's logger at every step. Where one array of many cannot be read or
-    written, it ends the event loop; the answers for the others then find neither the loop nor one
-    who asks for them.
+    Orbax logs every step on absl's logger. If one of many arrays cannot be read or written, orbax
+    ends the event loop; results for the other arrays then cause "never retrieved" and "loop is
+    closed" messages.
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
@@ -304,15 +304,15 @@ def _quiet_orbax() -> None:
 
 
 def _in_short(error: Exception) -> str:
-    """One line: the storage layer below orbax explains itself at length."""
+    """One short line of an error: the storage layer below orbax writes long messages."""
     return textwrap.shorten(str(error) or type(error).__name__, 100, placeholder=" ...")
 
 
 def _to_arrays(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A copy in host memory as `{path: array}`, and `{path: kind}` of the PRNG keys among them.
+    """A copy in host memory as `{path: array}`, and `{path: kind}` of its PRNG keys.
 
-    A copy, because on CPU `np.asarray` is a view: while the writer holds it, the next step cannot
-    take over the buffer that was donated to it.
+    It is a copy, because on CPU `np.asarray` is a view: while the writer holds the view, the next
+    step cannot use the donated buffer.
     """
     arrays, key_types = {}, {}
     for path, leaf in _leaves(tree).items():
@@ -344,7 +344,7 @@ def _params_of_trial(arrays: Mapping[str, np.ndarray], trial: int) -> dict[str, 
 def _from_arrays(
     arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], like: PyTree, *, prefix: str
 ) -> PyTree:
-    """The opposite of `_to_arrays`, of the paths that begin with `prefix`."""
+    """The inverse of `_to_arrays`, for paths that begin with `prefix`."""
     found = {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
     wanted = _leaves(like)
 

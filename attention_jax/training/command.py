@@ -1,4 +1,4 @@
-"""The command line: flags, sweep axes, questions. Nothing here imports jax."""
+"""The command line: flags, sweep axes, questions. This module imports no jax."""
 
 import difflib
 import itertools
@@ -51,7 +51,7 @@ _HELP = {
     "seed": "of the parameters, the data and dropout",
     "init_from": "run directory to take the first parameters from",
 }
-# The fields that the flags set. --save_path and --workdir name the run directory, which is none.
+# The fields that flags set. --save_path and --workdir set no field: they name the run directory.
 _FIELDS = {flag: path for path, flag in FLAGS.items()}
 _QUESTIONS = (
     *("model", "embed_dim", "num_heads", "learning_rate"),
@@ -60,12 +60,12 @@ _QUESTIONS = (
 
 
 class Command(NamedTuple):
-    """What the command line asks for; the run directory is no part of the config.
+    """The request of a command line; the run directory is not part of the config.
 
     Attributes:
-        config: Of the run, or of what the trials of a sweep share.
-        workdir: The run directory. None: nothing is written.
-        sweep: The values of each field that is swept, by its path. Empty: one run.
+        config: The config of the run, or the one that the trials of a sweep share.
+        workdir: The run directory. None writes no files.
+        sweep: The values of each swept field, by its path. Empty for a single run.
     """
 
     config: ConfigDict
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _with_task(config, task):
-    """A config file's config with the task of `--task`, if that names another."""
+    """A config file's config, with the task of `--task` if that is another one."""
     if task is not None and config.task.name != task:
         with config.unlocked():
             config.task = default_config(task).task
@@ -142,9 +142,9 @@ def _with_task(config, task):
 
 
 def _init_from(given, overrides, config):
-    """The run that the flags, or else the config file, say to start from; "" for none."""
+    """The run to start from, by the flags or else by the config file; "" for none."""
     if "init_from" in given:
-        _path(given["init_from"], "--init_from")  # Empty is no way to say none here.
+        _path(given["init_from"], "--init_from")  # An empty path is an error.
         return given["init_from"]
     found = "" if config is None else config.init_from
     for argument, following in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
@@ -154,7 +154,7 @@ def _init_from(given, overrides, config):
 
 
 def _check_apart(init_from, workdir):
-    """Refuses a run that is to begin with its own end."""
+    """Refuses a run that would start from its own directory."""
     if not init_from or workdir is None:
         return
     with refused():
@@ -167,14 +167,14 @@ def _check_apart(init_from, workdir):
 
 
 def _with_model_of(init_from, workdir, config, task):
-    """A config with the model of another run, and what its vocabulary depends on.
+    """A config with the model of another run, and the task settings that it depends on.
 
     Args:
         init_from: The directory of that run.
-        workdir: That of the run to be, or None. What it has noted of the model counts, so that it
-            can be continued when the other run is gone or is another.
-        config: From a config file, whose fields count where they differ from the defaults; or None.
-        task: What `--task` says, or None. With neither, it is the task of that run.
+        workdir: The directory of the new run, or None. If it has noted a config, that config
+            counts, so that the run continues even if the other run is gone or has changed.
+        config: From a config file, or None. Its fields count if they differ from the defaults.
+        task: The value of `--task`, or None. Without it and a config file, the other run's task.
 
     Raises:
         ConfigError: The other run has no config, or one with fields or values unknown here.
@@ -282,7 +282,7 @@ def _override(config, arguments):
 
 
 def _value(path, text, default, name):
-    """The value of a field that a text says; `name` is what the user calls the field."""
+    """Reads the value of a field from text; `name` is the user's name for the field."""
     try:
         return read(path, text, default)
     except ValueError as error:
@@ -324,7 +324,7 @@ def _help(program):
 def _interview(config, workdir):
     """Asks for each parameter, again after a wrong answer; returns the run directory.
 
-    A default that an answer before it has made impossible is not offered.
+    A default that an earlier answer has made invalid is not offered.
     """
     print("Enter keeps what stands in brackets; Ctrl-D leaves.")
     for name in _QUESTIONS:
@@ -358,5 +358,5 @@ def _interview(config, workdir):
 
 
 def _reason(config, path):
-    """Why a field cannot be what it is, or None."""
+    """Why the value of a field is invalid, or None."""
     return next((sentence for place, sentence in problems(config) if place == path), None)

@@ -1,4 +1,4 @@
-"""Files of runs: paths as a user writes them, JSON, and where a trial is. No jax is imported."""
+"""Files of runs: paths that a user writes, JSON, and the places of trials. Imports no jax."""
 
 import json
 import os
@@ -20,8 +20,8 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
         name: What the user calls it, for the error.
 
     Raises:
-        ValueError: The text is empty, is a URL, names a user that there is not, holds a NUL, or
-            letters that UTF-8 or the locale does not have.
+        ValueError: The text is empty, is a URL, names an unknown user, or holds a NUL or letters
+            that UTF-8 or the locale lacks.
         TypeError: It is no text.
 
     >>> local_path("runs/first", "--workdir").as_posix()
@@ -37,7 +37,7 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     if _URL.match(text):
         raise ValueError(f"{name} must be on a local file system, not a URL: got {text!r}.")
     try:
-        text.encode()  # What writes checkpoints knows no other paths.
+        text.encode()  # Checkpoints can be written only to UTF-8 paths.
         os.fsencode(text)
     except UnicodeEncodeError as error:
         raise ValueError(
@@ -69,10 +69,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The config that a run noted in its directory, or a sweep, or a trial of one.
+    """The config in the directory of a run, a sweep or a trial.
 
     Raises:
-        ValueError: There is none, or none that can be read.
+        ValueError: There is no config, or it cannot be read.
     """
     file = run / "config.json"
     found = read_json(file)
@@ -84,14 +84,14 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def trial_directory(sweep: Path, number: int) -> Path:
-    """Where a trial of a sweep keeps its config, rows and result, as a run does."""
+    """The directory with the config, rows and result of a trial."""
     return sweep / TRIALS / f"{number:03}"
 
 
 def locate(run: Path) -> tuple[Path, int | None]:
-    """The directory whose checkpoints hold the parameters of a run, and of a trial its number.
+    """The directory whose checkpoints hold the parameters of a run, and the trial's number or None.
 
-    A trial of a sweep is in the sweep's checkpoints. A sweep stands for its best trial.
+    The sweep's checkpoints hold its trials. A sweep means its best trial.
 
     Raises:
         ValueError: A sweep has no best trial: it is not complete, or all have diverged.

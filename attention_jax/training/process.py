@@ -1,4 +1,4 @@
-"""The process that a run lives in: signals, its streams and its end, the compile cache, versions.
+"""The process of a run: signals, streams, exit, the compile cache, versions.
 
 Importing this module is cheap: jax is imported by `prepare` alone.
 """
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from attention_jax import __version__
 
-# What asks a process to leave. Windows has no SIGHUP.
+# Signals that ask a process to leave. Windows has no SIGHUP.
 STOPPING = [getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, x)]
 
 
@@ -27,11 +27,11 @@ class RunError(Exception):
 
 
 def do(name: str, work: Callable[[], None]) -> int:
-    """Does the work of a command, and says in one line why it could not be done.
+    """Does the work of a command, and prints an error as one line.
 
     Args:
-        name: Of the command; the lines begin with it.
-        work: A RunError that it raises ends the process with the status of that.
+        name: The name of the command; the lines begin with it.
+        work: If it raises a RunError, the error's status is returned.
 
     Returns:
         The exit status.
@@ -41,19 +41,19 @@ def do(name: str, work: Callable[[], None]) -> int:
         _hang_up(number)
         if number not in _left_by:
             _left_by.append(number)
-            # Not `print`, which may be what the signal interrupts.
+            # Not `print`: the signal may have interrupted a print.
             os.write(2, f"{name}: stopped by {signal.Signals(number).name}.\n".encode())
         sys.exit(128 + number)
 
     for number in _heard():
-        # Until the run has something to save; then it takes them over.
+        # Until `StopSignals` takes the signals over, when there is a state to save.
         signal.signal(number, leave)
     if hasattr(signal, "SIGXFSZ"):
-        # A file that grows too long is an error to tell. Python ignores the signal, and LLVM, when
-        # it compiles, no longer does.
+        # A file that grows too long must be an error, not a signal. Python ignores the signal, but
+        # LLVM resets that when it compiles.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
     for stream in (sys.stdout, sys.stderr):
-        # A screen of few letters is no reason to end a run.
+        # A screen that lacks some letters must not end a run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -63,9 +63,9 @@ def do(name: str, work: Callable[[], None]) -> int:
     except RunError as error:
         return _tell(name, error, error.status)
     except OSError as error:
-        # Of the screen's, or of what stands behind `>` or `|`; nor can the rest be told.
+        # The output, maybe behind `>` or `|`, cannot be written, so later lines cannot either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # The reader has left, `train.py | head` say.
+        if isinstance(error, BrokenPipeError):  # The reader has left, as in `train.py | head`.
             return 128 + 13  # SIGPIPE, which Windows does not have.
         return _tell(name, error)
     except (MemoryError, RuntimeError) as error:
@@ -91,20 +91,20 @@ def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
             raise
         status = _tell(argv[0], error)
     if _left_by or status in [128 + number for number in STOPPING]:
-        # Threads of XLA that still compile may crash while Python takes itself apart.
+        # Threads of XLA that still compile may crash while Python exits.
         with contextlib.suppress(OSError):  # The reader may have left.
             sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
-_left_by: list[int] = []  # The signals that were told to the user.
+_left_by: list[int] = []  # The signals that were printed.
 
 
 def _tell(name, error, status=1):
     """Prints an error, and returns the status.
 
-    After a signal to leave an error is of what the signal cut short; the signal has been told.
+    After a signal the error only shows that work was interrupted; the signal was printed already.
     """
     if _left_by:
         return 128 + _left_by[-1]
@@ -127,9 +127,9 @@ _SIGHUP = getattr(signal, "SIGHUP", None)
 
 
 def _hang_up(number):
-    """After SIGHUP, lets what is printed go nowhere where the terminal has gone.
+    """After SIGHUP, discards all output if the terminal is gone.
 
-    It would be an error, and end a run before it has saved.
+    Else the next print would fail and end the run before it has saved.
     """
     if number != _SIGHUP:
         return
@@ -140,8 +140,8 @@ def _hang_up(number):
 
 
 def _leave_all_the_same(unraisable):
-    """Repeats a signal that came in a callback of the garbage collector, where Python ignores
-    exceptions, that of leaving too."""
+    """Repeats a signal that came in a callback of the garbage collector, because Python ignores
+    exceptions there, SystemExit too."""
     if _left_by and isinstance(unraisable.exc_value, SystemExit):
         threading.Timer(0.01, os.kill, (os.getpid(), _left_by[-1])).start()
     else:
@@ -149,9 +149,9 @@ def _leave_all_the_same(unraisable):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP become a number to look at; a second one acts as it did before.
+    """Notes SIGTERM, SIGINT or SIGHUP in `number`; a second signal acts as it did before.
 
-    Python handles signals in the main thread alone; elsewhere they are left as they are.
+    Python handles signals only in the main thread; in other threads this does not change them.
     """
 
     def __init__(self):
@@ -175,14 +175,14 @@ class StopSignals:
 
 
 def prepare() -> None:
-    """What every run wants of jax."""
-    # "Unable to initialize backend 'tpu'" is no news on a machine without one.
+    """Sets up jax for a run."""
+    # Hide "Unable to initialize backend 'tpu'" on machines without one.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     _keep_compiled_programs()
 
 
 def _keep_compiled_programs():
-    """A program compiled once is read from the disk by the next process."""
+    """Keeps compiled programs on the disk for the next process."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -190,15 +190,15 @@ def _keep_compiled_programs():
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        # Addresses in memory are other ones in each process. What is called is in the key all the
-        # same: see `functional.mesh`.
+        # Addresses in memory differ in each process. The key still tells calls apart: see
+        # `functional.mesh`.
         jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
-    # On a full disk they are compiled anew each time; jax tells of each of them, in two lines.
+    # On a full disk programs compile anew each time, and jax would print two lines for each.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package, and of the packages that decide the numbers of a run."""
+    """The versions of Python, of this package, and of packages that decide the numbers of a run."""
     import importlib.metadata
     import platform
 
@@ -208,5 +208,5 @@ def versions() -> dict[str, str]:
 
 
 def say(*lines: str) -> None:
-    """Prints lines at once, whoever reads them."""
+    """Prints lines without buffering."""
     print(*lines, sep="\n", flush=True)

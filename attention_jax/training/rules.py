@@ -1,6 +1,6 @@
-"""What each field of a config may hold, and the words for what it may not.
+"""The valid values of each field of a config, and the errors for others.
 
-What fields must be together is in config.py. Nothing here imports jax.
+config.py has the rules over several fields. This module imports no jax.
 """
 
 import difflib
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from attention_jax.training import words
 
-# The flags of the original and those that joined them, by the field that each sets.
+# The flags, by the field that each sets.
 FLAGS = {
     "model.name": "model",
     "model.features": "embed_dim",
@@ -28,7 +28,7 @@ FLAGS = {
 
 
 def label(path: str) -> str:
-    """How a user calls a field.
+    """The user's name for a field.
 
     >>> label("train.epochs"), label("seed"), label("model.norm")
     ('--epochs (config.train.epochs)', '--seed', 'config.model.norm')
@@ -40,20 +40,20 @@ def label(path: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a line can tell it, however long it is.
+    """A value for a line of text, shortened if it is long.
 
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa... (102 characters)"
     """
     try:
         text = repr(value)
-    except ValueError:  # More digits than Python writes.
+    except ValueError:  # It has more digits than Python writes.
         return f"an integer of {value.bit_length()} bits"
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def unknown(path: str, known: Iterable[str]) -> str:
-    """The sentence for a field that there is not, with those that are meant perhaps."""
+    """The sentence for an unknown field, with similar names."""
     close = [f"config.{name}" for name in difflib.get_close_matches(path, known, n=3)]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"config.{path} is unknown.{hint}"
@@ -114,11 +114,11 @@ _RULES = {
     "eval.num_batches": _at_least(1),
     "eval.every_epochs": _at_least(1),
     "checkpoint.every_epochs": _at_least(1),
-    # One to continue from while the next is being written.
+    # The run can continue from one while it writes the next.
     "checkpoint.keep": _at_least(2),
 }
-# The largest integers, where 32 bits are not the limit: more than anybody trains with, and small
-# enough for the memory that they need to be told.
+# The largest integers, where the limit is below 32 bits. They are more than enough for training,
+# and small enough that the error can give the memory that they need.
 _MOST = {
     "model.num_layers": 1000,  # Each is traced and compiled.
     "model.features": 2**20,
@@ -134,14 +134,14 @@ _MOST = {
     "task.max_depth": 2**10,
 }
 _MOST_OF_TASK, MOST_32_BITS = 2**24, 2**31 - 1
-_FLOATS = 1e-30, 1e30  # By size, or 0: well inside of what float32 holds, squares excepted.
+_FLOATS = 1e-30, 1e30  # Limits of absolute values, except 0: well inside the range of float32.
 _MAX_MLP_RATIO = 2.0**10
 _WORDS = {"true": True, "false": False}
 _KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a name"}
 
 
 def fault(path: str, value: Any, default: Any) -> str | None:
-    """Why a field cannot hold a value, in words that follow its name; None where it can.
+    """Why a field cannot hold a value, in words that follow its name; None if it can.
 
     >>> fault("train.epochs", 0, 100)
     'must be at least 1'
@@ -155,12 +155,12 @@ def fault(path: str, value: Any, default: Any) -> str | None:
 
 
 def kind_words(path: str, default: Any) -> str:
-    """What type a field holds, in words that follow its name."""
+    """The type of a field, in words that follow its name."""
     return f"must be {_KINDS[_kind(path, default)]}"
 
 
 def read(path: str, text: str, default: Any) -> Any:
-    """A value of a field from its text; ValueError, in words that follow its name, for none.
+    """Reads the value of a field from text; ValueError, in words that follow its name, if invalid.
 
     >>> read("model.causal", "true", False), read("model.window", "none", None)
     (True, None)
@@ -188,7 +188,7 @@ def _is_a(kind, value):
 
 
 def _excess(path, value):
-    """Words for a number that is too large or too small to compute with; None for all others."""
+    """Words for a number that is too large or too small to compute with, else None."""
     if isinstance(value, float):
         least, most = _FLOATS
         if path == "model.mlp_ratio" and value > _MAX_MLP_RATIO:

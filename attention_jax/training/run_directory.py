@@ -1,4 +1,4 @@
-"""The directory of a run: who owns it, what run it holds, and what has been written so far.
+"""The directory of a run: its lock, its config, its files.
 
     workdir/
         config.json       the complete config of the run, the versions it ran on, and settings of
@@ -8,9 +8,9 @@
         tensorboard/      event files, when tensorboardX is there
         result.json       written last, when the run is complete
 
-Whatever instant a process dies at, the next one finds a directory to continue from: files are
-replaced in one stroke, rows reach the disk before the checkpoint that knows of them, and rows
-behind the newest checkpoint are dropped and written again.
+A process may die at any time, and the next one can continue. Files are replaced atomically. Rows
+reach the disk before their checkpoint. Rows after the newest checkpoint are dropped and written
+again.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
 from attention_jax.training.process import RunError
 from attention_jax.types import TrainState
 
-LOCK = ".lock"  # There as long as a process owns the directory.
+LOCK = ".lock"  # Exists while a process owns the directory.
 WRITTEN = (
     *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
     *(TRIALS, "sweep.png", "sweep.svg", "result.json", "result.json.tmp"),
 )
-MAX_TRIES = 100  # To make and lock a directory.
+MAX_TRIES = 100  # Tries to make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
-# What `result.json` says in words; all else is numbers.
+# The entries of `result.json` that are words; all others are numbers.
 WORDS = ("fingerprint", "best_by", "held_out")
-# What JAX may be set to that decides the numbers of a run, beside its config.
+# The settings of JAX that change the numbers of a run.
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_random_seed_offset")
 
 
@@ -49,9 +49,9 @@ SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_random_seed_o
 def owned(path: str | os.PathLike) -> Iterator[Path]:
     """Makes the directory and keeps every other process out of it until the block ends.
 
-    The lock is the kernel's, on an empty file that the block's end removes; a killed process leaves
-    the file, but no lock. Directories that were made here and are empty are removed too. Where the
-    file system has no locks, a line on stderr says so.
+    It holds a kernel lock on an empty file, which is removed when the block ends; a killed process
+    leaves the file, but no lock. New directories that stay empty are removed too. If the file
+    system has no locks, a line on stderr says so.
 
     Raises:
         ConfigError: The path is not local, is a file, cannot be made or written, or is owned by
@@ -79,14 +79,14 @@ def _own(path, stack, tries):
         _make(path, stack)
         _lock(path / LOCK, stack)
     except FileNotFoundError:
-        # Another process has removed what it had made, between two of our lines.
+        # Another process removed the directory or file between two of our lines.
         if tries == 1:
             raise
         _own(path, stack, tries - 1)
 
 
 def _make(path, stack):
-    """Makes a directory and those above it; `stack` removes again what was made and is empty."""
+    """Makes a directory and those above it; `stack` removes the new ones that stay empty."""
     missing = [place for place in (path, *path.parents) if not os.path.exists(place)]
     for place in reversed(missing):
         try:
@@ -103,7 +103,7 @@ def _lock(file, stack):
     """
     with contextlib.ExitStack() as opened:
         handle = os.open(file, os.O_RDWR | os.O_CREAT)
-        if os.name == "nt":  # No open file can be removed there.
+        if os.name == "nt":  # Windows cannot remove open files.
             opened.callback(_try, os.remove, file)
         opened.callback(os.close, handle)
         try:
@@ -117,7 +117,7 @@ def _lock(file, stack):
             is_ours = True
         if not is_ours:
             raise BlockingIOError
-        # The owner before removes the file, then lets go of it.
+        # The previous owner may have removed the file before it released the lock.
         if not os.path.samestat(os.stat(file), os.fstat(handle)):
             raise FileNotFoundError
         opened.callback(_try, os.remove, file)
@@ -130,13 +130,14 @@ def _try(action, path):
 
 
 def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
-    """Notes config and settings in a fresh directory; in a used one, sees that they are the same.
+    """Writes config and settings to a fresh directory; in a used one, checks that they are the
+    same.
 
-    A directory is fresh too when its run has been killed before anything of a step was written.
+    A directory is also fresh if its run was killed before it wrote anything of a step.
 
     Raises:
-        ConfigError: The directory holds another run (the line names the first fields that differ),
-            or something that is no run, or it cannot be written.
+        ConfigError: The directory holds another run (the line names the first fields that differ)
+            or other files, or it cannot be written.
     """
     file, settings = path / "config.json", {name: getattr(jax.config, name) for name in SETTINGS}
     with refused():
@@ -162,7 +163,7 @@ def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
 
 
 def _noted(path):
-    """The config of a run, and the settings of JAX that it was under, where it has noted them."""
+    """The noted config of a run and its settings of JAX."""
     config, settings = read_config(path), read_json(path / "config.json").get("settings", {})
     if not isinstance(settings, dict):
         raise ValueError(f"{path / 'config.json'} is not of a run: its settings are no object.")
@@ -199,11 +200,11 @@ def is_begun(path: Path) -> bool:
             or (checkpoints.exists() and any("tmp" not in name for name in os.listdir(checkpoints)))
         )
     except OSError:
-        return True  # What cannot be read is not to be cleared.
+        return True  # Do not clear a directory that cannot be read.
 
 
 def clear(path: Path) -> None:
-    """Removes what a run writes before its first step, and leaves the rest."""
+    """Removes the files that a run writes, and leaves all others."""
     for name in WRITTEN:
         if (path / name).is_dir():
             shutil.rmtree(path / name, ignore_errors=True)
@@ -213,26 +214,26 @@ def clear(path: Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """What the file system refuses, a full disk say, ends the run in one line."""
+    """Turns an error of the file system, as a full disk, into a RunError."""
     try:
         yield
     except BrokenPipeError:
-        raise  # The reader of our lines has left: that is about no file.
+        raise  # The reader of our output has left; no file is concerned.
     except OSError as error:
         place = error.filename or path
         raise RunError(f"the run directory cannot be used: {error.strerror}: {place}.") from error
 
 
 class RunDirectory:
-    """A claimed directory and all that is written to it.
+    """A claimed directory and its files.
 
-    Every method raises RunError where the file system refuses.
+    Every method raises RunError for an error of the file system.
 
     Attributes:
         path: Of the directory.
-        step: That of the checkpoint restored, 0 when there is none.
-        rows: The rows of the steps up to it.
-        result: What `result.json` holds. None: the run is not complete.
+        step: The step of the restored checkpoint, or 0.
+        rows: The rows up to that step.
+        result: The contents of `result.json`. None if the run is not complete.
     """
 
     def __init__(self, path: Path, config: ConfigDict):
@@ -246,14 +247,14 @@ class RunDirectory:
         self.result: dict[str, Any] | None = None
 
     def restore(self, init: Callable[[], TrainState]) -> TrainState | None:
-        """Goes back to the newest checkpoint, and the rows with it; None when there is none.
+        """Goes back to the newest checkpoint and its rows; None if there is no checkpoint.
 
-        A result of a later step, whose checkpoint has turned out broken, is removed: a result means
-        that all else is there, and the run that goes on writes it again.
+        A result of a later step, whose checkpoint is broken, is removed: a result means that the
+        run is complete. The continued run writes it again.
 
         Raises:
-            ConfigError: The checkpoints do not fit what `init` would make, all are broken, or there
-                is none and yet a result; rows or result are not those of a run.
+            ConfigError: The checkpoints do not fit the state of `init`, all are broken, or there is
+                a result without a checkpoint; or rows or result are not those of a run.
         """
         result_file = self.path / "result.json"
         with refused():
@@ -306,15 +307,15 @@ class RunDirectory:
             self._checkpoints.save(state, self._config)
 
     def wait(self) -> None:
-        """Returns when what was saved is on the disk."""
+        """Returns when the last save is on the disk."""
         with reported(self.path):
             self._checkpoints.wait()
 
     def complete(self, result: dict[str, Any]) -> str:
-        """Writes `result.json`, last and in one stroke: a result means that all else is there.
+        """Writes `result.json`, last and atomically: a result means that the run is complete.
 
         Returns:
-            What was saved, in a line for the user.
+            A line for the user that lists the saved files.
         """
         with reported(self.path):
             self._checkpoints.wait()
@@ -324,7 +325,7 @@ class RunDirectory:
         return f"saved in {self.path}: {', '.join(names)}"
 
     def close(self) -> None:
-        """Returns when what was saved is on the disk."""
+        """Returns when the last save is on the disk."""
         with reported(self.path), self._writers:
             self._checkpoints.close()
 
@@ -333,7 +334,7 @@ class RunDirectory:
 
 
 class NoDirectory:
-    """Stands where a run writes nothing."""
+    """Replaces `RunDirectory` in a run that writes no files."""
 
     path = None
     rows: tuple[Row, ...] = ()
@@ -360,7 +361,7 @@ class NoDirectory:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a file in one stroke: a reader, or a killed process, finds all of it or nothing."""
+    """Replaces a file atomically: readers see the old file or the new one, even after a kill."""
     text = to_json(value, indent=2)
     try:
         with open(unfinished(path), "w") as file:
@@ -375,5 +376,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where `write_json` writes before it replaces; a killed process may leave it."""
+    """The temporary file of `write_json`, which a killed process may leave."""
     return path.with_name(path.name + ".tmp")
