@@ -1,27 +1,25 @@
-"""How fast is `dot_product_attention` beside what else there is on this machine?
+"""How fast is `dot_product_attention` beside other libraries on this machine?
 
     python benchmarks/attention.py --out docs/performance
 
-Every cell of the grid (sizes, pattern, forward or forward and backward) first compares what the
-peers compute, then times them in turn in one process: medians of interleaved rounds, and how far
-the middle half of the rounds spreads. In each round a peer runs for 30 ms, at least twice, and then
-the run that counts: its threads are awake, as they are in the middle of a model. A pair of plain
-matrix products, of the shapes that attention is made of, runs among them, to compare the rates; on
-a CPU beside PyTorch its products too, to tell whose are the faster ones on this machine.
-The C library keeps what is freed of blocks below 32 MiB, for all peers alike: otherwise it depends
-on what the others left in the heap which of them pays for new pages at every call, and a short call
-may take twice its time. Larger blocks are new at every call, as in any process; `--keep-memory`
-keeps those too, which tells how much of a peer's time they take.
-Each round begins and ends with a look at the machine: how long a byte takes between the first and
-the last core, in two processes that do nothing else, the interpreter included (Linux). On a shared
-host that may jump for a while, and short calls take longer then. `--visits 3` goes through the grid
-three times, compiling anew, so that no cell hangs on one minute, and takes medians over all rounds;
-`--report --near 130` prints the same of the rounds in which that time stayed within 130 ns.
-Prints a line for each cell and visit, over its rounds so far, and writes `attention.json`,
-`attention.md` and `attention.png`. Visits that the first holds already, from this day and machine,
-are not run again (remove it when the code has changed); `--report` writes the others from it.
-On a GPU the peers are jax.nn's two implementations and PyTorch's fused kernels, each where it
-serves the type and the mask.
+Every cell of the grid (sizes, pattern, forward or forward and backward) first compares the results
+of the peers. Then it times them in turn in one process, and takes medians of interleaved rounds and
+the spread of the middle half. In each round a peer runs for 30 ms, at least twice, to wake its
+threads, as in the middle of a model; then comes the run that counts. A pair of plain matrix
+products of the shapes in attention runs too, to compare the rates; on a CPU beside PyTorch also
+PyTorch's products, to tell whose are faster. The C library keeps freed blocks below 32 MiB, for all
+peers alike. Otherwise the state of the heap decides which peer pays for new pages at every call,
+and a short call may take twice its time. Larger blocks are new at every call, as in any process;
+`--keep-memory` keeps those too, to show how much time they take. Each round begins and ends with a
+check of the machine: the time of a byte between the first and the last core, in two processes that
+only send it, with the interpreter (Linux). On a shared host this time may jump for a while, and
+short calls then take longer. `--visits 3` goes through the grid three times, compiles anew, and
+takes medians over all rounds, so that no cell depends on one minute. `--report --near 130` uses
+only rounds in which that time stayed within 130 ns. Prints a line for each cell and visit, over its
+rounds so far, and writes `attention.json`, `attention.md` and `attention.png`. Visits that
+`attention.json` holds already, from this day and machine, are not run again (remove it when the
+code has changed); `--report` writes the other files from it. On a GPU the peers are jax.nn's two
+implementations and PyTorch's fused kernels, each where it serves the type and the mask.
 
 `--long 65536` instead runs one head of so many positions once, causal, forward and backward, and
 prints the memory of the whole process.

@@ -1,16 +1,15 @@
-"""How else could causal attention be cut up, and how much of its time are the products alone?
+"""How fast are other divisions of causal attention, and how much of its time are the products?
 
     python benchmarks/causal_forms.py
 
-Runs, in turn and in one process, `dot_product_attention`, jax.nn's, and bare forms of causal
-attention forward that differ in how the visible half of the logits is cut into rectangles. Each
-form cuts keys and queries per head, multiplies, masks the rectangles that reach the diagonal (all
-of them where they are rows), takes the peak of each row over all its
-rectangles, then exponentials, sums and products with the values.
-Prints milliseconds, the time of jax.nn over each, GFLOP/s over the visible half, and the share of
-what is computed that is hidden; and the same of the rounds in which the cores were near, for which
-see attention.py. ", products" is a form without mask and softmax: nothing but cuts, products and
-sums of products.
+Runs in turn, in one process, `dot_product_attention`, jax.nn's, and bare forward forms of causal
+attention that divide the visible half of the logits into different rectangles. Each form divides
+keys and queries per head, multiplies, and masks the rectangles at the diagonal (all of them if they
+are rows). Then it takes the peak of each row over its rectangles, exponentials, sums, and products
+with the values. Prints milliseconds, the time of jax.nn over each, GFLOP/s over the visible half,
+and the hidden share of the computed logits; and the same for rounds in which the cores were near,
+see attention.py. ", products" is a form without mask and softmax: only divisions, products and sums
+of products.
 """
 
 import argparse

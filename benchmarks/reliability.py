@@ -3,13 +3,12 @@
     uv run benchmarks/reliability.py
     uv run benchmarks/reliability.py --only kills,damages --count 20 --seed 1
 
-Prints the table of docs/reliability.md, and on stderr what was not kept; the status is 1 then. Each
-part runs alone. What is measured is kept in the file of `--results`, part by part: a part that is
-there already is not run again, unless `--only` names it. `--out docs/reliability.md` puts the table
-into that page.
+Prints the table of docs/reliability.md, and the broken promises on stderr; the status is 1 then.
+The file of `--results` stores the results part by part: a stored part is not run again, unless
+`--only` names it. `--out docs/reliability.md` writes the table into that page.
 
-What runs is `train.py` on simulated devices of a CPU, with a model so small that the trainer is all
-there is to it. Linux only: it reads /proc, and mounts small file systems where it may.
+It runs `train.py` on simulated devices of a CPU, with a model so small that the trainer takes most
+of the time. Linux only: it reads /proc, and mounts small file systems if it may.
 """
 
 import argparse

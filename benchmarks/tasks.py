@@ -3,8 +3,8 @@
     python benchmarks/tasks.py
     python benchmarks/tasks.py recall seq_length=512 vocab_size=8192 num_pairs=64
 
-Without arguments every task at its defaults, and some at the sizes of their papers. A row is the
-median of the rounds, between the slowest and the fastest of them.
+Without arguments every task at its defaults, and some at the sizes of their papers. A row shows the
+median of the rounds between the slowest and the fastest.
 """
 
 import argparse

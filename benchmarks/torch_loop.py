@@ -2,8 +2,8 @@
 
     python benchmarks/torch_loop.py --threads=1
 
-The same model, task, batch size, optimizer and number of steps, written as one would write it, with
-the fastest variant of what PyTorch offers for each: its fused attention and its fused Adam.
+It has the same model, task, batch size, optimizer and number of steps, written in the usual way,
+with PyTorch's fastest variants: its fused attention and its fused Adam.
 """
 
 import argparse

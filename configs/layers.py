@@ -4,8 +4,8 @@
         --sweep model.num_layers=1,2 --sweep seed=0,1,2
 
 Associative recall: 64 tokens, vocabulary 256, four pairs of key and value, logits at the questions.
-One layer mixes tokens by what they are; the value follows a key, so a first layer must tell each
-token what stood before it (https://arxiv.org/abs/2408.14332).
+One layer mixes tokens by their content. The value follows a key, so a first layer must tell each
+token its predecessor (https://arxiv.org/abs/2408.14332).
 
 Measured: after 1200 steps 25.9 % of the held-out questions with one layer, 99.7 % with two
 (chance among the four values is 25 %; spread over three seeds 0.5 and 0.1); all six runs in 102

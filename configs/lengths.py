@@ -17,9 +17,9 @@ compilation included, on two cores of an AMD EPYC (jax 0.10.2, 2026-11-24); chan
     alibi        98    97    95    91    89
     relative    100    94    78    38    22
 
-The step is the measure here, not the last word on each: rotary positions find the pattern later
-than the rest, and `positions=none` later still. With batches of 32 and a rate of 2e-3 no run of
-any scheme got beyond 58 % in 1500 steps.
+These are results after a fixed number of steps, not final ones: rotary positions find the pattern
+later than the rest, and `positions=none` later still. With batches of 32 and a rate of 2e-3 no run
+of any scheme got beyond 58 % in 1500 steps.
 """
 
 from attention_jax.training.config import default_config

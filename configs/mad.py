@@ -1,4 +1,5 @@
-"""What does a small transformer learn of MAD's tasks in 500 steps, and how much is it the seed?
+"""How much of MAD's tasks does a small transformer learn in 500 steps, and how much depends on the
+seed?
 
     for task in memorization in_context_recall noisy_recall fuzzy_recall; do
         uv run train.py --config=configs/mad.py --task=$task --workdir=runs/mad/$task \

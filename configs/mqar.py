@@ -19,10 +19,10 @@ guessing after 900 steps (537 s); from those of the first cell, whose table of p
 makes long enough, 99.9 % after 300 steps, in 63 + 168 s. Whole processes, import and compilation
 included, on two cores of an AMD EPYC (jax 0.10.2, 2026-11-24).
 
-What it took: with init_scale 1 the first cell needs 5,400 steps, because what the layers write
-drowns the embeddings; with a learning rate of 4e-3 one of two seeds stayed 5,000 steps on the
-plateau of guessing among the values of the row; with 2e-3 one of three had not left it after
-1,100.
+The settings matter. With init_scale 1 the first cell needs 5,400 steps, because the outputs of the
+layers are much larger than the embeddings. With a learning rate of 4e-3 one of two seeds stayed
+5,000 steps on the plateau of guessing among the values of the row; with 2e-3 one of three had not
+left it after 1,100.
 """
 
 from attention_jax.training.config import default_config

@@ -1,4 +1,4 @@
-"""Does the compiler's parallelism give what pmap gives? One program over a mesh of all devices.
+"""Does the compiler's parallelism equal pmap's? One program over a mesh of all devices.
 
     JAX_NUM_CPU_DEVICES=4 uv run train.py --config=configs/sharded.py --workdir=runs/sharded
 

@@ -1,4 +1,4 @@
-"""How much can a sliding window recall? What lies within its reach, and nothing else.
+"""How much can a sliding window recall? Only the values within its reach.
 
     uv run train.py --config=configs/window.py --workdir=runs/window_start
     uv run train.py --config=configs/window.py --workdir=runs/window \
@@ -16,10 +16,10 @@ Measured: .058 .143 .312 .512 .654 .796 .934 .998. 300 steps without a window ta
 with each of the eight 300 s, whole processes, import and compilation included, on two cores of an
 AMD EPYC (jax 0.10.2, 2026-11-24).
 
-What differs: a plain convolution, not a gated one in a layer of its own; one learning rate, not the
-best of four; equal numbers of rows of all lengths; and each window starts from parameters learnt
-without one, because a short one has few answers in reach to learn from: from scratch, 8, 16 and 32
-were still below 1 % after 300 steps (with zeros between the questions).
+What differs: a plain convolution, not a separate layer with a gated one; one learning rate, not the
+best of four; equal numbers of rows of all lengths. Each window starts from parameters learnt
+without a window, because a short window reaches few answers to learn from: from scratch, 8, 16 and
+32 were still below 1 % after 300 steps (with zeros between the questions).
 """
 
 from attention_jax.training.config import default_config

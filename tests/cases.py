@@ -1,4 +1,4 @@
-"""The mechanisms and their implementations in one table, and the inputs they are tried on.
+"""The mechanisms and their implementations in one table, and their test inputs.
 
 A promise is written once, as a test over `CASES` (or over the part that makes the promise), and
 holds for every row. A new mechanism or implementation is one more row.

@@ -1,6 +1,6 @@
 """Generated calls of the functions, the rules and the layers of attention.
 
-Each `*_calls` is a strategy of hypothesis, `try_*` makes the call and looks at what comes of it.
+Each `*_calls` is a strategy of hypothesis; `try_*` makes the call and checks its result.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""What the right answer is: loops in float64 that a student can check by hand.
+"""The right answers: loops in float64 that a student can check by hand.
 
-Nothing here comes from the package, and nothing here is clever. Axis letters as everywhere:
-B batch, T queries, S keys, N query heads, K key/value heads, H head size, V value head size.
+This file imports nothing from the package, and its code is simple. Axis letters as everywhere: B
+batch, T queries, S keys, N query heads, K key/value heads, H head size, V value head size.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""What a call may come to: a right result, or a refusal in one line that names an argument."""
+"""The allowed outcomes of a call: a right result, or a refusal in one line that names an
+argument."""
 
 import contextlib
 import re

@@ -1,7 +1,7 @@
 """The rules of the tasks, read off a finished row: which position has which label, and why.
 
 Each reader gets the tokens of one row and all settings of its task, checks that the row is built as
-the task says, and returns `{position: label}`. Nothing here comes from the package.
+the task says, and returns `{position: label}`. This file does not use the package.
 """
 
 import statistics

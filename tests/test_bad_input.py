@@ -1,4 +1,4 @@
-"""A mistake is answered at the door: the right type of error, the argument's name, one line."""
+"""Bad input raises at once: the right type of error, the argument's name, one line."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Promises of the checkpoints: whole, exact, strict, and wary of what the disk gives back."""
+"""Promises of the checkpoints: whole, exact, strict, and safe against damaged files."""
 
 import shutil
 import subprocess

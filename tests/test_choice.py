@@ -1,4 +1,4 @@
-"""Which implementation `None` stands for: what it serves is what was asked, on every platform."""
+"""The implementation that `None` chooses: it supports the request, on every platform."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The command line keeps its word: what it accepts, what it refuses, and in which words."""
+"""The command line: what it accepts, what it refuses, and its messages."""
 
 import inspect
 import json

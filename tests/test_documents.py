@@ -1,4 +1,4 @@
-"""A document is the same wherever it stands: packed, padded, in pieces, with gaps, decoded."""
+"""A document gives the same result packed, padded, in pieces, with gaps and decoded."""
 
 import functools
 

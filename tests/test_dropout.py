@@ -1,7 +1,7 @@
-"""Dropout: the right share, no pattern in it, and the same weights whatever stands around them.
+"""Dropout: the right share, no pattern, and the same weights in any batch, block or padding.
 
-The mask is read off the outputs: equal logits and the unit vectors as values turn them into
-`keep / (S * (1 - rate))`. So every implementation is asked, not a function inside of it.
+The tests read the mask from the outputs: equal logits and unit vectors as values turn them into
+`keep / (S * (1 - rate))`. So they test every implementation, not an inner function.
 """
 
 import functools

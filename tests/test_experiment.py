@@ -1,4 +1,4 @@
-"""A run is one run, however often it is interrupted, and leaves what it says it leaves."""
+"""A run gives the same result after any interruptions, and writes the promised files."""
 
 import concurrent.futures
 import contextlib

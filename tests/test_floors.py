@@ -1,4 +1,4 @@
-"""The architecture: who may import whom, and what belongs to every mechanism."""
+"""The architecture: which modules may import which, and the required parts of every mechanism."""
 
 import ast
 import importlib.metadata

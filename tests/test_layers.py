@@ -1,4 +1,4 @@
-"""The layers: flax's parameters, the functions' mathematics, and a cache that never lies."""
+"""The layers: flax's parameters, the functions' results, and a correct cache."""
 
 import functools
 

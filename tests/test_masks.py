@@ -1,4 +1,4 @@
-"""Masks are rules: each is compared with its question about one query and one key."""
+"""Masks are rules: each is compared with its definition for one query and one key."""
 
 import functools
 import itertools

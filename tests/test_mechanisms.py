@@ -1,6 +1,6 @@
-"""What every mechanism owes: the numbers and gradients of its oracle, for all that it takes.
+"""Every mechanism gives the numbers and gradients of its oracle, for all its options.
 
-A row of `CASES` is held to all of this. The last test plants faults and sees them found.
+Every row of `CASES` is tested. The last test plants faults and checks that they are found.
 """
 
 import functools

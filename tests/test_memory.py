@@ -1,4 +1,4 @@
-"""What a run asks for of memory is told before anything is made."""
+"""A run that needs too much memory is refused at the start, with the sizes."""
 
 import importlib.util
 from pathlib import Path

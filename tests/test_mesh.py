@@ -1,4 +1,4 @@
-"""Promises on a mesh: each device computes its own batch rows and heads, and sends nothing."""
+"""Promises on a mesh: each device computes its own batch rows and heads, and sends no data."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The model: what it lets through, what it keeps, and what its options leave alone."""
+"""The model: its masks, its parameters, and the effects of its options."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Each trial of a sweep is the run done alone, whatever happens to the others."""
+"""Each trial of a sweep equals the run alone, whatever happens to the others."""
 
 import errno
 import itertools

@@ -1,6 +1,6 @@
-"""`python train.py` as a user meets it: its streams and its statuses.
+"""`python train.py` as a user sees it: its streams and its exit statuses.
 
-What it keeps when it is killed or the disk is full is in test_reliability.py.
+test_reliability.py tests kills and full disks.
 """
 
 import importlib.util

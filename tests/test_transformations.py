@@ -1,4 +1,4 @@
-"""What jax can do to a function, it can do to attention."""
+"""The transformations of jax work on attention."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What the disk gives back may be damaged: no run continues from what was never saved."""
+"""Damaged files: a run continues only from arrays that were saved."""
 
 import contextlib
 import io

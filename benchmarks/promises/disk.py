@@ -1,7 +1,7 @@
-"""A disk that is full, a file that may not grow, a place that may not be written: one line each.
+"""A full disk, a file size limit, a read-only place: each ends the run in one line.
 
-The earlier checkpoint stays, and the run ends right when there is room. A small file system is
-mounted for it, which takes root; without, only the limits on the size of a file are tried.
+The earlier checkpoint stays, and with room again the run ends with the right result. The tests
+mount a small file system, which needs root; without root they only limit the size of files.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""kill -9 at any time: what is left is continued from, and ends as if nothing had been."""
+"""kill -9 at any time: the next run continues and ends as an uninterrupted one."""
 
 import itertools
 import random

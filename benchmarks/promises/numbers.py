@@ -1,8 +1,8 @@
-"""NaN or infinity, wherever it comes from: the run stops at that step, or skips it.
+"""NaN or infinity in a run: it stops at that step, or skips it.
 
-It is put into a number of a batch, a loss, the gradient of one device of four, or the last update.
-A run that stops keeps a sound checkpoint, from which a run without the fault ends as one that never
-had it. A run that skips the step leaves parameters and optimizer as they were, bit for bit.
+The fault is put into a batch, a loss, the gradient of one device of four, or the last update. A run
+that stops keeps a sound checkpoint. From it a run without the fault ends as if there had been no
+fault. A run that skips the step leaves parameters and optimizer as they were, bit for bit.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def numbers(lab: Lab, count: int = 20) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _compiled_fast() -> Iterator[None]:
-    """Each case is a program of its own, which takes far longer to compile than to run."""
+    """Each case needs another program, which takes far longer to compile than to run."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT at any time: the run saves and leaves, and is continued from there."""
+"""SIGTERM and SIGINT at any time: the run saves and exits, and the next run continues from
+there."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""`train.py` as a process: started, watched from outside, and compared with one left alone."""
+"""`train.py` as a process: started, watched, and compared with an undisturbed run."""
 
 import functools
 import itertools
@@ -57,7 +57,7 @@ class Lab:
         return random.Random(f"{self.seed} {names}")
 
     def new(self, name: str) -> Path:
-        """A path that nothing has had before."""
+        """A new path."""
         return self.place / f"{next(self._numbers)}-{name}"
 
     def tell(self, what: str, error: Exception) -> None:
@@ -223,7 +223,7 @@ class Trainer:
 
 
 def is_complete(process: Process) -> None:
-    """Sees that a process ends with status 0 and nothing on stderr."""
+    """Checks that a process ends with status 0 and an empty stderr."""
     if (status := process.wait()) or process.errors:
         raise Broken(f"status {status}: {process.errors[-2000:]!r}")
 
