@@ -1,7 +1,7 @@
 """Attention in JAX and Flax linen: exact, fast, complete, and a laboratory to train and compare it.
 
-The public names are below; each is imported when it is first used, so that a program which only
-wants to parse its flags does not pay for jax.
+The public names are below. Each is imported at its first use, so that a program that only parses
+flags does not import jax.
 """
 
 import importlib

@@ -12,7 +12,7 @@ def train(argv: list[str]) -> int:
     """Trains an attention model: flags -> config -> experiment.run; returns the exit status.
 
     Args:
-        argv: The name that messages begin with, then the flags.
+        argv: The name at the start of messages, then the flags.
     """
 
     def work():
@@ -25,9 +25,9 @@ def train(argv: list[str]) -> int:
             print("\nNo more answers: nothing was trained.")
             return
         try:
-            # Not before the flags: a refusal and --help must not wait for jax.
+            # Imported after the flags, so that errors and --help do not wait for jax.
             from attention_jax.training import experiment
-        except ValueError as error:  # jax reads its JAX_ variables when it is imported.
+        except ValueError as error:  # jax reads its JAX_ variables on import.
             raise ConfigError(f"in the environment: {error}.") from error
         if command.sweep:
             from attention_jax.laboratory import sweep
@@ -61,7 +61,7 @@ _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
 
 def main(argv: list[str]) -> int:
-    """Does the command that stands after the program's name; returns the exit status."""
+    """Runs the command after the program's name; returns the exit status."""
     name, *rest = argv[1:] or [""]
     if name in COMMANDS:
         return COMMANDS[name]([f"{NAME} {name}", *rest])

@@ -181,8 +181,7 @@ def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
 
 
 def as_array(name: str, array: Array) -> Array:
-    """`array` as an array, of jax if any part of it is, else of numpy; or the error that says why
-    not."""
+    """`array` as an array of jax if any part of it is one, else of numpy; or an error."""
     of_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(array))
     try:
         return jnp.asarray(array) if of_jax else np.asarray(array)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from chex import Array, PRNGKey
     from chex import ArrayTree as PyTree
 else:
-    # For a program that runs they are names, not worth the 0.15 s that importing chex takes.
+    # At run time these are only names, and importing chex would take 0.15 s.
     Array = PRNGKey = jax.Array
     PyTree = Any
 
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a training run carries from step to step, and all that a checkpoint holds.
+    """The state that a training run carries from step to step; a checkpoint holds all of it.
 
     Attributes:
         step: Optimizer steps done so far, int32 scalar.

@@ -173,7 +173,7 @@ def main() -> int:
 
 
 def keep_memory(of_large_blocks: bool) -> None:
-    """Has glibc give no memory back to the system; other C libraries have no such setting."""
+    """Makes glibc keep freed memory; other C libraries have no such setting."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
@@ -186,7 +186,7 @@ def keep_memory(of_large_blocks: bool) -> None:
 
 
 def measured(out: Path | None, head: str) -> dict[Cell, dict]:
-    """What an earlier run on this day, machine and versions has left in `out`, to go on from."""
+    """The results in `out` of an earlier run on this day, machine and versions, to continue."""
     path = out and out / "attention.json"
     if not path or not path.exists():
         return {}
@@ -289,7 +289,7 @@ def joined(old: dict | None, new: dict) -> dict:
 
 
 def digest(row: dict, near: int | None = None) -> dict | None:
-    """A row's medians and spreads; of rounds of so many ns of handover alone, or None."""
+    """A row's medians and spreads, only over rounds of at most so many ns of handover; or None."""
     times = row["times"]
     if near is not None:
         chosen = [value is not None and value <= near for value in times["handover"]]
@@ -572,7 +572,7 @@ def report(out: Path, near: int | None = None) -> None:
 
 
 def summary(rows) -> list[str]:
-    """What the table says, in a few lines."""
+    """The main results of the table, in a few lines."""
     lines = []
     for dtype, H in dict.fromkeys((row["dtype"], row["H"]) for row in rows):
         mine = [row for row in rows if (row["dtype"], row["H"]) == (dtype, H)]

@@ -108,7 +108,7 @@ def report(times, forms, gflop: float, label: str) -> None:
 
 
 def rows(T: int, t: int):
-    """Rectangles (first query, first key, queries, keys): t queries by all they see."""
+    """Rectangles (first query, first key, queries, keys): t queries by all their visible keys."""
     return [(i, 0, t, i + t) for i in range(0, T, t)]
 
 
@@ -117,7 +117,7 @@ def squares(T: int, t: int):
 
 
 def halves(first: int, size: int, least: int):
-    """The square below the diagonal halves of a triangle, and the same of each of the two."""
+    """A triangle as a square and two smaller triangles, divided in the same way."""
     if size == least:
         return [(first, first, size, size)]
     half = size // 2
@@ -130,7 +130,7 @@ def form(rectangles, heads: int, softmax: bool = True):
     least = min(height for _, _, height, _ in rectangles)
 
     def of_row(row, parts, join):
-        """All that the rectangles of one block of `least` queries have."""
+        """The output of one block of `least` queries, from all its rectangles."""
         found = [
             lax.slice_in_dim(part, row - first, row - first + least, axis=heads > 1)
             for part, (first, _, height, _) in zip(parts, rectangles, strict=True)

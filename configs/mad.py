@@ -1,5 +1,4 @@
-"""How much of MAD's tasks does a small transformer learn in 500 steps, and how much depends on the
-seed?
+"""What does a small transformer learn of MAD's tasks in 500 steps, and how much varies by seed?
 
     for task in memorization in_context_recall noisy_recall fuzzy_recall; do
         uv run train.py --config=configs/mad.py --task=$task --workdir=runs/mad/$task \

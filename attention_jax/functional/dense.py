@@ -31,7 +31,8 @@ def dense_attention(
         sinks = options.sinks.astype(logits.dtype)[:, None, None]  # [N, 1, 1]
         peak = jnp.maximum(peak, sinks)
     peak = jax.lax.stop_gradient(peak)
-    # Before exp, which may overflow where nothing is visible: its slope would be 0 * inf.
+    # `where` before exp, which may overflow in rows without visible keys: its slope would be 0 *
+    # inf.
     weights = jnp.exp(where(visible, logits - peak))
     # `where`, not a large negative logit: a row without visible keys has weights 0, not 1 / S.
     total = where(visible, weights).sum(-1, keepdims=True)

@@ -131,7 +131,7 @@ def explain(*arguments, **options) -> Choice:
     Arguments and errors are those of `dot_product_attention`. It computes no attention, and a
     `jax.ShapeDtypeStruct` may replace any array.
 
-    >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+        >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
     >>> explain(x, x, x).implementation
     'blockwise'
     """

@@ -75,8 +75,7 @@ class Mask(Rule):
         raise NotImplementedError
 
     def bounds(self, at: Tile) -> Bounds | None:
-        """Bounds of the keys, of all S, that the tile's queries see; None if only `tile` can
-        tell."""
+        """Bounds of the keys that the tile's queries see; None if only `tile` can tell."""
         return None
 
     def size(self) -> tuple[int | None, int | None]:

@@ -19,7 +19,7 @@ from attention_jax.types import Array
 
 
 class Options(NamedTuple):
-    """The options of `dot_product_attention`, whatever computes it.
+    """The options of `dot_product_attention` for all implementations.
 
     Attributes:
         bias, mask, scale, softcap, sinks: As in `dot_product_attention`.

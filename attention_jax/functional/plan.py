@@ -119,8 +119,7 @@ class Pass:
         return self.operand != self.dtype
 
     def right(self, x: Array) -> Array:
-        """The right operand x^T, stored: XLA multiplies narrow numbers fast only without a
-        transpose."""
+        """x^T, stored: XLA multiplies narrow numbers fast only without a transpose."""
         return as_written(transposed(x)) if self.narrow else transposed(x)
 
     def group(self, g: int | Array) -> Tile:
@@ -217,8 +216,7 @@ def default_platform() -> str:
 
 
 def _tiling(sizes, H, most, room, t, s) -> Tiling:
-    """Tiles of t queries and s keys, of which at most `most` are visible, in at most `room`
-    bytes."""
+    """Tiles of t queries by s keys, at most `most` of them visible, in `room` bytes at most."""
     t, s = min(t, sizes.T), min(s, sizes.S)
     rows, columns = sizes.G * t, min(s, most)
     size = rows * columns * sizes.dtype.itemsize

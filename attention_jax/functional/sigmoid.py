@@ -31,8 +31,8 @@ def sigmoid_attention(
 
         sigmoid(softcap(scale * query key^T) + bias + offset - log(S), where=mask) value
 
-    At an offset of 0 the weights of a row begin near a sum of 1/2, whatever S is. All logits of a
-    call are in memory at once.
+    At an offset of 0 the weights of a row begin near a sum of 1/2 for any S. All logits of a call
+    are in memory at once.
 
     Args:
         query: `[..., T, N, H]`.

@@ -88,8 +88,7 @@ class Tile(NamedTuple):
         return jnp.take_along_axis(x, index, axis=-1, mode="clip")[..., None]
 
     def slice(self, x: int | Array, axes: str) -> int | Array:
-        """The part of `x` for this tile. The axes of `x` are `...` and those named: N, T, S or
-        another.
+        """The part of `x` for this tile; `axes` names the last axes of `x`: N, T, S or another.
 
         Axes of another name stay whole, and so does an axis of one entry, which is broadcast.
         """

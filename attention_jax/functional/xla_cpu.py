@@ -81,15 +81,13 @@ def _is_dealt_out(a, b):
 
 
 def _plus_nothing(x):
-    """`x`, in a form that XLA fuses with a product. It keeps NaN, which `minimum` alone loses
-    there."""
+    """`x`, in a form that XLA fuses with a product; `max` keeps NaN, `minimum` alone does not."""
     return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
 
 
 @jax.custom_batching.custom_vmap
 def any_of_batch(x: Array) -> Array:
-    """Whether any entry is true, over the batch of a `vmap` too, so that a `cond` on it stays a
-    `cond`."""
+    """Whether any entry is true, over the batch of a `vmap` too: a `cond` on it stays one."""
     return x.any()
 
 

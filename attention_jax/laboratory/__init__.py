@@ -1,1 +1,1 @@
-"""The laboratory: many trials in one program, and tables and pictures of what came out."""
+"""The laboratory: many trials in one program, and tables and pictures of their results."""

@@ -137,8 +137,7 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
 
 
 def _lengths(runs, names):
-    """The trained length, and the lengths of the task (None) and of each slice, if only these
-    differ."""
+    """The trained length, and the lengths of task (None) and slices, if only these differ."""
     config = default_config(runs[0].config.get("task.name", "teacher"))
     lengths = {run.config.get("task.seq_length") for run in runs}
     if len(lengths) != 1 or None in lengths:

@@ -259,8 +259,7 @@ class _Log:
         return report.aligned(report.table(self.runs(metrics)))
 
     def draw(self, metrics, path):
-        """Draws the final metric on each slice, or against the first field but the seed, or
-        curves."""
+        """Draws the final metric on slices or against the first field but the seed, or curves."""
         runs = self.runs(metrics)
         if slices(runs, main_metric(runs)):
             return pictures.draw_slices(runs, path)

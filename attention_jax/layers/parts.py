@@ -69,8 +69,7 @@ class TokenEmbedding(Embed):
         return super().__call__(as_integers("inputs", inputs, axes=1))
 
     def attend(self, x: Array) -> Array:
-        """`[..., D]` to logits `[..., num_embeddings]` in float32: the product of x and each
-        row."""
+        """`[..., D] -> [..., num_embeddings]`: logits in float32, the product of x and each row."""
         return super().attend(x).astype(jnp.float32)
 
 
@@ -284,7 +283,7 @@ class GatedMLP(MLP):
 
 
 class ShortConvolution(nn.Module):
-    """Each feature's weighted sum of its own last few values.
+    """Replaces each feature by a weighted sum of its last few values.
 
     It shows which token came just before, which attention without positions cannot.
 

@@ -96,8 +96,7 @@ def draw_weights(seed: int, features: int, num_heads: int) -> dict[str, np.ndarr
 
 
 def attention_layer(inputs: Array, query: Array, key: Array, value: Array, out: Array) -> Array:
-    """Multi-head self-attention on `[B, T, D]`. It is written here, because tasks do not import
-    models."""
+    """Multi-head self-attention on `[B, T, D]`, written here because tasks import no layers."""
     D, N, H = query.shape
     split = lambda w: (inputs @ w.reshape(D, N * H)).reshape(*inputs.shape[:2], N, H)
     query, key, value = (split(w).swapaxes(1, 2) for w in (query, key, value))  # [B, N, T, H]

@@ -231,7 +231,7 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._epochs = epochs
         self._interval = max(1, epochs // 10)
-        self._next = PATIENCE  # The second at which the next line is due, whatever the epoch.
+        self._next = PATIENCE  # The second at which the next line is due, in any epoch.
         self._bar = None
         self.busy = Busy(self._note)
         if self._stream.isatty():

@@ -110,7 +110,7 @@ def make_sequence_model(
             forward. None is no limit.
         dropout_rate: Dropout on embeddings, on residual branches, and on attention weights where
             the mechanism has weights.
-        tie_embedding: Logits come from the embedding table; else from a matrix of their own.
+        tie_embedding: Logits come from the embedding table; else from a separate matrix.
         remat: As in `SequenceModel`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
         stride: Of the patterns "strided" and "blocks".
@@ -119,7 +119,7 @@ def make_sequence_model(
         short_conv: The width of a `ShortConvolution` before each attention; 0 leaves it out.
 
     Raises:
-        ValueError: A value is out of its range, is missing, or goes with nothing.
+        ValueError: A value is out of its range, is missing, or is not used.
         TypeError: A value has the wrong type.
         NotImplementedError: The part that a word names has no such option.
     """

@@ -140,8 +140,8 @@ def _hang_up(number):
 
 
 def _leave_all_the_same(unraisable):
-    """Repeats a signal that came in a callback of the garbage collector, because Python ignores
-    exceptions there, SystemExit too."""
+    """Repeats a signal from a callback of the garbage collector, where Python ignores
+    SystemExit."""
     if _left_by and isinstance(unraisable.exc_value, SystemExit):
         threading.Timer(0.01, os.kill, (os.getpid(), _left_by[-1])).start()
     else:

@@ -1,7 +1,7 @@
-"""The words of `config.model` for parts of a model, and the part that each stands for.
+"""The words of `config.model` for parts of a model, and their parts.
 
-The config reads the words, so nothing here imports jax: a public name of the package is imported
-when a lambda or `getattr` asks for it.
+The config reads the words, so this module must not import jax. Public names of the package are
+imported late, in a lambda or by `getattr`.
 """
 
 import math
@@ -46,7 +46,7 @@ def _with_one_head(layer: partial) -> partial:
     return partial(attention_jax.SingleHeadAttention, **layer.keywords)
 
 
-# What becomes of the layer of a mechanism.
+# How each word changes the layer of a mechanism.
 ATTENTIONS = {"multihead": lambda layer: layer, "selfhead": _with_one_head}
 
 # The names of `attention_jax.layers.parts`.

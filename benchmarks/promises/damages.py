@@ -94,7 +94,7 @@ def damages(lab: Lab, count: int = 200) -> Iterator[Row]:
     program = build(config)
 
     def restore(workdir: Path) -> tuple[int, str] | None:
-        """The step that a run would continue from, and a fingerprint of all that it is made of."""
+        """The step that a run would continue from, and a fingerprint of its state."""
         claim(workdir, config, {})
         with contextlib.closing(RunDirectory(workdir, config)) as directory:
             state = directory.restore(program.init)

@@ -100,14 +100,14 @@ def limited(lab: Lab, trainer: Trainer, size: int) -> None:
 
 
 def _refused(process: Process, status: int, place: Path) -> None:
-    """Sees that a process ended with a line that names a place."""
+    """Checks that a process ended with a line that names a place."""
     lines = process.errors.splitlines()
     if status not in (1, 2) or len(lines) != 1 or str(place) not in lines[0]:
         raise Broken(f"status {status}, one line about {place} wanted: {process.errors[-2000:]!r}")
 
 
 def _continues(trainer: Trainer, workdir: Path) -> None:
-    """Sees that a run goes on from the newest checkpoint that there is, and ends right."""
+    """Checks that a run continues from its newest checkpoint and ends with the right result."""
     steps = saved_steps(workdir)
     process = trainer.complete(workdir)
     if steps and f"continuing after step {steps[-1]}\n" not in process.output:

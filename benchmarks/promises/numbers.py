@@ -120,7 +120,7 @@ def _run(lab: Lab, source: str, value: float, max_skipped: int) -> None:
 
 
 def _sweep(lab: Lab, launcher: str, max_skipped: int) -> None:
-    """Of four trials one has a learning rate that no float bears."""
+    """One of four trials has a learning rate that overflows."""
     from attention_jax.laboratory import sweep
     from attention_jax.training import experiment
 
@@ -233,7 +233,7 @@ def _finite_states(lab: Lab, workdir: Path, config: Any) -> dict[int, Any]:
 
 
 def _check_files(workdir: Path) -> None:
-    """JSON has no NaN, and no file may have one all the same."""
+    """Checks that no file holds a NaN, which JSON does not have."""
 
     def refuse(word: str) -> None:
         raise Broken(f"{word} in a file of {workdir}")

@@ -1,5 +1,4 @@
-"""SIGTERM and SIGINT at any time: the run saves and exits, and the next run continues from
-there."""
+"""SIGTERM and SIGINT at any time: the run saves and exits, and the next run continues."""
 
 import itertools
 import random
@@ -32,7 +31,7 @@ STRATA = ("import", "compilation", "step", "evaluation", "save")
 def signals(lab: Lab, count: int = 50) -> Iterator[Row]:
     """Sends signals to runs that import, compile, step, evaluate and save, in turn."""
     usual = Trainer(lab, *TINY)
-    # Held-out batches so many that a process is hardly ever found at anything else.
+    # So many held-out batches that a process almost always evaluates.
     evaluating = Trainer(
         lab, *TINY, "--epochs=8", "--config.eval.num_batches=3000", "--config.eval.every_epochs=1"
     )
@@ -84,7 +83,7 @@ def stop(
     twice: bool = False,
     cache: Path | None = None,
 ) -> float | None:
-    """Starts or continues a run, sends it a signal, and sees that it leaves as it should.
+    """Starts or continues a run, sends it a signal, and checks how it exits.
 
     Args:
         trainer, workdir, cache: Of the run.

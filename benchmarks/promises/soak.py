@@ -66,7 +66,7 @@ def _open_files(process: Process) -> int:
 
 
 def _cost(lab: Lab, rounds: int) -> Row:
-    """The time of a run that saves beside the same run that does not, in turn, in one process."""
+    """Times a run with saves and the same run without, in turn, in one process."""
     from attention_jax.training import experiment
     from attention_jax.training.build import build
     from attention_jax.training.config import default_config

@@ -32,7 +32,8 @@ class Broken(Exception):
 
 
 class Row(NamedTuple):
-    """A line of the table: what was done how often, how often all was well, and what was seen."""
+    """A line of the table: the fault, the number of trials, the number that kept the promise,
+    notes."""
 
     what: str
     tried: int
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Lab:
-    """What all parts share.
+    """The settings that all parts share.
 
     Args:
         place: An empty directory for all that is written.
@@ -64,7 +65,7 @@ class Lab:
         print(f"NOT KEPT: {what}: {error}", file=sys.stderr, flush=True)
 
     def kept(self, what: str, trial: Callable[..., Any], *arguments: Any) -> bool:
-        """Whether a trial goes well; tells what is wrong otherwise."""
+        """Whether a trial keeps the promise; prints the fault otherwise."""
         try:
             trial(*arguments)
         except Broken as error:
@@ -95,7 +96,7 @@ class Process:
         return self._popen.poll() is None
 
     def until(self, event: Callable[[], Any]) -> bool:
-        """Waits for something; False: the process ended before."""
+        """Waits for a condition; False if the process ended before."""
         while not event():
             if not self.is_running():
                 return False
@@ -106,7 +107,7 @@ class Process:
         return True
 
     def sleep(self, seconds: float) -> bool:
-        """Waits a while; False: the process ended before."""
+        """Waits a while; False if the process ended before."""
         end = time.monotonic() + seconds
         return self.until(lambda: time.monotonic() >= end)
 
@@ -182,13 +183,13 @@ class Trainer:
         return Process(command, self._lab.new("log"), env)
 
     def finish(self, workdir: Path, *, cache: Path | None = None) -> Process:
-        """Runs the command to its end, which must be a good one and without a line on stderr."""
+        """Runs the command to its end; it must succeed with an empty stderr."""
         process = self.start(workdir, cache=cache)
         is_complete(process)
         return process
 
     def complete(self, workdir: Path, *, cache: Path | None = None) -> Process:
-        """Finishes a run that was cut short; it must come to what an uninterrupted one comes to."""
+        """Finishes an interrupted run; its results must equal those of an uninterrupted one."""
         process = self.finish(workdir, cache=cache)
         found, expected = outcome(workdir), self.whole.outcome
         if found != expected:
@@ -229,7 +230,7 @@ def is_complete(process: Process) -> None:
 
 
 def outcome(workdir: Path) -> dict[str, Any]:
-    """All that a run or sweep says of itself but times, by the name of the file."""
+    """The contents of a run's or sweep's files without times, by the name of the file."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
