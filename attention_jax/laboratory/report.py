@@ -7,8 +7,8 @@
 It prints a table. With `--out` it writes the table to `report.md` instead, and pictures as PNG and
 SVG: `curves`, with `--x` also `by_FIELD`, and for runs with `eval.slices` also `slices`. A sweep is
 reported as its trials. Runs that differ only in the seed are one line, with a mean and a spread.
-`--published` names a JSON file that maps values of the field to the numbers of a paper, `{"64":
-0.515, "128": 0.655}`; the table shows them beside ours.
+`--published` names a JSON file that maps values of the field to the numbers of a paper,
+`{"64": 0.515, "128": 0.655}`; the table shows them beside ours.
 """
 
 import argparse
