@@ -220,7 +220,7 @@ class Checkpoints:
             file=sys.stderr,
         )
         if not self._read_only:
-            # Renamed, not deleted; the name must be free, because the run saves this step again.
+            # Renamed, not deleted: the run will save this step again under its old name.
             names = (f"{step}.broken{number or ''}" for number in itertools.count())
             aside = next(place for name in names if not (place := self.directory / name).exists())
             (self.directory / str(step)).rename(aside)
