@@ -337,12 +337,8 @@ def test_the_console_tells_best_mean_and_spread(whole, capsys):
     for rate, of_seeds in zip(("0.03", "0.01"), losses, strict=True):
         (line,) = [line for line in said.splitlines() if line.strip().startswith(rate)]
         mean, spread = of_seeds.mean(), abs(of_seeds[0] - of_seeds[1]) / 2**0.5
-        assert line.split() == [
-            rate,
-            "2",
-            *(f"{x:.4g}" for x in (of_seeds.min(), mean, spread)),
-            "0",
-        ]
+        best, mean, spread = (f"{x:.4g}" for x in (of_seeds.min(), mean, spread))
+        assert line.split() == [rate, "2", best, mean, "±", spread, "0"]
 
 
 def test_a_sweep_that_was_cut_ends_like_an_uninterrupted_one(whole, tmp_path, at_step):
