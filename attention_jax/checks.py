@@ -102,6 +102,14 @@ def check_takes(function: Callable, options: Mapping[str, object]) -> None:
             raise NotImplementedError(f"{called} has no {name}{came}.")
 
 
+def check_part(name: str, part: object) -> None:
+    """Raises TypeError unless a part of a model is a layer, and not the class of one."""
+    if isinstance(part, type) or not callable(part):
+        called = getattr(part, "__name__", told(part))
+        hint = f"; write {called}(...)" if isinstance(part, type) else ""
+        raise TypeError(f"{name} must be a layer, got {called}{hint}.")
+
+
 def check_word(name: str, value: str, words: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of these words."""
     if not (isinstance(value, str) and value in words):

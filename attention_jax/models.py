@@ -11,6 +11,7 @@ from attention_jax.checks import (
     check_broadcastable,
     check_fields,
     check_inputs,
+    check_part,
     check_takes,
     jax_defaults,
     told,
@@ -72,6 +73,7 @@ class Block(nn.Module):
                 decoding.
         """
         check_fields(self)
+        _check_layers(self, "attention", "mlp", "conv")
         check_inputs("x", x)
 
         def add(x, name, layer, **options):
@@ -92,6 +94,16 @@ class Block(nn.Module):
         options |= {"deterministic": deterministic, "sow_weights": sow_weights}
         x = add(x, "attention", self.attention, mask=mask, **options)
         return x if self.mlp is None else add(x, "mlp", self.mlp)
+
+
+def _check_layers(module: nn.Module, *names: str) -> None:
+    """Raises TypeError unless these parts are layers, and the norm makes them."""
+    for name in names:
+        if getattr(module, name) is not None:
+            check_part(name, getattr(module, name))
+    if isinstance(module.norm, nn.Module):
+        called = type(module.norm).__name__
+        raise TypeError(f"norm must make a norm, as nn.{called} does; got one, nn.{called}().")
 
 
 class SequenceModel(nn.Module):
@@ -202,7 +214,7 @@ class SequenceModel(nn.Module):
             x = run(block, x, mask, deterministic, sow_weights, lengths, bias, positions)
         if output_positions is not None:
             x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
-        x = x if self.norm is None else self.norm(name="norm")(x)
+        x = x if self.norm is None else self.norm(name="last_norm")(x)
         return self.embedding.attend(x) if self.head is None else self.head(x)
 
     def _check_parts(self) -> None:
@@ -212,9 +224,17 @@ class SequenceModel(nn.Module):
             rule = getattr(self, name)
             if not isinstance(rule, Mask | None):
                 raise TypeError(f"{name} must be a masks.* value or None, got {told(rule)}.")
+        if not isinstance(self.blocks, Sequence):
+            raise TypeError(
+                f"blocks must be a sequence of Blocks, got {type(self.blocks).__name__}."
+            )
         for block in self.blocks:
-            if not hasattr(block, "attention"):
+            if isinstance(block, type) or not hasattr(block, "attention"):
                 raise TypeError(f"blocks must be Blocks, got {told(block)}.")
+        _check_layers(self, "embedding", "positions", "bias", "head")
+        if self.head is None and not hasattr(self.embedding, "attend"):
+            called = type(self.embedding).__name__
+            raise TypeError(f"head must be given: the embedding, {called}, makes no logits.")
 
     def _check_call(self, batch, output_positions, lengths) -> None:
         """Raises an error for arguments that do not fit."""

@@ -358,7 +358,7 @@ def linear(query, key, value, *, mask=None, feature_map=elu_plus_one):
 
 
 def sigmoid(query, key, value, *, offset=0.0, mask=None):
-    """Ramapuram et al. 2024, section 3: each weight by itself, with b = offset - log(S)."""
+    """Ramapuram et al. 2024, section 3: each weight by itself, with b = offset - log(keys seen)."""
     query, key, value = f64(query), f64(key), f64(value)
     *batch, T, N, H = query.shape
     S, K, V = value.shape[-3:]
@@ -367,10 +367,11 @@ def sigmoid(query, key, value, *, offset=0.0, mask=None):
     out = np.zeros((*batch, T, N, V))
     for *b, t, n in np.ndindex(*batch, T, N):
         b, k = tuple(b), n // (N // K)
-        for s in range(S):
-            if mask[b][n, t, s]:
-                x = float(query[b][t, n] @ key[b][s, k]) / math.sqrt(H) + offset[n] - math.log(S)
-                out[b][t, n] += value[b][s, k] / (1 + math.exp(-x))
+        seen = [s for s in range(S) if mask[b][n, t, s]]
+        for s in seen:
+            x = float(query[b][t, n] @ key[b][s, k]) / math.sqrt(H)
+            x += offset[n] - math.log(len(seen))
+            out[b][t, n] += value[b][s, k] / (1 + math.exp(-x))
     return out
 
 

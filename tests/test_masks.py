@@ -388,3 +388,18 @@ def test_a_rule_may_reach_as_far_as_it_says():
     assert far.materialize(9, 9).all()
     assert masks.causal(offset=2**29).materialize(9, 9).all()
     assert not masks.causal(offset=-(2**29)).materialize(9, 9).any()
+
+
+def test_rules_of_the_same_numbers_are_equal():
+    """A model that holds one is then the same key of a compiled program."""
+    for make in (
+        masks.causal,
+        lambda: masks.window(3) & ~masks.strided(2),
+        lambda: masks.blocks(4),
+    ):
+        assert make() == make()
+        assert hash(make()) == hash(make())
+    lengths = np.array([1, 2])
+    assert masks.key_lengths(lengths) != masks.key_lengths(lengths + 1)
+    assert masks.window(3) != masks.window(4)
+    assert masks.causal() != masks.window(3)

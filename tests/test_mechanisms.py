@@ -19,10 +19,11 @@ from cases import (
     inputs_of,
     over,
     qkv_of,
+    random_qkv,
     value_and_pull,
 )
 
-from attention_jax import dot_product_attention, masks
+from attention_jax import dot_product_attention, masks, sigmoid_attention
 
 every_mask_taken = pytest.mark.parametrize(
     ("case", "mask"),
@@ -225,3 +226,11 @@ def test_a_planted_fault_is_found(fault):
     case = CASES[0]._replace(name=fault.__name__, attend=fault)
     with pytest.raises(AssertionError, match="off by"):
         check_values_and_gradients(case, "causal")
+
+
+def test_sigmoid_attention_does_not_count_what_is_hidden():
+    query, key, value = random_qkv()
+    longer = [jnp.pad(x, [(0, 0), (0, 9), (0, 0), (0, 0)]) for x in (key, value)]
+    seen = masks.key_lengths(np.array([key.shape[1]] * 2))
+    found = sigmoid_attention(query, *longer, mask=seen)
+    assert_close(found, sigmoid_attention(query, key, value), 1e-6)

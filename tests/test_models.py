@@ -269,11 +269,11 @@ def test_parts_are_values():
 
     named = make_sequence_model(**SMALL, vocab_size=VOCAB, causal=True, norm="rms")
     params = init(named, TOKENS)
-    scale = params.pop("norm")["scale"]
+    scale = params.pop("last_norm")["scale"]
     plain = model(lambda: MLP(16))
     assert_close(
-        run(plain.clone(norm=nn.RMSNorm), {**params, "norm": {"scale": scale}}, TOKENS),
-        run(named, {**params, "norm": {"scale": scale}}, TOKENS),
+        run(plain.clone(norm=nn.RMSNorm), {**params, "last_norm": {"scale": scale}}, TOKENS),
+        run(named, {**params, "last_norm": {"scale": scale}}, TOKENS),
         1e-6,
     )
     for name in ("blocks_0", "blocks_1"):
@@ -290,7 +290,7 @@ def test_a_block_that_is_there_twice_has_the_same_parameters():
     block = Block(MultiHeadAttention(2))
     twice = SequenceModel(VectorEmbedding(8), (block, block), mask=masks.causal())
     params = init(twice, VECTORS)
-    assert set(params) == {"blocks_0", "norm"}
+    assert set(params) == {"blocks_0", "last_norm"}
     other = SequenceModel(VectorEmbedding(8), tuple(Block(MultiHeadAttention(2)) for _ in "ab"))
     same = {**params, "blocks_1": params["blocks_0"]}
     want = run(other.clone(mask=masks.causal()), same, VECTORS)
@@ -623,3 +623,19 @@ def test_a_refused_call_moves_no_position():
     last, _ = step(state["cache"], tokens[:, 3:])
     assert jnp.isnan(refused).all()
     np.testing.assert_allclose(last[:, 0], model.apply(params, tokens)[:, 3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Block(MultiHeadAttention), "attention.*MultiHeadAttention"),
+        (lambda: Block(MultiHeadAttention(2), MLP), "mlp.*MLP"),
+        (lambda: Block(MultiHeadAttention(2), norm=nn.LayerNorm()), "norm.*LayerNorm"),
+        (lambda: SequenceModel(VectorEmbedding(8), Block(MultiHeadAttention(2))), "blocks"),
+        (lambda: SequenceModel(nn.Dense(8), [Block(MultiHeadAttention(2))]), "head.*Dense"),
+        (lambda: Block(MultiHeadAttention(2, learnt="offset")), "learnt.*'offset'"),
+    ],
+)
+def test_a_class_in_the_place_of_a_layer_is_named(make, words):
+    with pytest.raises(TypeError, match=words):
+        make().init(jax.random.key(0), VECTORS)

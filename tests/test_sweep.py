@@ -547,10 +547,14 @@ def test_the_command_shows_the_table_and_writes_nothing(whole, tmp_path, capsys,
         (["{run}", "--out=out", "--x=model.width"], "'model.width'"),
         (["{run}", "--out=out", "--metric=eval_accuracy"], "must be one of eval_loss"),
         (["{run}", "--out=out", "--metric=fingerprint"], "must be one of eval_loss"),
+        (["{run}", "--out=out", "--x=seed"], "one line"),
         (["{run}", "--out=out", "--metric=*"], "must be one of eval_loss"),
-        (["{run}", "--out=out", "--x=seed", "--published={paper}"], "none of the values"),
+        (["{run}", "--out=out", "--x=model.features", "--published={paper}"], "none of the values"),
         (["{run}", "--out=out", "--published=p.json"], "needs --x"),
-        (["{run}", "--out=out", "--x=seed", "--published={run}/config.json"], "to numbers"),
+        (
+            ["{run}", "--out=out", "--x=model.features", "--published={run}/config.json"],
+            "to numbers",
+        ),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):

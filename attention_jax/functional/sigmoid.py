@@ -1,5 +1,7 @@
 """Sigmoid attention: each weight by itself, without a softmax."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -29,17 +31,18 @@ def sigmoid_attention(
 ) -> Array:
     """Adds up the values, each with a separate weight between 0 and 1.
 
-        sigmoid(softcap(scale * query key^T) + bias + offset - log(S), where=mask) value
+        sigmoid(softcap(scale * query key^T) + bias + offset - log(n), where=mask) value
 
-    At an offset of 0 the weights of a row begin near a sum of 1/2 for any S. All logits of a call
-    are in memory at once.
+    n is the number of keys that the query may attend to, so padding and the capacity of a cache
+    change no result. At small logits and an offset of 0 the weights of a row sum to about 1, less
+    where n is small. All logits of a call are in memory at once.
 
     Args:
         query: `[..., T, N, H]`.
         key: `[..., S, K, H]`, where K divides N: query head n reads key head n // (N / K).
         value: `[..., S, K, V]`.
-        offset: Added to all logits of a head: one number, or `[N]`. The paper's b is
-            `offset - log(S)`, and is learnt or stays at `-log(S)`.
+        offset: Added to all logits of a head: one finite number, or `[N]`. The paper's b is
+            `offset - log(n)`, and is learnt or stays at `-log(n)`; there n is the length.
         bias, mask, scale, softcap, dropout_rate, dropout_rng, deterministic: As in
             `dot_product_attention`.
 
@@ -99,15 +102,20 @@ sigmoid_attention.weights = sigmoid_weights  # For layers, which show them.
 
 def _weights(query, key, offset, options):
     logits, visible = visible_logits(query, key, options)  # [..., N, T, S]
-    num_keys = jnp.maximum(1, jnp.asarray(key.shape[-3], logits.dtype))  # S may be symbolic.
-    offset = offset.astype(logits.dtype) - jnp.log(num_keys)
-    return where(visible, jax.nn.sigmoid(logits + offset[..., None, None]))
+    if visible is None:
+        num_keys = jnp.asarray(key.shape[-3], logits.dtype)  # Open in an export.
+    else:
+        num_keys = visible.sum(-1, keepdims=True, dtype=logits.dtype)  # [..., N, T, 1]
+    offset = offset.astype(logits.dtype)[..., None, None] - jnp.log(jnp.maximum(1, num_keys))
+    return where(visible, jax.nn.sigmoid(logits + offset))
 
 
 def _check_offset(offset, query):
     N = query.shape[-2]
     if isinstance(offset, int | float):
         check_number("offset", offset)
+        if not math.isfinite(offset):
+            raise ValueError(f"offset must be finite, got {offset}.")
         offset = float(offset)
     offset = as_floating("offset", offset)
     if offset.shape not in ((), (N,)):

@@ -124,6 +124,17 @@ class Rule:
 
     axes: ClassVar[dict[str, str]] = {}
 
+    def __eq__(self, other):
+        """Equal numbers make equal rules. Arrays may be traced: they must be the same object."""
+        return type(self) is type(other) and self._values() == other._values()
+
+    def __hash__(self):
+        return hash((type(self), self._values()))
+
+    def _values(self):
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(x if _is_static(x) or isinstance(x, Rule) else id(x) for x in fields)
+
     def narrowed(self, at: Tile) -> Self:
         """The same rule with only the parts of its arrays that the tile needs."""
         return self._over_arrays(at.slice)

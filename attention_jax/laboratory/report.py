@@ -1,7 +1,7 @@
 """Turns run directories into a table and pictures.
 
-    uv run python -m attention_jax report runs/a runs/sweep
-    uv run python -m attention_jax report runs/* --out=report --x=model.window \\
+    attention-jax report runs/a runs/sweep
+    attention-jax report runs/* --out=report --x=model.window \\
         --published=window.json
 
 It prints a table. With `--out` it writes the table to `report.md` instead, and pictures as PNG and
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from attention_jax.laboratory.pictures import about, draw_against, draw_curves, draw_slices
 from attention_jax.laboratory.runs import (
+    SEED,
     Run,
     is_loss,
     lines,
@@ -207,6 +208,8 @@ def _found(runs, x, metric, published):
     found = [run for directory in runs for run in load(directory)]
     if x is not None and not any(x in run.config for run in found):
         raise ValueError(f"--x must be a field of the config: got {x!r}.")
+    if x == SEED:
+        raise ValueError("--x must not be the seed: runs that differ in it alone are one line.")
     names = {name for run in found for name in run.result if name.startswith("eval_")}
     names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}
     if metric is not None and metric not in names:

@@ -74,9 +74,11 @@ def load(directory: str | Path) -> list[Run]:
     """
     path = local_path(directory, "RUN")
     trials = sorted(path.glob("trials/*/config.json"))
-    if trials:
-        return [run for file in trials for run in load(file.parent)]
     try:
+        if trials:  # The sweep alone has noted the versions.
+            versions = json.loads((path / "config.json").read_text()).get("versions", {})
+            found = [run for file in trials for run in load(file.parent)]
+            return [run._replace(versions=dict(versions)) for run in found]
         noted = json.loads((path / "config.json").read_text())
         config = noted["config"]
         result, rows = path / "result.json", path / "metrics.jsonl"

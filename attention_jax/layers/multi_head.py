@@ -17,6 +17,7 @@ from attention_jax.checks import (
     check_rate,
     check_takes,
     jax_defaults,
+    told,
 )
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
@@ -286,6 +287,7 @@ class MultiHeadAttention(nn.Module):
         """Lets queries read values: `[..., T, N, H]`."""
         if self.softcap is not None:
             options["softcap"] = self.softcap
+        _check_learnt(self)
         zeros = nn.initializers.zeros_init()
         for name in ("sinks", *self.learnt) if self.sinks else self.learnt:
             options[name] = self.param(name, zeros, (self.num_heads,), self.param_dtype)
@@ -311,6 +313,19 @@ class MultiHeadAttention(nn.Module):
         return nn.LayerNorm(
             use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )
+
+
+# Arguments of attention functions that a layer gives itself.
+_OWN = ("query", "key", "value", "mask", "bias", "softcap", "sinks", "deterministic")
+
+
+def _check_learnt(layer: nn.Module) -> None:
+    names = layer.learnt
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"learnt must be a tuple of names, got {told(names)}.")
+    for name in names:
+        if name in _OWN or name.startswith("dropout"):
+            raise ValueError(f"learnt must not name what the layer gives itself, got {name!r}.")
 
 
 def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
