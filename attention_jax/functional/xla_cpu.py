@@ -81,7 +81,11 @@ def _is_dealt_out(a, b):
 
 
 def _plus_nothing(x):
-    """`x`, in a form that XLA fuses with a product; `max` keeps NaN, `minimum` alone does not."""
+    """`x`, in a form that XLA fuses with a product; `max` keeps NaN, `minimum` alone does not.
+
+    An Inf becomes NaN. Forms that keep it, with a `clip` or a `where`, are not fused: 1.2 to 1.5
+    times the time of attention to 128 positions.
+    """
     return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
 
 
