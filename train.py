@@ -5,8 +5,8 @@
 
 import sys
 
-from attention_jax.__main__ import train
+from attention_jax.__main__ import train as main
 from attention_jax.training import process
 
 if __name__ == "__main__":
-    process.end(train, ["train.py", *sys.argv[1:]])
+    process.end(main, ["train.py", *sys.argv[1:]])

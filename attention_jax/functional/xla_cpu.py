@@ -44,7 +44,7 @@ def product(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def exact_product(a: Array, b: Array) -> Array:
-    """Stands for `matmul(a, b)`; a NaN stays where it arises, as it does in `matmul`."""
+    """Stands for `matmul(a, b)`; a NaN stays where it arises, but Inf may become NaN."""
     if not _is_dealt_out(a, b):
         return product(a, b)
 
