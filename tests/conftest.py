@@ -1,11 +1,16 @@
 """Eight simulated devices on the CPU, and the modes that a single test may ask for."""
 
+import gc
 import os
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+
+# What jax keeps of compiled programs is large, and no garbage: looking for some takes long.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 # Before anything touches a device: the number of devices is read once.
 jax.config.update("jax_platforms", "cpu")
@@ -65,7 +70,11 @@ SLOW = (
     "test_reliability.py::test_a_file_that_may_not_grow_ends_the_run_in_a_line",
     "test_blockwise.py::test_an_input_of_ones_may_be_known_to_the_compiler[blocks",
     "test_blockwise.py::test_an_input_of_ones_may_be_known_to_the_compiler[heads-full",
-    "test_blockwise.py::test_products_with_the_hessian_on_every_core[eager",
+    "test_blockwise.py::test_products_with_the_hessian_on_every_core[head-full-eager",
+    "test_blockwise.py::test_products_with_the_hessian_on_every_core[heads-window-eager",
+    "test_blockwise.py::test_tiles_that_are_chosen_agree_with_the_definition[rows, few of them",
+    "test_blockwise.py::test_nan_shows_to_those_who_see_it_alone[0",
+    "test_train_cli.py::test_a_terminal_that_is_closed_ends_the_run_saved",
     "test_blockwise.py::test_products_with_the_hessian_are_those_of_the_definition[full",
     "test_experiment.py::test_bad_steps_are_skipped_up_to_as_many_as_allowed",
     "test_sweep.py::test_trials_over_devices_are_the_same_trials",

@@ -419,7 +419,9 @@ def test_the_exponential_is_exact_to_a_few_units_in_the_last_place(x64):
     np.testing.assert_array_equal(
         jax.jit(exp)(np.array([-np.inf, -1e30, -89, np.nan, 0], np.float32)), [0, 0, 0, np.nan, 1]
     )
-    np.testing.assert_array_equal(jax.vmap(jax.grad(exp))(x[::1000]), jax.jit(exp)(x[::1000]))
+    # Compiled apart: an ulp.
+    slopes, values = jax.vmap(jax.grad(exp))(x[::1000]), jax.jit(exp)(x[::1000])
+    np.testing.assert_allclose(slopes, values, rtol=2.4e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -104,7 +104,7 @@ class GatedDeltaAttention(nn.Module):
             raise NotImplementedError(
                 "positions: the gated delta rule has none, it counts the tokens as they come."
             )
-        conv_size = as_size("conv_size", self.conv_size)
+        conv_size = as_size("conv_size", self.conv_size, maximum=1024)  # Each is traced.
         head_dim, num_kv_heads = head_sizes(self, inputs.shape[-1])
 
         def project(name, features, axis=-1, use_bias=False, init=self.kernel_init):

@@ -321,7 +321,7 @@ _OWN = ("query", "key", "value", "mask", "bias", "softcap", "sinks", "determinis
 
 def _check_learnt(layer: nn.Module) -> None:
     names = layer.learnt
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not (isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)):
         raise TypeError(f"learnt must be a tuple of names, got {told(names)}.")
     for name in names:
         if name in _OWN or name.startswith("dropout"):
@@ -338,7 +338,7 @@ def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
     """Head size and number of key/value heads, with their defaults filled in."""
     for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
         if getattr(layer, name) is not None:
-            as_size(name, getattr(layer, name))
+            as_size(name, getattr(layer, name), maximum=2**31 - 1)
     if layer.head_dim is None and features % layer.num_heads:
         raise ValueError(
             f"num_heads must divide the width of the inputs, or head_dim be given: got "

@@ -322,7 +322,7 @@ class ShortConvolution(nn.Module):
             NotImplementedError: `positions`, a mask that shows the future, or a mask of arrays: the
                 sums would include tokens that it hides.
         """
-        width = as_size("width", self.width)
+        width = as_size("width", self.width, maximum=1024)  # Each is traced.
         if positions is not None:
             raise NotImplementedError(
                 "positions: a short convolution has none, it sums the tokens as they come."
