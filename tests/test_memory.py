@@ -73,7 +73,7 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(experiment, "run", run)
-    assert train.train(["train.py"]) == 1
+    assert train.main(["train.py"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("train.py: out of memory: ")
     assert err.count("\n") == 1

@@ -63,7 +63,7 @@ def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     handlers = {number: signal.getsignal(number) for number in process.STOPPING}
-    yield lambda *arguments: module.train(["train.py", *arguments])
+    yield lambda *arguments: module.main(["train.py", *arguments])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -306,7 +306,7 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
         "        gc.callbacks.remove(callback)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "gc.callbacks.append(callback)\n"
-        "process.end(train.train, ['train.py', *sys.argv[1:]])"
+        "process.end(train.main, ['train.py', *sys.argv[1:]])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, *TINY, "--epochs=1000"],
@@ -331,7 +331,7 @@ def test_what_a_second_signal_cuts_short_is_no_error(error, environment):
         "    finally:\n"
         f"        raise {error}\n"
         "experiment.run = run\n"
-        "process.end(train.train, ['train.py'])"
+        "process.end(train.main, ['train.py'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
