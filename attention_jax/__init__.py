@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SinusoidalPositions,
         TokenEmbedding,
         Unembedding,
+        UnitOffsetRMSNorm,
         VectorEmbedding,
     )
     from attention_jax.models import Block, SequenceModel, decoding
@@ -60,6 +61,7 @@ _HOMES = {
     "SinusoidalPositions": "attention_jax.layers",
     "TokenEmbedding": "attention_jax.layers",
     "Unembedding": "attention_jax.layers",
+    "UnitOffsetRMSNorm": "attention_jax.layers",
     "VectorEmbedding": "attention_jax.layers",
     "Block": "attention_jax.models",
     "SequenceModel": "attention_jax.models",
@@ -82,6 +84,7 @@ __all__ = [
     "SinusoidalPositions",
     "TokenEmbedding",
     "Unembedding",
+    "UnitOffsetRMSNorm",
     "VectorEmbedding",
     "attention_weights",
     "biases",

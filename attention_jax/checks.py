@@ -122,14 +122,16 @@ def check_fields(layer: object) -> None:
     `param_dtype` must be a floating-point type to compute in; `dtype` must be one or None.
     """
     for field in dataclasses.fields(layer):
-        value, kinds = getattr(layer, field.name), {field.type, *get_args(field.type)}
+        value, kinds = getattr(layer, field.name), (field.type, *get_args(field.type))
         if value is None and (type(None) in kinds or field.name == "dtype"):
             continue
         if field.type is bool:
             check_flag(field.name, value)
         elif float in kinds:
             check_number(field.name, value)
-        elif Callable in map(get_origin, kinds):
+        elif (
+            Callable in map(get_origin, kinds) and str not in kinds
+        ):  # A word is checked where used.
             check_function(field.name, value)
         elif field.name in ("dtype", "param_dtype"):
             check_dtype(field.name, value)

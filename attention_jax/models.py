@@ -1,5 +1,7 @@
 """Models put together from parts: layers of attention, an MLP, norms, an embedding, masks."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -29,19 +31,27 @@ Layer = Callable[..., Array]
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block.
 
+    The original Transformer and BERT have `norm=None` and a `sum_norm`; Gemma 2 has a `norm` and an
+    `output_norm`; GPT-NeoX has `parallel=True`.
+
     Attributes:
         attention: The attention layer.
         mlp: A layer `[..., T, D] -> [..., T, D]` that works position by position, as `MLP`. None
             leaves it out.
-        norm: Makes a norm, as `nn.LayerNorm`, `nn.RMSNorm` or a `functools.partial` of one. None
-            leaves norms out.
+        norm: Makes the norm of each layer's input, as `nn.LayerNorm`, `nn.RMSNorm` or a
+            `functools.partial` of one. None leaves it out.
         conv: A `ShortConvolution` that comes first, x + conv(norm(x)). None leaves it out.
         residual: Adds the input of each layer to its output.
         dropout_rate: Dropout on the output of each layer.
+        output_norm: Makes a norm of each layer's output, before it is added.
+        sum_norm: Makes a norm of each sum.
+        parallel: x + attention(norm(x)) + mlp(norm(x)), each with its own norm, as one sum.
 
     Reference:
-        Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", figure 1b.
-        https://arxiv.org/abs/2002.04745
+        Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", figure 1b
+        (`norm`) and 1a (`sum_norm`). https://arxiv.org/abs/2002.04745
+        Wang and Komatsuzaki 2021, "GPT-J-6B": `parallel`.
+        https://github.com/kingoflolz/mesh-transformer-jax
     """
 
     attention: Layer
@@ -50,6 +60,9 @@ class Block(nn.Module):
     conv: Layer | None = None
     residual: bool = True
     dropout_rate: float | Array = 0.0
+    output_norm: Callable[..., nn.Module] | None = None
+    sum_norm: Callable[..., nn.Module] | None = None
+    parallel: bool = False
 
     @nn.compact
     @jax_defaults()
@@ -75,25 +88,37 @@ class Block(nn.Module):
         check_fields(self)
         _check_layers(self, "attention", "mlp", "conv")
         check_inputs("x", x)
+        if self.parallel and self.mlp is None:
+            raise ValueError("parallel=True needs an mlp, which runs beside the attention.")
 
-        def add(x, name, layer, **options):
-            branch = x if self.norm is None else self.norm(name=f"{name}_norm")(x)
-            branch = layer(branch, **options)
-            branch = Dropout(self.dropout_rate)(branch, deterministic=deterministic)
-            return x + branch if self.residual else branch
+        def normed(x, name, make):
+            return x if make is None else make(name=name)(x)
+
+        def branch(x, name, layer, **options):
+            x = layer(normed(x, f"{name}_norm", self.norm), **options)
+            x = normed(x, f"{name}_output_norm", self.output_norm)
+            return Dropout(self.dropout_rate)(x, deterministic=deterministic)
+
+        def add(x, name, *branches):
+            total = functools.reduce(operator.add, [x, *branches] if self.residual else branches)
+            return normed(total, f"{name}_sum_norm", self.sum_norm)
 
         if self.conv is not None:
             if getattr(self.attention, "decode", False):
                 raise NotImplementedError("decode=True has no conv: nobody keeps its inputs.")
-            x = add(x, "conv", self.conv, mask=mask, positions=positions)
+            conv = branch(x, "conv", self.conv, mask=mask, positions=positions)
+            x = add(x, "conv", conv)
         options = {"lengths": lengths, "bias": bias}
         if getattr(self.attention, "rotary", True):
             options["positions"] = positions
         options = {name: option for name, option in options.items() if option is not None}
         check_takes(self.attention, options)
         options |= {"deterministic": deterministic, "sow_weights": sow_weights}
-        x = add(x, "attention", self.attention, mask=mask, **options)
-        return x if self.mlp is None else add(x, "mlp", self.mlp)
+        attended = branch(x, "attention", self.attention, mask=mask, **options)
+        if self.parallel:
+            return add(x, "mlp", attended, branch(x, "mlp", self.mlp))
+        x = add(x, "attention", attended)
+        return x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
 
 
 def _check_layers(module: nn.Module, *names: str) -> None:
@@ -101,9 +126,11 @@ def _check_layers(module: nn.Module, *names: str) -> None:
     for name in names:
         if getattr(module, name) is not None:
             check_part(name, getattr(module, name))
-    if isinstance(module.norm, nn.Module):
-        called = type(module.norm).__name__
-        raise TypeError(f"norm must make a norm, as nn.{called} does; got one, nn.{called}().")
+    for name in ("norm", "output_norm", "sum_norm", "embedding_norm"):
+        norm = getattr(module, name, None)
+        if isinstance(norm, nn.Module):
+            called = type(norm).__name__
+            raise TypeError(f"{name} must make a norm, as {called} does; got one, {called}().")
 
 
 class SequenceModel(nn.Module):
@@ -118,12 +145,14 @@ class SequenceModel(nn.Module):
             positions are part of the attention layers.
         bias: Makes the bias of all blocks: `RelativeBias` or `AlibiBias`.
         mask: A mask that counts the tokens of the row, as `masks.causal()`.
-        reach: A mask that counts positions, as `masks.window(...)`.
+        reach: A mask that counts positions, as `masks.window(...)`. A sequence has one, or None,
+            for each block.
         norm: As in `Block`, for a norm behind the last block.
         head: The last layer, as `nn.Dense`, or `Unembedding` for logits. None: logits come from the
             table of `TokenEmbedding`; vectors stay as they are.
         dropout_rate: Dropout on the embedded inputs.
         remat: Recomputes each block in the backward pass instead of storing its inner values.
+        embedding_norm: Makes a norm of the embedded inputs, behind their positions.
 
     Example:
         A causal transformer of two layers for 256 tokens:
@@ -141,15 +170,17 @@ class SequenceModel(nn.Module):
     positions: Layer | None = None
     bias: Callable[[], Bias] | None = None
     mask: Mask | None = None
-    reach: Mask | None = None
+    reach: Mask | Sequence[Mask | None] | None = None
     norm: Callable[..., nn.Module] | None = nn.LayerNorm
     head: Layer | None = None
     dropout_rate: float | Array = 0.0
     remat: bool = False
+    embedding_norm: Callable[..., nn.Module] | None = None
 
     def __post_init__(self):
-        if isinstance(self.blocks, list):  # Like flax's own layers, a model is hashable.
-            self.blocks = tuple(self.blocks)
+        for name in ("blocks", "reach"):
+            if isinstance(getattr(self, name), list):  # Like flax's own layers, it is hashable.
+                setattr(self, name, tuple(getattr(self, name)))
         super().__post_init__()
 
     @nn.compact
@@ -200,9 +231,11 @@ class SequenceModel(nn.Module):
         positions, row, places = self._stand(positions, mask, tuple(batch), T)
         if self.positions is not None:
             x = self.positions(x, positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(name="embedding_norm")(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
-        mask, bias = self._mask(mask, row, places), None
+        bias = None
         if self.bias is not None:
             bias = self.bias() if row is None else biases.placed(self.bias(), row)
         run = lambda block, *arguments: block(*arguments)
@@ -210,8 +243,8 @@ class SequenceModel(nn.Module):
             # Arguments 3 and 4, counted from `block`, decide which operations run, so they are
             # static.
             run = nn.remat(run, static_argnums=(3, 4))
-        for block in self.blocks:
-            x = run(block, x, mask, deterministic, sow_weights, lengths, bias, positions)
+        for block, seen in zip(self.blocks, self._masks(mask, row, places), strict=True):
+            x = run(block, x, seen, deterministic, sow_weights, lengths, bias, positions)
         if output_positions is not None:
             x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
         x = x if self.norm is None else self.norm(name="last_norm")(x)
@@ -220,14 +253,23 @@ class SequenceModel(nn.Module):
     def _check_parts(self) -> None:
         """Raises an error for invalid parts."""
         check_fields(self)
-        for name in ("mask", "reach"):
-            rule = getattr(self, name)
-            if not isinstance(rule, Mask | None):
-                raise TypeError(f"{name} must be a masks.* value or None, got {told(rule)}.")
         if not isinstance(self.blocks, Sequence):
             raise TypeError(
                 f"blocks must be a sequence of Blocks, got {type(self.blocks).__name__}."
             )
+        rules = [("mask", self.mask)]
+        if isinstance(self.reach, Sequence):
+            rules += [("reach", rule) for rule in self.reach]
+            if len(self.reach) != len(self.blocks):
+                raise ValueError(
+                    f"reach must have one mask for each of the {len(self.blocks)} blocks, got "
+                    f"{len(self.reach)}."
+                )
+        else:
+            rules.append(("reach", self.reach))
+        for name, rule in rules:
+            if not isinstance(rule, Mask | None):
+                raise TypeError(f"{name} must be a masks.* value or None, got {told(rule)}.")
         for block in self.blocks:
             if isinstance(block, type) or not hasattr(block, "attention"):
                 raise TypeError(f"blocks must be Blocks, got {told(block)}.")
@@ -322,19 +364,30 @@ class SequenceModel(nn.Module):
     @property
     def _has_rules(self) -> bool:
         """Whether masks or biases depend on positions, not only on the order of the tokens."""
-        return self.reach is not None or self.bias is not None
+        return self.bias is not None or any(reach is not None for reach in self._reaches)
 
-    def _mask(self, mask: Mask | None, row: Array | None, places: Array | None) -> Mask | None:
-        """`mask` combined with the fields `mask` and `reach`."""
-        own, reach = self.mask, self.reach
-        if reach is not None and row is not None:
-            reach = masks.placed(reach, places if _is_of_distances(reach) else row)
-        elif masks.is_causal(own) and looks_back(reach):
-            own = None  # `reach` is causal already; a second rule would take time.
-        rules = [rule for rule in (own, reach, mask) if rule is not None]
-        for rule in rules[1:]:
-            rules[0] = rules[0] & rule
-        return rules[0] if rules else None
+    @property
+    def _reaches(self) -> tuple[Mask | None, ...]:
+        """The field `reach` for each block."""
+        if isinstance(self.reach, Mask | None):
+            return (self.reach,) * len(self.blocks)
+        return tuple(self.reach)
+
+    def _masks(
+        self, mask: Mask | None, row: Array | None, places: Array | None
+    ) -> list[Mask | None]:
+        """`mask` combined with the fields `mask` and `reach`, for each block."""
+
+        def combine(reach):
+            own = self.mask
+            if reach is not None and row is not None:
+                reach = masks.placed(reach, places if _is_of_distances(reach) else row)
+            elif masks.is_causal(own) and looks_back(reach):
+                own = None  # `reach` is causal already; a second rule would take time.
+            rules = [rule for rule in (own, reach, mask) if rule is not None]
+            return functools.reduce(operator.and_, rules) if rules else None
+
+        return [combine(reach) for reach in self._reaches]
 
 
 def decoding(model: SequenceModel) -> SequenceModel:

@@ -15,6 +15,7 @@ from attention_jax.layers.parts import (
     SinusoidalPositions,
     TokenEmbedding,
     Unembedding,
+    UnitOffsetRMSNorm,
     VectorEmbedding,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "SinusoidalPositions",
     "TokenEmbedding",
     "Unembedding",
+    "UnitOffsetRMSNorm",
     "VectorEmbedding",
 ]

@@ -16,13 +16,14 @@ from attention_jax.checks import (
     check_inputs,
     check_rate,
     check_takes,
+    check_word,
     jax_defaults,
     told,
 )
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
-from attention_jax.functional.positions import rotary
+from attention_jax.functional.rotary import LAYOUTS, Scaling, dynamic, rotary
 from attention_jax.layers.cache import Cache
 from attention_jax.types import Array, AttentionFn, Initializer
 
@@ -133,7 +134,8 @@ class MultiHeadAttention(nn.Module):
 
     The parameter tree is that of `flax.linen.MultiHeadDotProductAttention`: `query` with kernel
     `[D, N, H]`, `key` and `value` with kernel `[D, K, H]`, `out` with kernel `[N, H, D]`; with
-    `qk_norm` also `query_ln` and `key_ln`.
+    `qk_norm` also `query_ln` and `key_ln`. With `value_head_dim` the kernel of `value` is
+    `[D, K, V]` and that of `out` `[N, V, D]`.
 
     Attributes:
         num_heads: Number N of query heads.
@@ -141,11 +143,13 @@ class MultiHeadAttention(nn.Module):
             multi-query, anything between is grouped-query attention.
         head_dim: Size H of a head. Defaults to D / N.
         out_features: Width of the result. Defaults to D, the width of `inputs_q`.
-        use_bias: Adds a bias to each of the four projections.
+        use_bias: Adds a bias to each of the four projections; or names those that have one, as
+            ("query", "key", "value").
         dropout_rate: The probability with which an attention weight is dropped.
-        qk_norm: Normalizes queries and keys over each head before they meet.
+        qk_norm: Normalizes queries and keys over each head before they meet: "layer" (True is the
+            same), "rms", or a function that makes a norm, as a `functools.partial` of one.
         rotary: Rotates queries and keys by their positions; self-attention only.
-        rotary_base: As `base` in `positions.rotary`; another than 10,000 needs `rotary`.
+        rotary_base: As `base` in `positions.rotary`. This and the next three need `rotary`.
         attention_fn: Any function with the arguments of `dot_product_attention`.
         dtype: The type to compute in; None takes that of inputs and parameters together.
         param_dtype: The type of the parameters.
@@ -158,6 +162,12 @@ class MultiHeadAttention(nn.Module):
         softcap: As in `dot_product_attention`.
         sinks: Learns a logit for each query head that enters the normaliser but has no value, so
             that a head may attend to little: the parameter `sinks` `[N]`, initially 0.
+        value_head_dim: Size V of a value head. Defaults to H.
+        scale: Multiplies the logits. Defaults to H ** -0.5.
+        norm_epsilon: Of the norms that the words of `qk_norm` name.
+        rotary_fraction, rotary_layout, rotary_scaling: As `fraction`, `layout` and `scaling` in
+            `positions.rotary`.
+        implementation: As in `dot_product_attention`.
         learnt: Names of arguments of `attention_fn` that become parameters of the layer: `[N]`
             each, initially 0. `sinks=True` is `learnt=("sinks",)`.
 
@@ -172,9 +182,9 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     out_features: int | None = None
-    use_bias: bool = True
+    use_bias: bool | tuple[str, ...] = True
     dropout_rate: float | Array = 0.0
-    qk_norm: bool = False
+    qk_norm: bool | str | Callable[..., nn.Module] = False
     rotary: bool = False
     rotary_base: float = 10_000.0
     attention_fn: AttentionFn = dot_product_attention
@@ -188,6 +198,13 @@ class MultiHeadAttention(nn.Module):
     softcap: float | None = None
     sinks: bool = False
     learnt: tuple[str, ...] = ()
+    value_head_dim: int | None = None
+    scale: float | Array | None = None
+    norm_epsilon: float = 1e-6
+    rotary_fraction: float = 1.0
+    rotary_layout: str = "half"
+    rotary_scaling: Scaling | None = None
+    implementation: str | None = None
 
     @nn.compact
     @jax_defaults()
@@ -248,18 +265,19 @@ class MultiHeadAttention(nn.Module):
             if not self.rotary:
                 raise ValueError("positions need rotary=True: nothing else in the layer uses them.")
             positions = as_positions(positions, inputs_q.shape[:-2], inputs_q.shape[-2])
-        if self.rotary_base != 10_000.0 and not self.rotary:
-            raise ValueError(f"rotary_base needs rotary=True, got {self.rotary_base} without it.")
+        rotate = self._rotation()
+        _check_use_bias(self.use_bias)
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim, num_kv_heads = head_sizes(self, inputs_q.shape[-1])
+        value_dim = head_dim if self.value_head_dim is None else self.value_head_dim
 
-        def project(name, num_heads, x):
+        def project(name, num_heads, head_dim, x):
             return self._dense_general((num_heads, head_dim), -1, name, self.kernel_init)(x)
 
-        query = project("query", self.num_heads, inputs_q)  # [..., T, N, H]
-        key = project("key", num_kv_heads, inputs_kv)  # [..., S, K, H]
-        value = project("value", num_kv_heads, inputs_kv)  # [..., S, K, H]
-        if self.qk_norm:
+        query = project("query", self.num_heads, head_dim, inputs_q)  # [..., T, N, H]
+        key = project("key", num_kv_heads, head_dim, inputs_kv)  # [..., S, K, H]
+        value = project("value", num_kv_heads, value_dim, inputs_kv)  # [..., S, K, V]
+        if self.qk_norm is not False:
             query = self._by_part(self._norm("query_ln"), query)
             key = self._by_part(self._norm("key_ln"), key)
 
@@ -268,7 +286,7 @@ class MultiHeadAttention(nn.Module):
             # Keys are stored rotated, so a cached key is never turned again.
             if positions is None and cache is not None:
                 positions = cache.positions()
-            rotate = functools.partial(rotary, positions=positions, base=self.rotary_base)
+            rotate = functools.partial(rotate, positions=positions)
             query, key = self._by_part(rotate, query), self._by_part(rotate, key)
         overflow = None
         if cache is not None:
@@ -285,8 +303,9 @@ class MultiHeadAttention(nn.Module):
 
     def _mix(self, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:
         """Lets queries read values: `[..., T, N, H]`."""
-        if self.softcap is not None:
-            options["softcap"] = self.softcap
+        for name in ("scale", "softcap", "implementation"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
         _check_learnt(self)
         zeros = nn.initializers.zeros_init()
         for name in ("sinks", *self.learnt) if self.sinks else self.learnt:
@@ -301,7 +320,7 @@ class MultiHeadAttention(nn.Module):
         return nn.DenseGeneral(
             features,
             axis=axis,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if isinstance(self.use_bias, bool) else name in self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=kernel_init,
@@ -310,13 +329,58 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _norm(self, name):
-        return nn.LayerNorm(
-            use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
-        )
+        make = {True: nn.LayerNorm, "layer": nn.LayerNorm, "rms": nn.RMSNorm}.get(self.qk_norm)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": name}
+        if make is nn.LayerNorm:
+            types["use_bias"] = False
+        if make is not None:
+            return make(epsilon=self.norm_epsilon, **types)
+        if not callable(self.qk_norm):
+            raise ValueError(
+                'qk_norm must be False, True, "layer", "rms" or a function that makes a norm, got '
+                f"{told(self.qk_norm)}."
+            )
+        if self.norm_epsilon != 1e-6:
+            raise ValueError(
+                "norm_epsilon is for the words of qk_norm: give it to the function, got "
+                f"norm_epsilon={self.norm_epsilon}."
+            )
+        return self.qk_norm(name=name)
+
+    def _rotation(self) -> Callable[..., Array]:
+        """`positions.rotary` with the settings of the layer."""
+        settings = {}
+        for name, default in (
+            ("base", 10_000.0),
+            ("fraction", 1.0),
+            ("layout", "half"),
+            ("scaling", None),
+        ):
+            value = settings[name] = getattr(self, f"rotary_{name}")
+            is_default = not isinstance(value, jax.core.Tracer) and value == default
+            if not (self.rotary or is_default):
+                raise ValueError(f"rotary_{name} needs rotary=True, got {told(value)} without it.")
+        check_word("rotary_layout", self.rotary_layout, LAYOUTS)
+        if self.decode and isinstance(self.rotary_scaling, dynamic):
+            raise NotImplementedError(
+                "decode=True has no rotary_scaling=positions.dynamic(...), whose frequencies "
+                "change with the length: cached keys would keep old ones."
+            )
+        return functools.partial(rotary, **settings)
 
 
 # Arguments of attention functions that a layer gives itself.
-_OWN = ("query", "key", "value", "mask", "bias", "softcap", "sinks", "deterministic")
+_OWN = ("query", "key", "value", "mask", "bias", "scale", "softcap", "sinks", "deterministic")
+_PROJECTIONS = ("query", "key", "value", "out")
+
+
+def _check_use_bias(use_bias: bool | tuple[str, ...]) -> None:
+    fits = isinstance(use_bias, tuple | list) and all(name in _PROJECTIONS for name in use_bias)
+    if not (fits or isinstance(use_bias, bool)):
+        raise TypeError(
+            f"use_bias must be True, False or a tuple of names of {_PROJECTIONS}, got "
+            f"{told(use_bias)}."
+        )
 
 
 def _check_learnt(layer: nn.Module) -> None:
@@ -336,8 +400,8 @@ def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
 
 def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
     """Head size and number of key/value heads, with their defaults filled in."""
-    for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
-        if getattr(layer, name) is not None:
+    for name in ("num_heads", "num_kv_heads", "head_dim", "value_head_dim", "out_features"):
+        if getattr(layer, name, None) is not None:
             as_size(name, getattr(layer, name), maximum=2**31 - 1)
     if layer.head_dim is None and features % layer.num_heads:
         raise ValueError(
@@ -371,7 +435,8 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
                 "sow_weights=True needs an attention_fn that can show its weights, as "
                 f"dot_product_attention.weights does; got {layer.attention_fn}."
             )
-        weights = show(query, key, bias, mask, **options)
+        shown = {name: x for name, x in options.items() if name != "implementation"}
+        weights = show(query, key, bias, mask, **shown)
         layer.sow("intermediates", "attention_weights", weights)
     if bias is not None:
         options["bias"] = bias

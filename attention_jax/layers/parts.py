@@ -1,6 +1,7 @@
 """The other parts of a model: embeddings, positions, biases, MLPs and dropout."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from attention_jax.checks import (
     check_fields,
     check_flag,
     check_inputs,
+    check_number,
     check_rate,
     jax_defaults,
     known,
@@ -57,20 +59,26 @@ class TokenEmbedding(Embed):
         features: Width D of the model.
         embedding_init: Makes the table `embedding` `[num_embeddings, D]`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
+        scale: Multiplies the embedded tokens, not the logits. Gemma has D ** 0.5.
+        softcap: c of c * tanh(logits / c). None leaves the logits as they are.
     """
 
     embedding_init: Initializer = nn.initializers.normal(EMBEDDING_SCALE)
+    scale: float = 1.0
+    softcap: float | None = None
 
     def __call__(self, inputs: Array) -> Array:
         """Tokens `[..., T] -> [..., T, D]`."""
         check_fields(self)
         as_size("num_embeddings", self.num_embeddings)
         as_size("features", self.features)
-        return super().__call__(as_integers("inputs", inputs, axes=1))
+        x = super().__call__(as_integers("inputs", inputs, axes=1))
+        # In the type of x, as the models that have a scale were trained.
+        return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
 
     def attend(self, x: Array) -> Array:
         """`[..., D] -> [..., num_embeddings]`: logits in float32, the product of x and each row."""
-        return super().attend(x).astype(jnp.float32)
+        return _capped(super().attend(x), self.softcap)
 
 
 class VectorEmbedding(nn.Module):
@@ -97,10 +105,25 @@ class VectorEmbedding(nn.Module):
 
 
 class Unembedding(nn.Dense):
-    """Logits from a separate matrix, `[..., D] -> [..., features]` in float32."""
+    """Logits from a separate matrix, `[..., D] -> [..., features]` in float32.
+
+    Attributes are those of `nn.Dense`, and `softcap` of `TokenEmbedding`.
+    """
+
+    softcap: float | None = None
 
     def __call__(self, x: Array) -> Array:
-        return super().__call__(x).astype(jnp.float32)
+        return _capped(super().__call__(x), self.softcap)
+
+
+def _capped(logits, softcap) -> Array:
+    logits = logits.astype(jnp.float32)
+    if softcap is None:
+        return logits
+    check_number("softcap", softcap)
+    if known(softcap) is not None and not known(softcap) > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}.")
+    return softcap * jnp.tanh(logits / softcap)
 
 
 class SinusoidalPositions(nn.Module):
@@ -236,16 +259,76 @@ class Dropout(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections with GELU between them, position by position: `in` and `out`.
+    """out(activation(in(x))), position by position.
 
     Attributes:
         hidden_features: Width of the hidden layer.
         out_kernel_init: How the kernel of `out` starts.
         dtype, param_dtype: The types to compute in and to keep parameters in.
+        activation: Any function of numbers. The default is GELU by its tanh approximation, as
+            GPT-2 has it; `functools.partial(nn.gelu, approximate=False)` is the exact one.
+        use_bias: Adds a bias to each projection.
     """
 
     hidden_features: int
     out_kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    activation: Callable[[Array], Array] = nn.gelu
+    use_bias: bool = True
+
+    @nn.compact
+    @jax_defaults()
+    def __call__(self, x: Array) -> Array:
+        """`[..., D] -> [..., D]`."""
+        check_fields(self)
+        width = as_size("hidden_features", self.hidden_features)
+        hidden = self._hidden(lambda name: self._dense(width, name)(x))
+        return self._dense(x.shape[-1], "out", kernel_init=self.out_kernel_init)(hidden)
+
+    def _hidden(self, project: Callable[[str], Array]) -> Array:
+        """The hidden layer, from projections of the input by their names."""
+        return self.activation(project("in"))
+
+    def _dense(self, features, name, **options):
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Dense(features, use_bias=self.use_bias, name=name, **types, **options)
+
+
+class GatedMLP(MLP):
+    """SwiGLU: out(activation(gate(x)) * in(x)), position by position.
+
+    Attributes are those of `MLP`; the defaults are SiLU and no biases. `activation=nn.gelu` is
+    GEGLU. With three matrices it has as many parameters as an `MLP` that is 1.5 times as wide.
+
+    Reference:
+        Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+        https://arxiv.org/abs/2002.05202
+    """
+
+    activation: Callable[[Array], Array] = nn.silu
+    use_bias: bool = False
+
+    def _hidden(self, project):
+        return self.activation(project("gate")) * project("in")
+
+
+class UnitOffsetRMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), with a scale that begins as zeros: the norm of Gemma.
+
+    Weight decay then draws the factors towards 1, and small scales keep their digits in bfloat16.
+
+    Attributes:
+        epsilon: Added to the mean square.
+        dtype, param_dtype: The types of the result and of the parameter `scale` `[D]`. It computes
+            in float32 at least.
+
+    Reference:
+        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+        https://arxiv.org/abs/1910.07467
+    """
+
+    epsilon: float = 1e-6
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -254,32 +337,13 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., D] -> [..., D]`."""
         check_fields(self)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = dense(as_size("hidden_features", self.hidden_features), name="in")(x)
-        return dense(x.shape[-1], kernel_init=self.out_kernel_init, name="out")(nn.gelu(hidden))
-
-
-class GatedMLP(MLP):
-    """SwiGLU: out(silu(gate(x)) * in(x)), without biases, position by position.
-
-    Attributes are those of `MLP`. With three matrices it has as many parameters as an `MLP` that is
-    1.5 times as wide.
-
-    Reference:
-        Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
-        https://arxiv.org/abs/2002.05202
-    """
-
-    @nn.compact
-    @jax_defaults()
-    def __call__(self, x: Array) -> Array:
-        """`[..., D] -> [..., D]`."""
-        check_fields(self)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = functools.partial(nn.Dense, use_bias=False, **types)
-        width = as_size("hidden_features", self.hidden_features)
-        hidden = nn.silu(dense(width, name="gate")(x)) * dense(width, name="in")(x)
-        return dense(x.shape[-1], kernel_init=self.out_kernel_init, name="out")(hidden)
+        zeros = nn.initializers.zeros_init()
+        scale = self.param("scale", zeros, (x.shape[-1],), self.param_dtype)
+        dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        x, scale = x.astype(wide), scale.astype(wide)
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.epsilon) * (1 + scale)).astype(dtype)
 
 
 class ShortConvolution(nn.Module):

@@ -18,7 +18,6 @@ from attention_jax.layers import (
     TokenEmbedding,
     Unembedding,
     VectorEmbedding,
-    parts,
 )
 from attention_jax.layers.parts import scaled_init
 from attention_jax.models import Block, SequenceModel
@@ -162,7 +161,7 @@ def make_sequence_model(
     hidden_features = _hidden_features(mlp_ratio, features)
     if mlp != "gelu" and not hidden_features:
         raise ValueError(f"mlp={mlp!r} needs mlp_ratio: without one there is no MLP.")
-    make_mlp = getattr(parts, words.MLPS[mlp])
+    make_mlp = words.MLPS[mlp]()
 
     def make_block(depth: int) -> Block:
         layer = words.ATTENTIONS[attention](words.MECHANISMS[mechanism](depth))

@@ -49,8 +49,11 @@ def _with_one_head(layer: partial) -> partial:
 # How each word changes the layer of a mechanism.
 ATTENTIONS = {"multihead": lambda layer: layer, "selfhead": _with_one_head}
 
-# The names of `attention_jax.layers.parts`.
-MLPS = {"gelu": "MLP", "swiglu": "GatedMLP"}
+MLPS = {
+    "gelu": lambda: attention_jax.MLP,
+    "swiglu": lambda: attention_jax.GatedMLP,
+    "geglu": lambda: partial(attention_jax.GatedMLP, activation=attention_jax.MLP.activation),
+}
 
 # The names of flax.
 NORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "none": None}
