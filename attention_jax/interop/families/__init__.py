@@ -1,0 +1,61 @@
+"""Families of language models as Hugging Face's configs name them, made of this package's parts.
+
+A family is a pair of functions, config -> model and model -> config, and the names of its tensors.
+"""
+
+from typing import Any
+
+from attention_jax.interop.families.family import REQUIRED, Config, Family, Tensor, spec
+from attention_jax.interop.families.gpt import GPTS
+from attention_jax.interop.families.llama import LLAMAS
+from attention_jax.models import SequenceModel
+
+__all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model"]
+
+# By `model_type`. `describe` takes the first that fits.
+FAMILIES = GPTS | LLAMAS
+
+
+def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
+    """The model that a `config.json` describes.
+
+    Raises:
+        ValueError: A field is missing, or does not fit another.
+        NotImplementedError: The family, or what a field asks for, has no model here.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise NotImplementedError(f"model_type must be one of {tuple(FAMILIES)}, got {kind!r}.")
+    family = FAMILIES[kind]
+    for name, values in family.only.items():
+        if name in config and config[name] not in values:
+            raise NotImplementedError(f"{name} must be {values[0]}, got {config[name]!r}.")
+    known = {name: config.get(name, default) for name, default in family.defaults.items()}
+    for name, value in known.items():
+        if value is REQUIRED:
+            raise ValueError(f"{name} is missing.")
+    for name in ("rope_theta", "partial_rotary_factor"):  # In files, not always in defaults.
+        if name in config:
+            known[name] = config[name]
+    return family, family.model(known, dtype)
+
+
+def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
+    """The `model_type`, the family and the config of a model.
+
+    Raises:
+        NotImplementedError: No family has this model.
+    """
+    dtype = model.embedding.param_dtype
+    for kind, family in FAMILIES.items():
+        try:
+            found = family.config(model)
+            config = {name: x for name, x in found.items() if name in family.defaults}
+            made = family.model(family.defaults | config, dtype)
+        except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+            continue  # A part of the model is not one of this family.
+        if spec(made) == spec(model):
+            return kind, family, config
+    raise NotImplementedError(
+        f"model is of no family that transformers has and this function knows: {tuple(FAMILIES)}."
+    )

@@ -1,0 +1,249 @@
+"""Language models in Hugging Face's directories: `config.json`, `*.safetensors`, `tokenizer.json`.
+
+Neither torch nor transformers is needed. The families are GPT-2, GPT-NeoX (Pythia), Llama, Mistral,
+Qwen 2 and 3, Gemma, Gemma 2 and the text models of Gemma 3.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from attention_jax.checks import check_dtype, told
+from attention_jax.interop.families import Family, Tensor, describe, make_model
+from attention_jax.models import SequenceModel
+from attention_jax.types import PyTree
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceModel, PyTree]:
+    """Loads a language model from a local directory.
+
+    Args:
+        directory: Has `config.json`, and `model.safetensors` or its parts with their index.
+        dtype: The type of the parameters. None keeps that of the file.
+
+    Returns:
+        The model and its parameters: `model.apply({"params": params}, tokens)` gives the logits
+        `[..., T, vocab_size]`. Dropout is left out.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is broken, or does not fit the config.
+        NotImplementedError: The config asks for what no part of this package does.
+    """
+    directory = Path(directory).expanduser()
+    config = _read_json(directory / _CONFIG)
+    if "text_config" in config:
+        raise NotImplementedError(
+            f"{directory / _CONFIG}: text_config belongs to a model of text and images, which has "
+            "no model here."
+        )
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+        dtype = jnp.dtype(dtype)
+    with _told_of(directory / _CONFIG):
+        family, model = make_model(config, jnp.dtype(dtype or jnp.float32))
+    with contextlib.ExitStack() as stack:
+        files = _open(directory, stack)
+        names = _names(files, family)
+        if dtype is None:
+            first = next(family.tensors(model))  # The embedding.
+            name = _name_of(first, names, directory)
+            dtype = files[name].get_tensor(name).dtype
+            check_dtype(f"{directory}: the type of the parameters", dtype)
+            _, model = make_model(config, dtype)
+        flat = {}
+        wanted = list(family.tensors(model))
+        shapes = _shapes(model)
+        for tensor in wanted:
+            name = _name_of(tensor, names, directory)
+            flat |= _load(tensor, files[name].get_tensor(name), shapes, dtype, directory)
+        _check_unused(directory, names, wanted, family, model)
+    return model, unflatten_dict(flat, sep="/")
+
+
+def _name_of(tensor: Tensor, names: dict[str, str], directory: Path) -> str:
+    if tensor.name not in names:
+        raise ValueError(f"{directory} has no tensor {tensor.name}.")
+    return names[tensor.name]
+
+
+def _load(tensor, array, shapes, dtype, directory) -> dict[str, jax.Array]:
+    try:
+        parts = tensor.load(array)
+    except (ValueError, IndexError):
+        parts = (array,)
+    wanted = [shapes[path] for path in tensor.paths]
+    if [part.shape for part in parts] != wanted:
+        raise ValueError(
+            f"{directory}: {tensor.name} has shape {array.shape}, which does not fit the config."
+        )
+    return {path: jnp.asarray(part, dtype) for path, part in zip(tensor.paths, parts, strict=True)}
+
+
+def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **config: Any) -> None:
+    """Writes a directory that transformers loads.
+
+    Args:
+        directory: Is made if it does not exist.
+        model: One that `load` gave, or one of the same parts.
+        params: Its parameters.
+        **config: Further fields of `config.json`, as `eos_token_id=2`. They must not change the
+            model.
+
+    Raises:
+        NotImplementedError: No family has this model.
+        ValueError: The parameters are not those of the model, or a field changes the model.
+    """
+    kind, family, fields = describe(model)
+    flat, shapes = flatten_dict(params, sep="/"), _shapes(model)
+    if {path: x.shape for path, x in flat.items()} != shapes:
+        differing = sorted(set(flat) ^ set(shapes)) or [
+            path for path in shapes if flat[path].shape != shapes[path]
+        ]
+        raise ValueError(f"params are not those of the model: see {', '.join(differing[:4])}.")
+    for name, value in config.items():
+        if name in family.defaults and fields.get(name, family.defaults[name]) != value:
+            raise ValueError(f"{name}={value!r} would change the model.")
+    arrays = {}
+    for tensor in family.tensors(model):
+        parts = [np.asarray(flat[path]) for path in tensor.paths]
+        arrays[tensor.name] = np.ascontiguousarray(tensor.save(*parts))
+    dtypes = sorted({str(x.dtype) for x in arrays.values()})
+    fields = {"architectures": [family.architecture], "model_type": kind, "dtype": dtypes[0]} | (
+        fields | config
+    )
+    directory = Path(directory).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+
+    from safetensors.numpy import save_file
+
+    _replace(directory / _WEIGHTS, lambda path: save_file(arrays, path, {"format": "pt"}))
+    text = json.dumps(fields, indent=2) + "\n"
+    _replace(directory / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def tokenizer(directory: str | os.PathLike) -> Any:
+    """The `tokenizers.Tokenizer` of a directory: `.encode(text).ids`, `.decode(ids)`.
+
+    Raises:
+        FileNotFoundError: The directory has no `tokenizer.json`.
+        ModuleNotFoundError: The library is not installed.
+        ValueError: The file is broken.
+    """
+    path = Path(directory).expanduser() / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "interop.huggingface.tokenizer needs the library tokenizers: install "
+            '"attention-jax[huggingface]".'
+        ) from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library has no type of its own for what it raises.
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Says in which file the fault lies."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object, got {told(found)}.")
+    return found
+
+
+def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The open file of every tensor, by its name."""
+    from safetensors import SafetensorError, safe_open
+
+    if (directory / _INDEX).is_file():
+        found = _read_json(directory / _INDEX).get("weight_map")
+        parts = found.values() if isinstance(found, dict) else [None]
+        for part in parts:
+            if not isinstance(part, str) or Path(part).name != part:
+                raise ValueError(
+                    f"{directory / _INDEX}: weight_map must name files of its directory, got "
+                    f"{told(part)}."
+                )
+        paths = sorted({directory / part for part in parts})
+    else:
+        paths = [directory / _WEIGHTS]
+    files = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        try:
+            file = stack.enter_context(safe_open(path, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no file of safetensors: {error}") from error
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _names(files: dict[str, Any], family: Family) -> dict[str, str]:
+    """The tensors' names as the family has them, with the names that the files have.
+
+    Models without a head were saved without the prefix.
+    """
+    prefix = family.prefix
+    has_prefix = any(name.startswith(prefix) for name in files)
+    heads = ("lm_head.", "embed_out.")
+    full = lambda name: name if has_prefix or name.startswith(heads) else prefix + name
+    return {full(name): name for name in files}
+
+
+def _check_unused(directory, names, wanted, family, model) -> None:
+    """Raises ValueError for a tensor that the model has no place for."""
+    used = {tensor.name for tensor in wanted}
+    if model.head is None:  # A copy of the embedding.
+        used |= {"lm_head.weight", "embed_out.weight"}
+    left = [name for name in names if name not in used and not name.endswith(family.unused)]
+    if left:
+        raise ValueError(
+            f"{directory} has {len(left)} tensors that its config has no place for: "
+            f"{', '.join(sorted(left)[:4])}."
+        )
+
+
+def _shapes(model: SequenceModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters, by their paths."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    found = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return {path: x.shape for path, x in flatten_dict(found, sep="/").items()}
+
+
+def _replace(path: Path, write) -> None:
+    """Writes a file beside its place, and puts it there when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
