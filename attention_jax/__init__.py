@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attention_jax.functional.gated_delta import gated_delta_attention
     from attention_jax.functional.linear import linear_attention
     from attention_jax.functional.sigmoid import sigmoid_attention
+    from attention_jax.generation import generate
     from attention_jax.layers import (
         MLP,
         AlibiBias,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         VectorEmbedding,
     )
     from attention_jax.models import Block, SequenceModel, decoding
+    from attention_jax.training.loading import load
 
 _HOMES = {
     "masks": "attention_jax.functional.masks",
@@ -66,6 +68,8 @@ _HOMES = {
     "Block": "attention_jax.models",
     "SequenceModel": "attention_jax.models",
     "decoding": "attention_jax.models",
+    "generate": "attention_jax.generation",
+    "load": "attention_jax.training.loading",
 }
 
 __all__ = [
@@ -93,7 +97,9 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "gated_delta_attention",
+    "generate",
     "linear_attention",
+    "load",
     "masks",
     "positions",
     "sigmoid_attention",

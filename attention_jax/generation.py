@@ -70,7 +70,9 @@ def generate(
     is_greedy = known(temperature) == 0
     if is_greedy:
         if top_k is not None or top_p is not None:
-            raise ValueError("temperature=0 takes the most likely token: leave top_k and top_p out.")
+            raise ValueError(
+                "temperature=0 takes the most likely token: leave top_k and top_p out."
+            )
     elif rng is None:
         raise ValueError("rng must be given, as jax.random.key(0); temperature=0 needs none.")
     else:
