@@ -70,9 +70,7 @@ def generate(
     is_greedy = known(temperature) == 0
     if is_greedy:
         if top_k is not None or top_p is not None:
-            raise ValueError(
-                "temperature=0 takes the most likely token: leave top_k and top_p out."
-            )
+            raise ValueError("temperature=0 takes the likeliest token: leave top_k and top_p out.")
     elif rng is None:
         raise ValueError("rng must be given, as jax.random.key(0); temperature=0 needs none.")
     else:
@@ -109,7 +107,7 @@ def _prefill(model, length, params, tokens):
     return variables["cache"], logits[..., 0, :]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @jax_defaults()
 def _continue(model, num_tokens, settings, params, cache, token, rng):
     """`[..., num_tokens]`: those that follow `token`."""

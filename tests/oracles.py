@@ -305,16 +305,20 @@ def relative(table, T, S, **rule):
 # Positions.
 
 
-def rotary(x, positions, *, base=10_000.0, fraction=1.0):
-    """`[T, N, H]` and `[T]`; coordinate i turns together with coordinate i + rotary_dim / 2."""
+def rotary(x, positions, *, base=10_000.0, fraction=1.0, layout="half", turn=lambda f: f):
+    """`[T, N, H]` and `[T]`; coordinate i turns together with coordinate i + rotary_dim / 2.
+
+    "interleaved": 2 i with 2 i + 1. `turn` changes the frequency of a pair.
+    """
     x, out = f64(x), f64(x).copy()
     T, N, H = x.shape
     half = round(H * fraction) // 2
     for t, n, i in np.ndindex(T, N, half):
-        angle = float(positions[t]) * base ** (-i / half)
-        a, b = x[t, n, i], x[t, n, i + half]
-        out[t, n, i] = a * math.cos(angle) - b * math.sin(angle)
-        out[t, n, i + half] = b * math.cos(angle) + a * math.sin(angle)
+        angle = float(positions[t]) * turn(base ** (-i / half))
+        first, second = (i, i + half) if layout == "half" else (2 * i, 2 * i + 1)
+        a, b = x[t, n, first], x[t, n, second]
+        out[t, n, first] = a * math.cos(angle) - b * math.sin(angle)
+        out[t, n, second] = b * math.cos(angle) + a * math.sin(angle)
     return out
 
 

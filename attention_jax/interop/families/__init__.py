@@ -5,12 +5,13 @@ A family is a pair of functions, config -> model and model -> config, and the na
 
 from typing import Any
 
+from attention_jax.checks import told
 from attention_jax.interop.families.family import REQUIRED, Config, Family, Tensor, spec
 from attention_jax.interop.families.gpt import GPTS
 from attention_jax.interop.families.llama import LLAMAS
 from attention_jax.models import SequenceModel
 
-__all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model"]
+__all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "spec"]
 
 # By `model_type`. `describe` takes the first that fits.
 FAMILIES = GPTS | LLAMAS
@@ -34,10 +35,21 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
     for name, value in known.items():
         if value is REQUIRED:
             raise ValueError(f"{name} is missing.")
+        default = family.defaults[name]
+        wanted = int if default is REQUIRED else type(default)
+        wanted = (int, float) if wanted is float else wanted
+        if None not in (default, value) and (
+            not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)
+        ):
+            raise ValueError(f"{name} must be of the type {_word(wanted)}, got {told(value)}.")
     for name in ("rope_theta", "partial_rotary_factor"):  # In files, not always in defaults.
         if name in config:
             known[name] = config[name]
     return family, family.model(known, dtype)
+
+
+def _word(kinds: type | tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:

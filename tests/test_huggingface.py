@@ -1,0 +1,298 @@
+"""Models of transformers: the same logits, the same tokens, there and back."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+from huggingface.make import MODELS, answers, random_model
+
+from attention_jax import generate
+from attention_jax.interop import huggingface
+from attention_jax.interop.families import spec
+from attention_jax.models import decoding
+
+HERE = Path(__file__).parent / "huggingface"
+HAS_PEER = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def tensors(path):
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name):
+    model, params = huggingface.load(HERE / name)
+    want = np.load(HERE / name / "answers.npz")
+    logits = jax.jit(model.apply)({"params": params}, want["tokens"])
+    assert_close(logits, want["logits"], 1e-5)
+
+
+QUICK = ("gpt2", "gemma3")  # Learned positions; windows, two bases.
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in MODELS]
+)
+def test_greedy_tokens_are_those_of_transformers(name):
+    model, params = huggingface.load(HERE / name)
+    want = np.load(HERE / name / "answers.npz")
+    found = generate(model, params, want["tokens"], 10, temperature=0)
+    np.testing.assert_array_equal(found, want["greedy"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_saved_are_the_tensors_that_were_loaded(name, tmp_path):
+    huggingface.save(tmp_path, *huggingface.load(HERE / name))
+    saved, given = (tensors(place / "model.safetensors") for place in (tmp_path, HERE / name))
+    assert saved.keys() == given.keys()
+    for tensor, array in given.items():
+        np.testing.assert_array_equal(saved[tensor], array, err_msg=tensor)
+    # The config describes the same model.
+    models = [huggingface.load(place)[0] for place in (tmp_path, HERE / name)]
+    assert spec(models[0]) == spec(models[1])
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_what_was_saved(name, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    huggingface.save(tmp_path, *huggingface.load(HERE / name))
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    want = np.load(HERE / name / "answers.npz")
+    with torch.no_grad():
+        logits = peer(torch.tensor(want["tokens"])).logits.numpy()
+    assert_close(logits, want["logits"], 1e-6)
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_answers_are_those_of_the_peer_that_is_installed(name):
+    want = np.load(HERE / name / "answers.npz")
+    for what, array in answers(random_model(*MODELS[name])).items():
+        assert_close(array, want[what], 1e-5)
+
+
+ROTATIONS = {
+    "linear": {"type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8},
+    "yarn, mscale": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
+        "beta_fast": 4.0,
+        "truncate": False,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations_beyond_the_trained_length_are_those_of_transformers(name, tmp_path):
+    import torch
+
+    fields = MODELS["llama"][1] | {"head_dim": 16, "max_position_embeddings": 8}
+    del fields["rope_parameters"]
+    scaling = ROTATIONS[name]
+    peer = random_model("llama", fields | {"rope_theta": 50.0, "rope_scaling": dict(scaling)})
+    peer.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 19, (1, 30))
+    with torch.no_grad():
+        want = peer(torch.tensor(tokens)).logits.numpy()
+    model, params = huggingface.load(tmp_path)
+    assert_close(jax.jit(model.apply)({"params": params}, tokens), want, 1e-5)
+    # The fields of transformers 4 mean the same.
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 50.0, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, params = huggingface.load(tmp_path)
+    assert_close(jax.jit(again.apply)({"params": params}, tokens), want, 1e-5)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A copy of a directory, and a function that changes fields of its config."""
+    place = tmp_path / "llama"
+    shutil.copytree(HERE / "llama", place)
+
+    def change(**fields):
+        config = json.loads((place / "config.json").read_text())
+        fields = {name: value for name, value in (config | fields).items() if value is not ...}
+        (place / "config.json").write_text(json.dumps(fields))
+        return place
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"model_type": "mamba"}, NotImplementedError, "model_type.*'mamba'"),
+        ({"model_type": ...}, NotImplementedError, "model_type.*None"),
+        ({"hidden_act": "quick_gelu"}, NotImplementedError, "quick_gelu"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, NotImplementedError, "longrope"),
+        ({"rope_parameters": {"rope_type": "linear"}}, ValueError, "factor is missing"),
+        ({"hidden_size": ...}, ValueError, "hidden_size is missing"),
+        ({"hidden_size": 32}, ValueError, "embed_tokens.*shape"),
+        ({"num_hidden_layers": 3}, ValueError, r"no tensor model\.layers\.2"),
+        ({"num_hidden_layers": 1}, ValueError, r"no place for.*layers\.1"),
+        ({"attention_bias": False}, ValueError, "no place for.*bias"),
+        ({"tie_word_embeddings": "yes"}, (TypeError, ValueError), "tie_word_embeddings"),
+        ({"num_attention_heads": "4"}, (TypeError, ValueError), "num_attention_heads"),
+        ({"text_config": {}}, NotImplementedError, "text_config"),
+    ],
+)
+def test_what_a_config_asks_for_is_honoured_or_refused_by_name(place, fields, error, words):
+    with pytest.raises(error, match=words):
+        huggingface.load(place(**fields))
+
+
+def test_a_layer_that_is_bidirectional_is_refused(tmp_path):
+    shutil.copytree(HERE / "gemma", tmp_path / "gemma")
+    path = tmp_path / "gemma" / "config.json"
+    config = json.loads(path.read_text()) | {"use_bidirectional_attention": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(NotImplementedError, match="use_bidirectional_attention"):
+        huggingface.load(path.parent)
+
+
+def _shards(place, names=("model-1.safetensors", "model-2.safetensors")):
+    """Writes the tensors as two files with an index."""
+    from safetensors.numpy import save_file
+
+    found = tensors(place / "model.safetensors")
+    (place / "model.safetensors").unlink()
+    where = {name: names[i % 2] for i, name in enumerate(sorted(found))}
+    for i, file in enumerate(("model-1.safetensors", "model-2.safetensors")):
+        save_file({n: found[n] for j, n in enumerate(sorted(found)) if j % 2 == i}, place / file)
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_parts_with_an_index_are_one_file(place):
+    directory = place()
+    _, want = huggingface.load(directory)
+    _shards(directory)
+    _, params = huggingface.load(directory)
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+def test_an_index_names_files_of_its_directory_only(place):
+    directory = place()
+    _shards(directory, ("../model-1.safetensors", "model-2.safetensors"))
+    with pytest.raises(ValueError, match=r"weight_map.*'\.\./model-1\.safetensors'"):
+        huggingface.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("config.json", None, FileNotFoundError),
+        ("config.json", b"{", ValueError),
+        ("config.json", b"[]", ValueError),
+        ("config.json", b"\xff\xfe", ValueError),
+        ("model.safetensors", None, FileNotFoundError),
+        ("model.safetensors", b"", ValueError),
+        ("model.safetensors", b"\xff" * 64, ValueError),
+        ("model.safetensors.index.json", b"{}", ValueError),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "gone"}}', FileNotFoundError),
+    ],
+)
+def test_a_broken_file_is_named(place, file, content, error):
+    path = place() / file
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=r"config\.json|safetensors|gone"):
+        huggingface.load(path.parent)
+
+
+def test_names_may_lack_the_prefix_and_have_old_constants(tmp_path):
+    from safetensors.numpy import save_file
+
+    place = tmp_path / "gpt2"
+    shutil.copytree(HERE / "gpt2", place)
+    found = {
+        name.removeprefix("transformer."): x
+        for name, x in tensors(place / "model.safetensors").items()
+    }
+    found["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)
+    save_file(found, place / "model.safetensors")
+    _, params = huggingface.load(place)
+    jax.tree.map(np.testing.assert_array_equal, params, huggingface.load(HERE / "gpt2")[1])
+
+
+def test_parameters_keep_their_type_or_take_the_one_asked_for(place):
+    from safetensors.numpy import save_file
+
+    directory = place()
+    found = {n: x.astype(jnp.bfloat16) for n, x in tensors(directory / "model.safetensors").items()}
+    save_file(found, directory / "model.safetensors")
+    model, params = huggingface.load(directory)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    _, wide = huggingface.load(directory, dtype=jnp.float32)
+    assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+    want = np.load(HERE / "llama" / "answers.npz")
+    logits = jax.jit(model.apply)({"params": params}, want["tokens"])
+    assert logits.dtype == jnp.float32
+    assert_close(logits, want["logits"], 0.05)
+    huggingface.save(directory, model, params)
+    saved = tensors(directory / "model.safetensors")
+    for name, array in found.items():
+        np.testing.assert_array_equal(saved[name], array)
+    with pytest.raises(TypeError, match="dtype"):
+        huggingface.load(directory, dtype="int8")
+
+
+def test_a_model_of_no_family_is_not_saved(tmp_path):
+    model, params = huggingface.load(HERE / "llama")
+    odd = model.clone(blocks=[block.clone(residual=False) for block in model.blocks])
+    with pytest.raises(NotImplementedError, match="family"):
+        huggingface.save(tmp_path / "odd", odd, params)
+    with pytest.raises(ValueError, match=r"params.*embedding"):
+        huggingface.save(tmp_path / "odd", model, params | {"embedding": {}})
+    with pytest.raises(ValueError, match="hidden_size=3"):
+        huggingface.save(tmp_path / "odd", model, params, hidden_size=3)
+    assert not (tmp_path / "odd").exists()
+    huggingface.save(tmp_path / "odd", model, params, eos_token_id=7)
+    assert json.loads((tmp_path / "odd" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_a_dynamic_rotation_is_not_decoded(place):
+    directory = place(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    model, _ = huggingface.load(directory)
+    with pytest.raises(NotImplementedError, match=r"rotary_scaling=positions\.dynamic"):
+        jax.eval_shape(decoding(model).init, jax.random.key(0), jnp.zeros((1, 4), int))
+
+
+def test_the_tokenizer_is_that_of_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        huggingface.tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tokenizers = pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        huggingface.tokenizer(tmp_path)
+    words = tokenizers.models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?")
+    own = tokenizers.Tokenizer(words)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.save(str(tmp_path / "tokenizer.json"))
+    assert huggingface.tokenizer(tmp_path).encode("the cat").ids == [0, 1]
