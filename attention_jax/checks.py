@@ -3,10 +3,11 @@ code."""
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import get_args, get_origin
 
 import jax
@@ -32,6 +33,92 @@ def jax_defaults() -> Iterator[None]:
         jax.threefry_partitionable(True),
     ):
         yield
+
+
+# What other libraries call an argument, and what to write here.
+_CAUSAL = "mask=masks.causal()"
+_VISIBLE = "mask=..., in which True means may attend"
+_WINDOW = "mask=masks.window(left, right), in which both ends are visible"
+_LENGTHS = "mask=masks.key_lengths(lengths)"
+_SEGMENTS = "mask=masks.segments(ids)"
+_SAME_HEADS = "fewer heads in key and value, which are shared"
+_ELSEWHERE = {
+    "is_causal": _CAUSAL,
+    "causal": _CAUSAL,
+    "attn_mask": f"{_VISIBLE}, or bias=... for a mask of numbers",
+    "attention_mask": _VISIBLE,
+    "key_padding_mask": f"{_LENGTHS}, or mask=seen[..., None, None, :] for a [B, S] array",
+    "padding_mask": f"{_LENGTHS}, or mask=seen[..., None, None, :] for a [B, S] array",
+    "attn_bias": "bias=...",
+    "local_window_size": _WINDOW,
+    "window_size": _WINDOW,
+    "sliding_window": "mask=masks.window(size - 1)",
+    "segment_ids": _SEGMENTS,
+    "q_segment_ids": _SEGMENTS,
+    "query_seq_lengths": "mask=masks.query_lengths(lengths)",
+    "key_value_seq_lengths": _LENGTHS,
+    "dropout_p": "dropout_rate=...",
+    "dropout": "dropout_rate=...",
+    "broadcast_dropout": "interop.flax.attention_fn, which has it",
+    "enable_gqa": _SAME_HEADS,
+    "num_groups": "num_kv_heads=...",
+    "num_key_value_heads": "num_kv_heads=...",
+    "n_kv_heads": "num_kv_heads=...",
+    "sm_scale": "scale=...",
+    "softmax_scale": "scale=...",
+    "logits_soft_cap": "softcap=...",
+    "attn_logits_soft_cap": "softcap=...",
+    "logit_cap": "softcap=...",
+    "precision": "with jax.default_matmul_precision(...): around the call",
+    "need_weights": "sow_weights=True in the call of a layer, or attention_weights(...)",
+    "return_weights": "sow_weights=True in the call of a layer, or attention_weights(...)",
+    "qkv_features": "head_dim=qkv_features // num_heads",
+    "normalize_qk": 'qk_norm="layer"',
+    "use_qk_norm": 'qk_norm="layer" or "rms"',
+    "embed_dim": "no width: a layer takes it from its inputs; out_features=... if they differ",
+    "in_features": "no width: a layer takes it from its inputs",
+    "kdim": "no width: a layer takes it from its inputs",
+    "vdim": "no width: a layer takes it from its inputs",
+    "batch_first": "nothing: the batch always comes first",
+    "rope_theta": "rotary_base=...",
+    "rope_base": "rotary_base=...",
+    "rngs": "flax.nnx.bridge.ToNNX(layer, rngs=...): this is a layer of linen",
+    "kv_heads": "num_kv_heads=...",
+}
+
+
+def check_names(called: str, taken: Collection[str], given: Collection[str]) -> None:
+    """Raises TypeError for an argument that there is not, with what to write instead."""
+    for name in given:
+        if name in taken:
+            continue
+        if name in _ELSEWHERE:
+            words = f": write {_ELSEWHERE[name]}"
+        else:
+            near = difflib.get_close_matches(name, taken, n=1)
+            words = f": did you mean {near[0]}?" if near else f"; it takes {', '.join(taken)}"
+        raise TypeError(f"{called} has no argument {name}{words}.".replace("?.", "?"))
+
+
+def public(function: Callable) -> Callable:
+    """A function in JAX's default modes that answers to the words of other libraries."""
+    taken = tuple(x for x in inspect.signature(function).parameters if x != "self")
+    in_default_modes = jax_defaults()(function)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        check_names(function.__name__, taken, options)
+        return in_default_modes(*args, **options)
+
+    return call
+
+
+class Named:
+    """A layer whose fields answer to the words of other libraries."""
+
+    def __new__(cls, *args, **fields):
+        check_names(cls.__name__, cls.__dataclass_fields__, fields)
+        return super().__new__(cls)
 
 
 def check_floating(name: str, array: Array) -> None:

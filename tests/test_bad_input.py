@@ -262,3 +262,34 @@ def test_one_key_head_serves_any_number_of_query_heads():
         for N in (1, 2, 5):
             sizes = Sizes(N=N, K=1)
             assert jax.eval_shape(case.attend, *random_qkv(sizes)).shape == sizes.out
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: dot_product_attention(QUERY, KEY, VALUE, is_causal=True),
+            "is_causal: write mask=",
+        ),
+        (
+            lambda: dot_product_attention(QUERY, KEY, VALUE, attn_mask=None),
+            "attn_mask: write mask=",
+        ),
+        (lambda: dot_product_attention(QUERY, KEY, VALUE, softcaps=1.0), "did you mean softcap?"),
+        (lambda: dot_product_attention(QUERY, KEY, VALUE, zzz=1.0), "zzz; it takes query, key"),
+        (lambda: dot_product_attention(QUERY, KEY, VALUE, np.ones((5, 7), bool)), "write mask="),
+        (lambda: gated_delta_attention(QUERY, KEY, VALUE, causal=True), "causal: write mask="),
+        (lambda: MultiHeadAttention(4, qkv_features=8), "qkv_features: write head_dim="),
+        (lambda: MultiHeadAttention(4, normalize_qk=True), 'normalize_qk: write qk_norm="layer"'),
+        (lambda: DifferentialAttention(4, rope_theta=1e6), "rope_theta: write rotary_base="),
+        (
+            lambda: MultiHeadAttention(1).init(jax.random.key(0), QUERY[0, 0], is_causal=True),
+            "is_causal: write mask=masks.causal()",
+        ),
+    ],
+)
+def test_words_of_other_libraries_are_translated(call, words):
+    with pytest.raises(TypeError) as raised:
+        call()
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -346,6 +346,8 @@ def as_bias(bias: "Bias | Array") -> Bias:
         return bias
     if not is_array(bias):
         raise TypeError(f"bias must be an array or a biases.* value, got {type(bias).__name__}.")
+    if bias.dtype == bool:
+        raise TypeError("bias must be numbers, got bool: a boolean array is a mask, write mask=...")
     check_floating("bias", bias)
     with jax.debug_infs(False):  # -inf is allowed: it means masked.
         return Dense(jnp.asarray(bias))

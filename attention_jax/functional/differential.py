@@ -2,14 +2,14 @@
 
 import jax.numpy as jnp
 
-from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults
+from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults, public
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.types import Array
 
 
-@jax_defaults()
+@public
 def differential_attention(
     query: Array,
     key: Array,

@@ -9,7 +9,7 @@ import inspect
 
 import jax
 
-from attention_jax.checks import as_size, check_qkv, check_word, jax_defaults, told
+from attention_jax.checks import as_size, check_qkv, check_word, jax_defaults, public, told
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.blockwise import blockwise_attention
 from attention_jax.functional.choice import IMPLEMENTATIONS, Choice, choose, cost
@@ -21,7 +21,7 @@ from attention_jax.functional.options import Options, make_options
 from attention_jax.types import Array
 
 
-@jax_defaults()
+@public
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -194,7 +194,7 @@ def _check_blocks(block_size) -> tuple[int, int] | None:
     return tuple(as_size("block_size", size) for size in sizes)
 
 
-@jax_defaults()
+@public
 def attention_weights(
     query: Array,
     key: Array,

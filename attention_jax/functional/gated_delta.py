@@ -8,13 +8,13 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import as_size, check_floating, check_qkv, jax_defaults
+from attention_jax.checks import as_size, check_floating, check_qkv, jax_defaults, public
 from attention_jax.functional.masks import Mask, as_mask, causal, is_causal
 from attention_jax.functional.mesh import attended, in_auto
 from attention_jax.types import Array
 
 
-@jax_defaults()
+@public
 def gated_delta_attention(
     query: Array,
     key: Array,

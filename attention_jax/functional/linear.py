@@ -13,7 +13,7 @@ from attention_jax.checks import (
     check_function,
     check_qkv,
     is_array,
-    jax_defaults,
+    public,
     told,
 )
 from attention_jax.functional.masks import Mask, as_mask, is_causal
@@ -27,7 +27,7 @@ def elu_plus_one(x: Array) -> Array:
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
-@jax_defaults()
+@public
 def linear_attention(
     query: Array,
     key: Array,

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults
+from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults, public
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dense import mix, visible_logits, where
 from attention_jax.functional.masks import Mask
@@ -14,7 +14,7 @@ from attention_jax.functional.options import make_options
 from attention_jax.types import Array
 
 
-@jax_defaults()
+@public
 def sigmoid_attention(
     query: Array,
     key: Array,

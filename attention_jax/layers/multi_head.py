@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax.checks import (
+    Named,
     as_positions,
     as_size,
     check_fields,
@@ -17,7 +18,7 @@ from attention_jax.checks import (
     check_rate,
     check_takes,
     check_word,
-    jax_defaults,
+    public,
     told,
 )
 from attention_jax.functional.biases import Bias
@@ -28,7 +29,7 @@ from attention_jax.layers.cache import Cache
 from attention_jax.types import Array, AttentionFn, Initializer
 
 
-class SingleHeadAttention(nn.Module):
+class SingleHeadAttention(Named, nn.Module):
     """One head of attention, the simplest layer: start reading here.
 
     Parameters: `query`, `key`, `value` with kernel `[D, H]`, and `out` with kernel `[H, D]`.
@@ -62,7 +63,7 @@ class SingleHeadAttention(nn.Module):
     rotary: ClassVar[bool] = False  # As in MultiHeadAttention; this layer does not use positions.
 
     @nn.compact
-    @jax_defaults()
+    @public
     def __call__(
         self,
         inputs_q: Array,
@@ -129,7 +130,7 @@ class SingleHeadAttention(nn.Module):
         )
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Named, nn.Module):
     """Attention with several heads, which may share keys and values.
 
     The parameter tree is that of `flax.linen.MultiHeadDotProductAttention`: `query` with kernel
@@ -207,7 +208,7 @@ class MultiHeadAttention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    @jax_defaults()
+    @public
     def __call__(
         self,
         inputs_q: Array,
