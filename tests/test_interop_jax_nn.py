@@ -103,12 +103,9 @@ def test_the_signature_is_that_of_jax():
     assert told(jax_nn.dot_product_attention) == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("groups", "use_vmap"),
-    [
-        (2, True),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(1, False), (2, False), (4, True)]),
-    ],
+    ("groups", "use_vmap"), [(1, False), (2, False), (2, True), (4, False), (4, True)]
 )
 def test_grouped_heads_read_repeated_keys(groups, use_vmap):
     rng = np.random.default_rng(0)
