@@ -209,13 +209,8 @@ def test_arrays_are_split_over_a_mesh_as_rows_and_heads_are(kind):
 
 
 def test_lengths_may_be_left_open():
-    attend = lambda q, k, v: ATTEND["tiles"](
-        q,
-        k,
-        v,
-        biases.rule(lambda t, s, slope: -slope * abs(t - s), LEARNT[0]),
-        masks.rule(prefix, 3),
-    )
+    bias = biases.rule(lambda t, s, slope: -slope * abs(t - s), LEARNT[0])
+    attend = jax.jit(lambda *qkv: ATTEND["tiles"](*qkv, bias, masks.rule(prefix, 3)))
     sizes = export.symbolic_shape("t, s")
     shapes = [
         jax.ShapeDtypeStruct((B, size, heads, H), jnp.float32)
