@@ -179,6 +179,8 @@ FACE = {
     "masks.key_lengths": "lengths",
     "masks.query_lengths": "lengths",
     "masks.dense": "array",
+    "masks.rule": "fn arrays",
+    "biases.rule": "fn arrays",
     "biases.relative": "table * bidirectional=True",
     "positions.rotary": "x positions=None * base=10000.0 fraction=1.0",
     "positions.sinusoidal": "num_positions features",

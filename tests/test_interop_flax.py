@@ -11,6 +11,7 @@ from cases import Sizes, assert_close, random_qkv
 from flax import linen, nnx
 
 from attention_jax import dot_product_attention, explain
+from attention_jax.functional.dropout import Shared, keep_mask
 from attention_jax.interop.flax import attention_fn
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12)), jnp.float32)
@@ -109,12 +110,6 @@ def test_a_softmax_in_float32_is_what_there_is():
     np.testing.assert_array_equal(forced, make().apply(variables, X))
 
 
-def test_shapes_are_checked_before_dropout_is_refused():
-    query, key = jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 2, 3))
-    with pytest.raises(ValueError, match="head size"):
-        attention_fn(query, key, key, dropout_rate=0.5, dropout_rng=jax.random.key(0))
-
-
 def test_is_causal_and_a_mask_hold_together():
     query, key, value = random_qkv(Sizes(T=7))
     mask = np.arange(7) > 0
@@ -123,21 +118,67 @@ def test_is_causal_and_a_mask_hold_together():
     assert_close(out, want, 2e-6)
 
 
-def test_dropout_that_is_shared_over_the_batch_is_refused():
+def kept(implementation, rng, batch=(3, 2), N=4, T=5, S=67, **settings):
+    """The weights that dropout keeps, `[..., N, T, S]`, read off equal logits and unit values."""
+    query, key = jnp.zeros((*batch, T, N, 2)), jnp.zeros((*batch, S, 2, 2))
+    value = jnp.broadcast_to(jnp.eye(S)[:, None, :], (*batch, S, 2, S))
+    settings |= {"dropout_rate": 0.5, "dropout_rng": rng, "implementation": implementation}
+    out = jax.jit(lambda *qkv: attention_fn(*qkv, **settings))(query, key, value)
+    keep = np.moveaxis(np.asarray(out), -2, -3) > 0
+    assert_close(np.moveaxis(out, -2, -3), keep / (S * 0.5), 1e-6)
+    return keep
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_one_dropout_mask_serves_all_rows_and_heads_by_default(implementation):
+    keep = kept(implementation, jax.random.key(0))
+    assert (keep == keep[:1, :1, :1]).all()
+    # It is a function of positions alone, and the same in every implementation.
+    np.testing.assert_array_equal(
+        kept("dense", jax.random.key(0), (1,), 2, 5, 67)[0, 0], keep[0, 0, 0]
+    )
+    assert 0.4 < keep[0, 0, 0].mean() < 0.6
+    assert 0.4 < (keep[0, 0, 0] == kept(implementation, jax.random.key(1))[0, 0, 0]).mean() < 0.6
+
+
+def test_a_shared_dropout_mask_reaches_the_gradients():
+    query, key, value = random_qkv()
+    rng, rate = jax.random.key(0), 0.5
+    keep = keep_mask(Shared(rng), rate, (2,), 6, 5, 7)
+    d_out = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6, 13)), jnp.float32)
+
+    def gradients(implementation):
+        def loss(*qkv):
+            settings = {"dropout_rate": rate, "dropout_rng": rng, "implementation": implementation}
+            return (attention_fn(*qkv, **settings) * d_out).sum()
+
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    want = oracles.dot_product_gradients(query, key, value, d_out, keep=keep, rate=rate)
+    for implementation in ("dense", "blockwise"):
+        for name, got in zip(("query", "key", "value"), gradients(implementation), strict=True):
+            assert_close(got, want[name], 1e-5)
+
+
+def test_dropout_of_its_own_for_each_row_and_head_is_ours():
     query, key, value = random_qkv()
     settings = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "deterministic": False}
-    with pytest.raises(NotImplementedError, match="broadcast_dropout"):
-        attention_fn(query, key, value, broadcast_dropout=True, **settings)
     own = attention_fn(query, key, value, broadcast_dropout=False, **settings)
-    want = dot_product_attention(query, key, value, dropout_rate=0.5, dropout_rng=jax.random.key(0))
-    np.testing.assert_array_equal(own, want)
-    # Where nothing is dropped, nothing is shared either: flax passes True by default.
+    np.testing.assert_array_equal(own, dot_product_attention(query, key, value, **settings))
     quiet = attention_fn(query, key, value, broadcast_dropout=True, deterministic=True)
     assert_close(quiet, dot_product_attention(query, key, value), 1e-6)
 
 
-def test_dropout_inside_of_nnx():
-    _, ours = layers(dropout_rate=0.5, broadcast_dropout=False)
+def test_dropout_without_a_key_is_refused():
+    with pytest.raises(ValueError, match="dropout_rng"):
+        attention_fn(*random_qkv(), dropout_rate=0.5)
+    with pytest.raises(TypeError, match="dropout_rng"):
+        attention_fn(*random_qkv(), dropout_rate=0.5, dropout_rng=3)
+
+
+@pytest.mark.parametrize("broadcast_dropout", [True, False])
+def test_dropout_inside_of_nnx(broadcast_dropout):
+    _, ours = layers(dropout_rate=0.5, broadcast_dropout=broadcast_dropout)
     a, b = (ours(X, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 1))
     assert (a != b).any()
     assert_close(ours(X, deterministic=True), layers()[1](X), 1e-6)

@@ -14,6 +14,7 @@ or pass `allow_int=True`: the gradient of an integer is then an empty `float0` a
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from attention_jax.checks import (
     check_floating,
     is_array,
 )
+from attention_jax.functional import own_rules
 from attention_jax.functional.tiles import (
     Rule,
     Tile,
@@ -125,6 +127,23 @@ class Dense(Bias):
 
     def __repr__(self):
         return f"dense({words(self.array)})"
+
+
+@value_class(inputs="Nxy")  # x, y: whole, as fn sees them.
+class Own(Bias):
+    fn: Callable
+    inputs: tuple[Array, ...]
+
+    def tile(self, at):
+        wanted = "floating-point numbers"
+        return own_rules.evaluate("biases.rule", self.fn, self.inputs, at, wanted)
+
+    def hidden(self, at):
+        bias = self.tile(at)
+        return bias < jnp.finfo(bias.dtype).min
+
+    def __repr__(self):
+        return own_rules.shown_rule(self.fn, self.inputs)
 
 
 @value_class()
@@ -311,6 +330,34 @@ def _one_sided_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
         buckets[i] = j if n**rest * exact**j >= max_distance**j * exact**rest else j - 1
     near = np.arange(min(exact, max_distance + 1))
     return np.concatenate([near, exact + np.minimum(buckets, rest - 1)]).astype(np.int32)
+
+
+def rule(fn: Callable, *arrays: Array) -> Bias:
+    """A bias of one's own: `fn(t, s, *arrays)` is added to the logit of query t and key s.
+
+    Args:
+        fn: Takes positions, t `[t, 1]` and s `[s]` integers, and gives floating-point numbers that
+            broadcast to `[t, s]`; -inf means masked. It is called for parts of the logits, so it
+            must decide by positions. Rules with the same function are equal, so define it once:
+            each new function is compiled anew.
+        arrays: What fn needs; they may be traced, and those of floating-point numbers are learnt.
+            Of `[..., N, x, y]` fn sees the `[x, y]` of one batch row and head; leading axes of 1
+            serve all. Arrays of fewer axes it sees whole. If arrays are learnt, fn and its
+            derivative must be finite for masked pairs too: NaN times 0 is NaN. With arrays of
+            integers, differentiate with respect to the others, not to the bias: see above.
+
+    Raises:
+        ValueError: fn gives another shape, or uses a traced array that is not handed over.
+        TypeError: fn gives no floating-point numbers.
+
+    Reference:
+        Dong et al. 2024, "Flex Attention", section 3. https://arxiv.org/abs/2412.05496
+
+    >>> slopes = alibi_slopes(8)[:, None, None]
+    >>> rule(lambda t, s, slope: -slope * abs(t - s), slopes)
+    rule(<lambda>, [8, 1, 1])
+    """
+    return Own(fn, own_rules.as_arrays("biases.rule", fn, arrays, "floating-point numbers"))
 
 
 def shifted(bias: Bias, offset: int | Array) -> Bias:

@@ -11,6 +11,7 @@ another rng: `jax.random.fold_in(rng, jax.lax.axis_index(axis_name))`.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,23 @@ from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
 
 
-def row_words(rng: Array, batch_shape: Sequence[int], num_heads: int, num_queries: int) -> Array:
+class Shared(NamedTuple):
+    """In the place of a PRNG key: one dropout mask for all batch rows and heads."""
+
+    rng: Array
+
+
+def row_words(
+    rng: Array | Shared, batch_shape: Sequence[int], num_heads: int, num_queries: int
+) -> Array:
     """Two random words for each row of the logits, `[..., N, T, 2]` uint32.
 
-    The PRNG folds in one index after another, so a row's words do not depend on the number of rows.
+    With a `Shared` key the axes before T have one entry. The PRNG folds in one index after another,
+    so a row's words do not depend on the number of rows.
     """
+    if isinstance(rng, Shared):
+        words = row_words(rng.rng, (), 1, num_queries)  # [1, T, 2]
+        return words.reshape(*[1] * len(batch_shape), *words.shape)
     shape = (*batch_shape, num_heads, num_queries)
     rows = as_rng("dropout_rng", rng)[None]
     for size in shape:
@@ -53,14 +66,17 @@ def keep_tile(words: Array, rate: float | Array, at: Tile) -> Array:
 
 @jax_defaults()
 def keep_mask(
-    rng: Array,
+    rng: Array | Shared,
     rate: float | Array,
     batch_shape: Sequence[int],
     num_heads: int,
     num_queries: int,
     num_keys: int,
 ) -> Array:
-    """The weights that survive, boolean `[..., N, T, S]`; every implementation uses these."""
+    """The weights that survive, boolean `[..., N, T, S]`; every implementation uses these.
+
+    With a `Shared` key the axes before T have one entry.
+    """
     words = row_words(rng, batch_shape, num_heads, num_queries)
     return keep_tile(words, rate, Tile.whole(num_queries, num_keys))
 

@@ -14,6 +14,7 @@ Every mask is a pytree: its arrays may be traced, and changing them needs no new
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from attention_jax.checks import (
     is_array,
     jax_defaults,
 )
+from attention_jax.functional import own_rules
 from attention_jax.functional.positions import Standing, in_documents
 from attention_jax.functional.tiles import (
     FARTHEST,
@@ -333,6 +335,20 @@ class Dense(Mask):
         return f"dense({words(self.array)})"
 
 
+@value_class(inputs="Nxy")  # x, y: whole, as fn sees them.
+class Own(Mask):
+    """What a function of positions says."""
+
+    fn: Callable
+    inputs: tuple[Array, ...]
+
+    def tile(self, at):
+        return own_rules.evaluate("masks.rule", self.fn, self.inputs, at, "booleans")
+
+    def __repr__(self):
+        return own_rules.shown_rule(self.fn, self.inputs)
+
+
 @value_class()
 class Pair(Mask):
     """Two masks, which `And` and `Or` combine."""
@@ -618,6 +634,32 @@ def dense(array: Array) -> Mask:
             "masks; numbers to add to the logits are a bias."
         )
     return Dense(jnp.atleast_2d(jnp.asarray(array)))
+
+
+def rule(fn: Callable, *arrays: Array) -> Mask:
+    """A rule of one's own: query t may attend to key s where `fn(t, s, *arrays)` is True.
+
+    Args:
+        fn: Takes positions, t `[t, 1]` and s `[s]` integers, and gives booleans that broadcast to
+            `[t, s]`. It is called for parts of the logits, so it must decide by positions. Rules
+            with the same function are equal, so define it once: each new function is compiled anew.
+        arrays: What fn needs; they may be traced. Of `[..., N, x, y]` fn sees the `[x, y]` of one
+            batch row and head; leading axes of 1 serve all. Arrays of fewer axes it sees whole.
+
+    Raises:
+        ValueError: fn gives another shape, or uses a traced array that is not handed over.
+        TypeError: fn gives no booleans.
+
+    Reference:
+        Dong et al. 2024, "Flex Attention", section 3. https://arxiv.org/abs/2412.05496
+
+    >>> print(rule(lambda t, s, prefix: (s <= t) | (s < prefix), 3).materialize(4, 4).astype(int))
+    [[1 1 1 0]
+     [1 1 1 0]
+     [1 1 1 0]
+     [1 1 1 1]]
+    """
+    return Own(fn, own_rules.as_arrays("masks.rule", fn, arrays, "booleans"))
 
 
 def shifted(mask: Mask, offset: int | Array) -> Mask:

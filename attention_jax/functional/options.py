@@ -13,6 +13,7 @@ from attention_jax.checks import (
     known,
 )
 from attention_jax.functional.biases import Bias, as_bias
+from attention_jax.functional.dropout import Shared
 from attention_jax.functional.masks import Mask, as_mask
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
@@ -24,7 +25,7 @@ class Options(NamedTuple):
     Attributes:
         bias, mask, scale, softcap, sinks: As in `dot_product_attention`.
         rate: The dropout rate; None without dropout.
-        rng: The PRNG key of the dropout.
+        rng: The PRNG key of the dropout, or `dropout.Shared` of it.
         residual: Whether the logsumexp is wanted.
     """
 
@@ -34,7 +35,7 @@ class Options(NamedTuple):
     softcap: float | Array | None = None
     sinks: Array | None = None
     rate: float | Array | None = None
-    rng: Array | None = None
+    rng: Array | Shared | None = None
     residual: bool = False
 
     def arrays(self, query: Array, key: Array) -> tuple[Array | None, Array | None]:

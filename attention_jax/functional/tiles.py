@@ -132,8 +132,12 @@ class Rule:
         return hash((type(self), self._values()))
 
     def _values(self):
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return tuple(x if _is_static(x) or isinstance(x, Rule) else id(x) for x in fields)
+        def value(x):
+            if isinstance(x, tuple):
+                return tuple(map(id, x))
+            return x if _is_static(x) or isinstance(x, Rule) else id(x)
+
+        return tuple(value(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def narrowed(self, at: Tile) -> Self:
         """The same rule with only the parts of its arrays that the tile needs."""
@@ -165,15 +169,19 @@ class Rule:
             x, *rest = (getattr(rule, field.name) for rule in (self, *others))
             if isinstance(x, Rule):
                 changed[field.name] = x._over_arrays(f, *rest)
+            elif isinstance(x, tuple):
+                axes, parts = self.axes[field.name], zip(x, *rest, strict=True)
+                changed[field.name] = tuple(f(part, axes, *others) for part, *others in parts)
             elif not _is_static(x):
                 changed[field.name] = f(x, self.axes[field.name], *rest)
         return dataclasses.replace(self, **changed)
 
 
 def value_class(**axes: str):
-    """A frozen dataclass that is a pytree: numbers, words and None are static, the rest leaves.
+    """A frozen dataclass that is a pytree: numbers, words, functions and None are static.
 
-    `axes` names the axes of each field that may be an array, after `...`: see `Tile.slice`.
+    The other fields are leaves, or tuples of leaves. `axes` names the axes of each field that may
+    hold arrays, after `...`: see `Tile.slice`.
     """
 
     def make(cls):
@@ -199,7 +207,7 @@ def value_class(**axes: str):
 
 
 def _is_static(x) -> bool:
-    return x is None or isinstance(x, int | str)
+    return x is None or isinstance(x, int | str) or callable(x)
 
 
 def as_offset(offset: int | str | Array) -> int | str | Array:

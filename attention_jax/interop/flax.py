@@ -10,14 +10,13 @@ from attention_jax.checks import (
     check_dtype,
     check_flag,
     check_qkv,
-    check_rate,
     is_real,
-    known,
     told,
 )
 from attention_jax.functional import masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import attention_weights, dot_product_attention
+from attention_jax.functional.dropout import Shared
 from attention_jax.functional.masks import Mask
 from attention_jax.types import Array
 
@@ -49,8 +48,9 @@ def attention_fn(
         query, key, value, bias, dropout_rng, dropout_rate, deterministic: As in
             `dot_product_attention`.
         mask: Boolean, or numbers where 0 means masked, as flax's mask builders make by default.
-        broadcast_dropout: Flax's single dropout mask for all batch rows and heads. Refused with
-            dropout.
+        broadcast_dropout: One dropout mask `[T, S]` for all batch rows and heads, as flax has it by
+            default; False: each has its own. The mask follows from the rng and the positions, so it
+            drops other weights than flax's own function does with that rng.
         dtype: All three arrays are cast to it, and so is the result.
         precision: Of the matrix products, "default", "high" or "highest" or a
             `jax.lax.Precision`.
@@ -67,8 +67,8 @@ def attention_fn(
         `[..., T, N, V]`.
 
     Raises:
-        NotImplementedError: `broadcast_dropout=True` with dropout, a precision by operand, a custom
-            einsum, or `is_causal` where the positions of the queries are unknown.
+        NotImplementedError: A precision by operand, a custom einsum, or `is_causal` where the
+            positions of the queries are unknown.
     """
     check_flag("broadcast_dropout", broadcast_dropout)
     check_flag("is_causal", is_causal)
@@ -86,13 +86,8 @@ def attention_fn(
                 f"{name} (a layer's {name}_cls) must be None: the products are those of this "
                 "package."
             )
-    check_flag("deterministic", deterministic)
-    check_rate("dropout_rate", dropout_rate)
-    if broadcast_dropout and known(dropout_rate) != 0 and not deterministic:
-        raise NotImplementedError(
-            "broadcast_dropout=True would drop the same weights in all batch rows and heads; here "
-            "they are independent: give the layer broadcast_dropout=False."
-        )
+    if broadcast_dropout and dropout_rng is not None:
+        dropout_rng = Shared(dropout_rng)
     if mask is not None and not isinstance(mask, Mask):
         mask = as_array("mask", mask)
         if mask.dtype != bool and not is_real(mask.dtype):
