@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# A tensor takes about 200 bytes here: enough for 80,000 of them.
-MAX_PICKLE = 2**24
+# A tensor takes about 200 bytes here, so 20,000 of them fit; and objects take up to a hundred times
+# as much memory as their instructions.
+MAX_PICKLE = 2**22
 _DTYPES = {
     "torch.DoubleStorage": np.float64,
     "torch.FloatStorage": np.float32,
@@ -70,9 +71,7 @@ def read(path: Path) -> Any:
             "it in torch and save it again."
         ) from error
     except IndexError as error:  # The machine's stack is empty.
-        raise ValueError(
-            f"{path} is broken: the instructions in its data.pkl do not fit."
-        ) from error
+        raise ValueError(f"{path} is broken: its data.pkl takes what is not there.") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # A place in the file that no file has.
             raise

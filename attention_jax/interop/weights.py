@@ -55,7 +55,7 @@ _TYPES = {
 _DTYPES = {np.dtype(dtype) for dtype in _TYPES.values()}
 _TORCH = (".pth", ".pt", ".bin")
 # A tree of more would be no model, but an attack on memory or on recursion.
-MAX_DEPTH, MAX_NODES = 100, 1_000_000
+MAX_DEPTH, MAX_NODES = 100, 200_000
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -196,9 +196,12 @@ def _split(name):
     ['block.0', 'out', 'kernel']
     """
     parts = [""]
-    for piece in re.findall(r"\\[\\.]|\.|[^\\.]+|\\", name):
+    for match in re.finditer(r"\\[\\.]|\.|[^\\.]+|\\", name):
+        piece = match[0]
         if piece == ".":
             parts.append("")
+            if len(parts) > MAX_DEPTH:
+                raise ValueError(f"{name[:80]!r} has more than {MAX_DEPTH} parts.")
         else:
             parts[-1] += piece[1:] if piece in (r"\.", r"\\") else piece
     return parts
