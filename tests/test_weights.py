@@ -11,6 +11,9 @@ import pytest
 from torch_files import Tensor, archive, code, saved
 
 from attention_jax.interop import weights
+from attention_jax.training import experiment
+from attention_jax.training.command import parse
+from attention_jax.training.config import ConfigError
 
 N, H, D, T = 3, 5, 15, 7  # The width of torch's layer is that of all its heads.
 RNG = np.random.default_rng(0)
@@ -207,3 +210,33 @@ def test_what_torch_saves_is_what_is_read(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
     torch.save({"a": torch.tensor([1.5], dtype=torch.bfloat16)}, tmp_path / "x.pth")
     same(weights.load(tmp_path / "x.pth"), {"a": np.array([1.5], jnp.bfloat16)})
+
+
+# Runs and files ----------------------------------------------------------------------------------
+
+
+def test_a_file_that_does_not_fit_is_refused_by_its_leaves(tmp_path):
+    file = tmp_path / "x.safetensors"
+    params = {"out": {"kernel": np.ones((2, 3), np.float32)}}
+    weights.save(file, {"out": {"bias": np.ones(3)}})
+    with pytest.raises(ConfigError, match="does not fit") as error:
+        experiment.first_params(str(file), params)
+    assert str(error.value).startswith(f"--init_from={file}: ")
+    assert r"out.bias: wanted nothing, found float64[3]" in str(error.value)
+    assert r"out.kernel: wanted float32[2, 3], found nothing" in str(error.value)
+    (tmp_path / "x.pth").write_bytes(saved({"out": {"kernel": "words"}}))
+    with pytest.raises(ConfigError, match=r"out\.kernel: wanted .*, found str"):
+        experiment.first_params(str(tmp_path / "x.pth"), params)
+    (tmp_path / "x.pt").write_bytes(b"no archive")
+    with pytest.raises(ConfigError, match=r"--init_from=.*x\.pt: .*no whole file"):
+        experiment.first_params(str(tmp_path / "x.pt"), params)
+    with pytest.raises(ConfigError, match="there is no file"):
+        experiment.first_params(str(tmp_path / "nowhere.safetensors"), params)
+
+
+def test_a_file_of_weights_brings_no_config(tmp_path):
+    config = parse(
+        ["train.py", f"--init_from={tmp_path / 'x.safetensors'}", "--embed_dim=16"]
+    ).config
+    assert config.init_from == str(tmp_path / "x.safetensors")
+    assert (config.model.features, config.task.name) == (16, "teacher")

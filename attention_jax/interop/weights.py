@@ -59,7 +59,7 @@ MAX_DEPTH, MAX_NODES = 100, 200_000
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads parameters from a file; nothing in it is executed.
+    r"""Reads parameters from a file; nothing in it is executed.
 
     Args:
         path: A file of safetensors (`.safetensors`), or of `torch.save` (`.pth`, `.pt`, `.bin`),
@@ -67,7 +67,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         Nested dicts of NumPy arrays of the types in the file. A dot in a name divides it:
-        `out.kernel` is `["out"]["kernel"]`; `\\\\.` is a dot of the name itself. Values beside the
+        `out.kernel` is `["out"]["kernel"]`; `\.` is a dot of the name itself. Values beside the
         tensors of a `.pth` (numbers, words, lists, None) stay as they are, and its arrays cannot
         be written.
 
@@ -77,16 +77,18 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
             allowed. The message names the path and the fault.
     """
     path = _path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file.")
+    if path.suffix not in (*_TORCH, ".safetensors"):
+        raise ValueError(f"path must end in .safetensors, .pth, .pt or .bin: got {path}.")
+    if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file.")
+        raise FileNotFoundError(f"there is no file {path}.")
     if path.suffix in _TORCH:
         found = torch_file.read(path)
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold a dict: got {type(found).__name__}.")
-    elif path.suffix == ".safetensors":
-        found = _read_safetensors(path)
     else:
-        raise ValueError(f"{path} must end in .safetensors, .pth, .pt or .bin.")
+        found = _read_safetensors(path)
     try:
         return _Nesting().nest(found, 0)
     except ValueError as error:
@@ -139,8 +141,6 @@ def _path(path):
 
 
 def _read_safetensors(path):
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
     try:
         # The library checks header and offsets against the file before it allocates.
         with safe_open(path, framework="numpy") as file:
