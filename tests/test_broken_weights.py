@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import struct
 import tracemalloc
 import zipfile
@@ -141,6 +142,14 @@ def lying_size():
     return bytes(content)
 
 
+def two_sizes():
+    """An entry whose stored bytes are said to be 1 GB, and its contents 16 bytes."""
+    content = bytearray(WHOLE)
+    place = content.rindex(b"model/data/0") - 46
+    content[place + 20 : place + 24] = struct.pack("<I", 2**30)
+    return bytes(content)
+
+
 def moved_entry():
     """An entry that begins beyond the end of the file."""
     content = bytearray(WHOLE)
@@ -177,6 +186,7 @@ BROKEN = {
     ),
     "entries that overlap": (overlapping(), "entries say"),
     "a size that lies": (lying_size(), "entries say"),
+    "an entry of two sizes": (two_sizes(), "two sizes"),
     "an entry beyond the end": (moved_entry(), "broken|no whole file"),
     "a program of TorchScript": (pickled(b"N.", extra={"model/constants.pkl": b""}), "TorchScript"),
     "numbers of the other order": (pickled(b"N.", extra={"model/byteorder": b"big"}), "endian"),
@@ -290,6 +300,44 @@ BROKEN_SAFETENSORS = {
 def test_a_broken_file_of_safetensors_is_one_clear_error(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(BROKEN_SAFETENSORS[name], "x.safetensors", "x.safetensors (is|holds|cannot)")
+
+
+def damaged(content, rng):
+    """The bytes with one to three changed, cut out, or put in."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        place, count = rng.randrange(len(content)), rng.randrange(6)
+        content[place : place + rng.choice([count, 0])] = rng.randbytes(rng.choice([count, 0]))
+    return bytes(content)
+
+
+def test_random_damage_is_one_clear_error_or_another_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, refusals = random.Random(0), 0
+    tensor = Tensor("0", 4, (2, 2), (2, 1))
+    program = b"\x80\x02" + code({"a.b": tensor, "c": [1, 2.5, None, True, "x"]}) + b"."
+    plain = header({"a": entry(), "b.c": entry(start=8, end=16)}, bytes(16))
+    for number in range(600):
+        content, name = [
+            (damaged(archive(program, {"0": bytes(16)}), rng), "x.pth"),
+            (archive(damaged(program, rng), {"0": bytes(16)}), "x.pth"),
+            (damaged(plain, rng), "x.safetensors"),
+        ][number % 3]
+        with open(name, "wb") as file:
+            file.write(content)
+        tracemalloc.start()
+        try:
+            weights.load(name)
+        except ValueError as error:
+            refusals += 1
+            assert str(error).startswith(f"{name} ")
+            assert "\n" not in str(error)
+            assert len(str(error)) < 500
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < MAX_BYTES
+    assert refusals > 400
 
 
 def test_a_directory_is_no_file_of_weights(tmp_path):

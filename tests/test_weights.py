@@ -53,6 +53,12 @@ def test_a_tree_of_every_type_comes_back_unchanged(tmp_path):
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+def test_the_file_is_as_readable_as_others(tmp_path):
+    weights.save(tmp_path / "x.safetensors", {"a": np.ones(2)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_numbers_of_another_byte_order_keep_their_values(tmp_path):
     weights.save(tmp_path / "x.safetensors", {"a": np.arange(3, dtype=">f4")})
     same(weights.load(tmp_path / "x.safetensors"), {"a": np.arange(3, dtype="f4")})

@@ -11,6 +11,7 @@ import errno
 import math
 import pickletools
 import struct
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +68,8 @@ def read(path: Path) -> Any:
             return _Machine(archive, top, size).run()
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{path} is no whole file of torch.save: {error}. If it is older than torch 1.6, load "
-            "it in torch and save it again."
+            f"{path} is no whole file of torch.save: {in_short(error)}. If it is older than torch "
+            "1.6, load it in torch and save it again."
         ) from error
     except IndexError as error:  # The machine's stack is empty.
         raise ValueError(f"{path} is broken: its data.pkl takes what is not there.") from error
@@ -77,9 +78,14 @@ def read(path: Path) -> Any:
             raise
         raise ValueError(f"{path} is broken: an entry lies outside of it.") from error
     except (EOFError, NotImplementedError, OverflowError, struct.error) as error:
-        raise ValueError(f"{path} is broken: {error}.") from error
+        raise ValueError(f"{path} is broken: {in_short(error)}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {in_short(error)}") from error
+
+
+def in_short(error: Exception) -> str:
+    """An error in one short line: a message may quote a file."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> str:
@@ -93,6 +99,8 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> str:
             )
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise ValueError(f"its entry {entry.filename[:80]!r} is compressed or encrypted.")
+        if entry.compress_size != entry.file_size:
+            raise ValueError(f"its entry {entry.filename[:80]!r} has two sizes.")
         tops.add(top)
         total += entry.file_size
     # Entries that overlap could be read into far more memory than the file has bytes.
@@ -265,8 +273,8 @@ def _of(kind: type, thing: Any) -> Any:
 def _allowed(name: str) -> _Name:
     if name not in _ALLOWED:
         raise ValueError(
-            f"it names {name[:80]}, which is not allowed: only tensors, numbers, words, lists and "
-            "dicts are. In torch, save a state_dict() alone."
+            f"it names {name[:80]!a}, which is not allowed: only tensors, numbers, words, lists "
+            "and dicts are. In torch, save a state_dict() alone."
         )
     return _Name(name)
 

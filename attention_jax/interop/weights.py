@@ -9,6 +9,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,11 @@ def save(path: str | os.PathLike, params: PyTree) -> None:
         raise ValueError("params must not hold '__metadata__' at the top: safetensors reserves it.")
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(unfinished, "wb"):  # An error of the system, not of the library.
-            pass
+        # First by us: an error is then one of the system, and the file is as readable as others.
+        with open(unfinished, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         save_file(arrays, unfinished)
+        os.chmod(unfinished, mode)
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -149,7 +152,9 @@ def _read_safetensors(path):
                     raise ValueError(f"{path} cannot be read: {name[:80]!r} has the type {kind}.")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole file of safetensors: {error}.") from error
+        raise ValueError(
+            f"{path} is no whole file of safetensors: {torch_file.in_short(error)}."
+        ) from error
 
 
 def _leaves(tree: Mapping, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
