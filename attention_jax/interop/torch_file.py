@@ -12,6 +12,7 @@ import math
 import pickletools
 import struct
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,10 +142,13 @@ class _Machine:
         if length > MAX_PICKLE:
             raise ValueError(f"its data.pkl has {length} bytes: more than {MAX_PICKLE}.")
         program = self._archive.read(f"{self._top}/data.pkl")
-        for instruction, argument, _ in pickletools.genops(program):
-            if instruction.name == "STOP":
-                return self._stack.pop()
-            self._step(instruction.name, argument)
+        with warnings.catch_warnings():
+            # Of letters in instructions that are refused as soon as they are read.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for instruction, argument, _ in pickletools.genops(program):
+                if instruction.name == "STOP":
+                    return self._stack.pop()
+                self._step(instruction.name, argument)
         raise ValueError("its data.pkl does not end.")  # genops raises first.
 
     def _step(self, name: str, argument: Any) -> None:
