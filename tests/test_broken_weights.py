@@ -250,6 +250,20 @@ BROKEN = {
     "an expanded tensor of 4 TB": (tensor(shape=(2**20, 2**20), strides=(0, 0)), "larger than"),
     "more axes than NumPy has": (tensor(shape=(1,) * 99, strides=(0,) * 99), "cannot be read"),
     "a tensor to be conjugated": (tensor(more=code({"conj": True})), "arguments"),
+    "a type alone": (pickled(code({"a": Raw(named("torch", "FloatStorage"))}) + b"."), "no tensor"),
+    "a storage alone": (
+        pickled(
+            code(
+                {
+                    "a": Raw(
+                        code(("storage", Raw(named("torch", "FloatStorage")), "0", "", 4)) + b"Q"
+                    )
+                }
+            )
+            + b"."
+        ),
+        "no tensor",
+    ),
     "one name twice": (pickled(code({"a": {"b": 1}, "a.b": 2}) + b"."), "two parts"),
 }
 
@@ -291,6 +305,9 @@ BROKEN_SAFETENSORS = {
     "an unknown type": header({"a": entry(dtype="F31")}, bytes(8)),
     "a type that JAX lacks": header({"a": entry(shape=(8,), dtype="F8_E4M3")}, bytes(8)),
     "a tensor inside of a tensor": header({"a": entry(), "a.b": entry(start=8, end=16)}, bytes(16)),
+    "a tensor twice": header(
+        f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry(start=8, end=16))}}}', bytes(16)
+    ),
     "a name of a million parts": header({"." * 10**6: entry()}, bytes(8)),
     "a pickle": b"\x80\x02" + CALL["os.system"][0],
 }

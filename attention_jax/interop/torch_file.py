@@ -7,6 +7,7 @@ knows the instructions that `torch.save` writes, and the names of `OrderedDict`,
 that build tensors and of the types of storages; what they mean is written out here.
 """
 
+import dataclasses
 import errno
 import math
 import pickletools
@@ -15,7 +16,7 @@ import textwrap
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +41,15 @@ _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_
 _ALLOWED = {_ORDERED_DICT, _TENSOR, _PARAMETER, *_DTYPES}
 
 
-class _Name(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Name:
     """A global that the pickle names, as `torch.FloatStorage`."""
 
     name: str
 
 
-class _Storage(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Storage:
     """The elements of a storage, which tensors may share."""
 
     elements: np.ndarray

@@ -1,11 +1,4 @@
-"""Parameters in and out: files of safetensors and torch, and the layers of other libraries.
-
->>> import numpy as np
->>> from attention_jax.interop import weights
->>> weights.save("/tmp/layer.safetensors", {"out": {"bias": np.zeros(3)}})   # doctest: +SKIP
->>> weights.load("/tmp/layer.safetensors")                                   # doctest: +SKIP
-{'out': {'bias': array([0., 0., 0.])}}
-"""
+"""Parameters in and out: files of safetensors and torch, and the layers of other libraries."""
 
 import os
 import re
@@ -230,8 +223,10 @@ class _Nesting:
             raise ValueError(f"it is more than {MAX_DEPTH} levels deep.")
         if isinstance(value, list | tuple):
             return type(value)(self.nest(x, depth + 1) for x in value)
-        if not isinstance(value, dict):
+        if isinstance(value, np.ndarray | str | int | float | None):
             return value
+        if not isinstance(value, dict):
+            raise ValueError("it holds a type or a storage that belongs to no tensor.")
         tree: dict[Any, Any] = {}
         for name, inner in value.items():
             *above, last = _split(name) if isinstance(name, str) else [name]
