@@ -50,11 +50,23 @@ def report(argv: list[str]) -> int:
     return process.do(argv[0], work)
 
 
-COMMANDS = {"train": train, "report": report}
+def export(argv: list[str]) -> int:
+    """Writes the parameters of a run to a file; as `train`."""
+
+    def work():
+        from attention_jax.laboratory import export
+
+        export.main(argv)
+
+    return process.do(argv[0], work)
+
+
+COMMANDS = {"train": train, "report": report, "export": export}
 _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
   train   train an attention model, or finish what a run has begun
   report  make a table and pictures of runs and sweeps
+  export  write the parameters of a run to a file of safetensors
 
 `{NAME} COMMAND --help` lists the flags.
 """

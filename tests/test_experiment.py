@@ -20,7 +20,8 @@ import numpy as np
 import optax
 import pytest
 
-from attention_jax.laboratory import runs
+from attention_jax.interop import weights
+from attention_jax.laboratory import export, runs
 from attention_jax.training import build, experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
@@ -974,6 +975,18 @@ def test_init_from_starts_where_the_other_run_ended(tmp_path):
     second = experiment.run(tiny(init_from=str(tmp_path / "first")), tmp_path / "second")
     assert second.metrics["first_loss"] < 0.5 * first.metrics["first_loss"]
     assert second.metrics["step"] == 18  # Its own steps, from 0.
+
+
+def test_a_run_is_exported_and_the_next_one_begins_with_the_file(finished, tmp_path, capsys):
+    file, result = tmp_path / "x.safetensors", json.loads((finished / "result.json").read_text())
+    export.main(["attention-jax export", str(finished), str(file)])
+    line = f"{file} has the parameters of {finished} at step 18: {result['num_params']} numbers.\n"
+    assert capsys.readouterr().out == line
+    assert fingerprint(weights.load(file)) == result["fingerprint"]
+    second = experiment.run(tiny(init_from=str(file)), tmp_path / "second")
+    assert second.metrics["first_loss"] < 0.5 * result["first_loss"]
+    message = refusal(tiny(init_from=str(file), model__features=8))
+    assert "attention.key.kernel: wanted float32[8, 2, 4], found float32[6, 2, 3]" in message
 
 
 def test_init_from_names_what_is_missing_or_misfits(tmp_path):

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax.laboratory import pictures, report, sweep
+from attention_jax.interop import weights
+from attention_jax.laboratory import export, pictures, report, sweep
 from attention_jax.laboratory.runs import Run
 from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
@@ -428,6 +429,9 @@ def test_a_run_starts_from_a_trial_and_a_sweep_is_its_best_trial(whole, tmp_path
     prints = [trial["fingerprint"] for trial in result.metrics["trials"]]
     assert first_params(directory / "trials" / "002") == prints[2] != prints[best]
     assert first_params(directory) == prints[best]
+    for run, number in ((directory / "trials" / "002", 2), (directory, best)):
+        export.export(run, tmp_path / "x.safetensors")
+        assert fingerprint(weights.load(tmp_path / "x.safetensors")) == prints[number]
     # By any name of the place.
     monkeypatch.chdir(directory / "trials" / "001")
     assert first_params(".") == prints[1]

@@ -237,11 +237,14 @@ def test_the_package_is_a_command(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "attention-jax: a command is missing: train or report."),
-        (["trian"], "attention-jax: there is no command 'trian': train or report."),
+        ([], "attention-jax: a command is missing: train or report or export."),
+        (["trian"], "attention-jax: there is no command 'trian': train or report or export."),
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),
         (["report"], "attention-jax report: the following arguments are required: RUN"),
+        (["export", "run"], "attention-jax export: the following arguments are required: FILE"),
+        (["export", "nowhere", "x.safetensors"], "attention-jax export: nowhere holds no run"),
+        (["export", ".", "x.npz"], "attention-jax export: FILE must end in .safetensors"),
     ],
 )
 def test_a_command_that_cannot_be_is_one_line(arguments, line, environment, tmp_path):

@@ -1,5 +1,15 @@
-"""Bridges to other libraries: their call signatures and their weights."""
+"""Bridges to other libraries: their call signatures, their weights and their models."""
 
-from attention_jax.interop import flax, jax_nn, torch
+import importlib
 
-__all__ = ["flax", "jax_nn", "torch"]
+__all__ = ["flax", "huggingface", "jax_nn", "torch", "weights"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'attention_jax.interop' has no attribute {name!r}")
+    return importlib.import_module(f"attention_jax.interop.{name}")
+
+
+def __dir__():
+    return __all__

@@ -112,7 +112,10 @@ class Checkpoints:
             RuntimeError: All checkpoints are broken.
         """
         found = self._newest_whole()
-        return None if found is None else _from_arrays(*found, like, prefix="")
+        if found is None:
+            return None
+        arrays, about = found
+        return fitted(arrays, like, f"the checkpoint of step {about['step']}")
 
     def restore_params(self, like: PyTree, trial: int | None = None) -> PyTree:
         """Restores the parameters alone, as `restore` does.
@@ -126,13 +129,28 @@ class Checkpoints:
             ValueError: The parameters and `like` do not fit, the sweep has no such trial, or the
                 trial has diverged.
         """
+        arrays, step = self.params(trial)
+        return fitted(arrays, like, f"the checkpoint of step {step}", prefix="params.")
+
+    def params(self, trial: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+        """The newest parameters as they are, by their paths, and their step.
+
+        Args:
+            trial: The number of the trial, in a sweep.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            ValueError: The sweep has no such trial, or the trial has diverged.
+        """
         found = self._newest_whole()
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}.")
         arrays, about = found
         if trial is not None:
             arrays = _params_of_trial(arrays, trial)
-        return _from_arrays(arrays, about, like, prefix="params.")
+        start = "params."
+        params = {x.removeprefix(start): y for x, y in arrays.items() if x.startswith(start)}
+        return params, about["step"]
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises its errors."""
@@ -240,12 +258,33 @@ def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
         ValueError: The parameters do not fit, naming the first leaves that differ; the trial has
             diverged; or the sweep has no best trial.
     """
+    with _checkpoints(run_directory) as (checkpoints, trial):
+        return checkpoints.restore_params(like, trial)
+
+
+def read_params(run_directory: str | Path) -> tuple[dict[str, np.ndarray], int]:
+    """The newest parameters of a run by their paths, as `out.kernel`, and their step.
+
+    Args:
+        run_directory: As for `restore_params`.
+
+    Raises:
+        FileNotFoundError: There is no run or no checkpoint.
+        ValueError: The trial has diverged; or the sweep has no best trial.
+    """
+    with _checkpoints(run_directory) as (checkpoints, trial):
+        return checkpoints.params(trial)
+
+
+@contextlib.contextmanager
+def _checkpoints(run_directory: str | Path) -> Iterator[tuple[Checkpoints, int | None]]:
+    """The checkpoints that hold a run, and the number of its trial."""
     run, trial = locate(local_path(run_directory, "run_directory"))
     directory = run / CHECKPOINTS
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint in {directory}.")
     with Checkpoints(directory, read_only=True) as checkpoints:
-        return checkpoints.restore_params(like, trial)
+        yield checkpoints, trial
 
 
 def fingerprint(tree: PyTree) -> str:
@@ -341,28 +380,35 @@ def _params_of_trial(arrays: Mapping[str, np.ndarray], trial: int) -> dict[str, 
     }
 
 
-def _from_arrays(
-    arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], like: PyTree, *, prefix: str
-) -> PyTree:
-    """The inverse of `_to_arrays`, for paths that begin with `prefix`."""
-    found = {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
-    wanted = _leaves(like)
+def fitted(found: PyTree, like: PyTree, what: str, *, prefix: str = "") -> PyTree:
+    """The arrays of one tree in the structure of another.
+
+    Args:
+        found: A tree; or its arrays by their paths, as `out.kernel`.
+        like: The structure, shapes and dtypes that they must have.
+        what: The name of their source, for the error.
+        prefix: Goes before the paths in the error.
+
+    Raises:
+        ValueError: They do not fit; names the first leaves that differ.
+    """
+    wanted, arrays = _leaves(like), _leaves(found)
 
     def describe(tree: Mapping[str, Any], path: str) -> str:
-        return f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing"
+        if path not in tree:
+            return "nothing"
+        leaf = tree[path]
+        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
     misfits = [
-        f"{prefix}{path}: wanted {describe(wanted, path)}, found {describe(found, path)}"
-        for path in sorted(wanted.keys() | found.keys())
-        if describe(wanted, path) != describe(found, path)
+        f"{prefix}{path}: wanted {describe(wanted, path)}, found {describe(arrays, path)}"
+        for path in sorted(wanted.keys() | arrays.keys())
+        if describe(wanted, path) != describe(arrays, path)
     ]
     if misfits:
         more = f"; and {len(misfits) - MAX_NAMED} more" if len(misfits) > MAX_NAMED else ""
-        raise ValueError(
-            f"the checkpoint of step {about['step']} does not fit: "
-            f"{'; '.join(misfits[:MAX_NAMED])}{more}."
-        )
-    return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in wanted])
+        raise ValueError(f"{what} does not fit: {'; '.join(misfits[:MAX_NAMED])}{more}.")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

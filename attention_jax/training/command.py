@@ -23,7 +23,13 @@ from attention_jax.training.config import (
     set_field,
     trials,
 )
-from attention_jax.training.files import local_path, locate, read_config, trial_directory
+from attention_jax.training.files import (
+    is_weights,
+    local_path,
+    locate,
+    read_config,
+    trial_directory,
+)
 from attention_jax.training.rules import (
     FLAGS,
     OPTIONAL,
@@ -49,7 +55,7 @@ _HELP = {
     "task": f"{', '.join(TASKS)}; the other defaults follow it",
     "launcher": "single, pmap or sharded",
     "seed": "of the parameters, the data and dropout",
-    "init_from": "run directory to take the first parameters from",
+    "init_from": "run, or file of weights, to take the first parameters from",
 }
 # The fields that flags set. --save_path and --workdir set no field: they name the run directory.
 _FIELDS = {flag: path for path, flag in FLAGS.items()}
@@ -104,8 +110,9 @@ def parse(argv: Sequence[str]) -> Command:
         raise ConfigError(f"--save_path and --workdir differ: got {' and '.join(sorted(places))}.")
     workdir = places.pop() if places else None
     config = None if values.config is None else load(values.config)
-    if init_from := _init_from(given, overrides, config):
-        _check_apart(init_from, workdir)
+    init_from = _init_from(given, overrides, config)
+    _check_apart(init_from, workdir)
+    if init_from and not _is_weights(init_from):
         config = _with_model_of(init_from, workdir, config, given.get("task"))
     elif config is None:
         config = default_config(given.get("task", "teacher"))
@@ -151,6 +158,12 @@ def _init_from(given, overrides, config):
         if match := re.fullmatch(r"--?config\.init_from(=(.*))?", argument):
             found = following if match[1] is None else match[2]
     return found
+
+
+def _is_weights(init_from):
+    """Whether it is a file, which holds parameters but no config."""
+    with refused():
+        return is_weights(local_path(init_from, "--init_from"))
 
 
 def _check_apart(init_from, workdir):

@@ -44,7 +44,7 @@ def refused(prefix: str = "") -> Iterator[None]:
 DEFAULTS = {
     "seed": 0,
     "launcher": "single",
-    "init_from": "",  # The run directory to take the first parameters from.
+    "init_from": "",  # The run, or file of weights, to take the first parameters from.
     "task": {},  # The name of the task and its settings: TASKS.
     "model": {
         # One bare attention layer, as the project began: no norm, no residual, no positions.

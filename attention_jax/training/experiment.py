@@ -16,11 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from ml_collections import ConfigDict
 
+from attention_jax.interop import weights
 from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import step as steps
 from attention_jax.training.build import build
-from attention_jax.training.checkpoint import fingerprint, restore_params
+from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.config import ConfigError, Target, check, slice_settings
+from attention_jax.training.files import is_weights, local_path
 from attention_jax.training.metrics import Busy, Console, metrics_line
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
 from attention_jax.training.run_directory import (
@@ -135,8 +137,15 @@ def _first_state(config, program):
 
 
 def first_params(init_from: str, like: PyTree) -> PyTree:
-    """The parameters of `--init_from`; ConfigError if they are missing or do not fit."""
+    """The parameters of `--init_from`, of a run or in a file of weights.
+
+    Raises:
+        ConfigError: They are missing, broken, or do not fit.
+    """
     try:
+        path = local_path(init_from, "it")
+        if is_weights(path):
+            return fitted(weights.load(path), like, "the file")
         return restore_params(init_from, like=like)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--init_from={init_from}: {error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # Files of parameters alone.
 
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -47,6 +48,11 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     if expanded == text and text.startswith("~"):
         raise ValueError(f"{name} begins with a user that there is not: got {text!r}.")
     return Path(expanded)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a path names a file of parameters, and not the directory of a run."""
+    return path.suffix in WEIGHTS and not path.is_dir()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
