@@ -11,6 +11,7 @@ from pathlib import Path
 from attention_jax.laboratory.runs import SEED, Line, Run, lines, main_metric, mean, slices, spread
 from attention_jax.training.config import default_config, slice_settings
 
+MAX_TICKS = 8  # Of an axis that has one for each value.
 MAX_LABELS = 12  # A longer legend would hide the picture.
 SUFFIXES = (".png", ".svg")
 # Colours that the colour-blind tell apart: Okabe and Ito 2008, "Color Universal Design".
@@ -124,8 +125,8 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
     if lengths:
         _scale_x(axes, sorted(set(lengths.values())))
         axes.axvline(trained, color="0.4", ls=":", lw=1)
-        at = dict(xycoords=("data", "axes fraction"), textcoords="offset points", va="top")
-        axes.annotate("trained", (trained, 1), (3, -3), fontsize="x-small", color="0.4", **at)
+        at = dict(xycoords=("data", "axes fraction"), textcoords="offset points", va="bottom")
+        axes.annotate("trained", (trained, 0), (3, 3), fontsize="x-small", color="0.4", **at)
         axes.set_xlabel("tokens in a row")
     else:
         axes.set_xticks(range(len(names) + 1), ["the task", *names])
@@ -192,11 +193,13 @@ def _columns(points):
 
 
 def _scale_x(axes, values):
-    """An axis for these numbers, logarithmic if their range is wide."""
-    if min(values) > 0 and max(values) >= 8 * min(values):
+    """An axis for these numbers, logarithmic if their range is wide, with a tick at each of few."""
+    is_wide = min(values) > 0 and max(values) >= 8 * min(values)
+    if is_wide:
         axes.set_xscale("log")
-        axes.set_xticks(values, [f"{v:,g}" if v >= 1 else f"{v:g}" for v in values])
         axes.minorticks_off()
+    if is_wide or len(values) <= MAX_TICKS:
+        axes.set_xticks(values, [f"{v:,g}" if v >= 1 else f"{v:g}" for v in values])
     else:
         _plain(axes.xaxis)
 
