@@ -3,9 +3,9 @@
     pip install -e ".[torch]"
     python benchmarks/generation.py
 
-Rounds alternate between `attention_jax.generate` and transformers' `generate` with its default cache
-and attention, on the same parameters and prompt, in one process. Prints the median tokens per second
-of both, the median ratio of a round with its range, and how long loading takes.
+Rounds alternate between `attention_jax.generate` and transformers' `generate` with its default
+cache and attention, on the same parameters and prompt, in one process. Prints the median tokens per
+second of both, the median ratio of a round with its range, and how long loading takes.
 """
 
 import datetime

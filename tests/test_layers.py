@@ -85,6 +85,52 @@ def test_qk_norm_and_out_features_are_those_of_flax():
     assert_close(got, want, 1e-5)
 
 
+def test_values_may_have_a_size_of_their_own_and_logits_a_scale():
+    x = normal(2, 5, 12)
+    layer = MultiHeadAttention(4, num_kv_heads=2, value_head_dim=7, scale=0.3, qk_norm="rms")
+    layer = layer.clone(use_bias=("query", "out"), norm_epsilon=0.1)
+    variables = init(layer, x)
+    params = jax.tree.map(lambda w: w + 0.1, variables["params"])  # Biases begin as zeros.
+    found = {name: jax.tree.map(np.shape, params[name]) for name in params}
+    assert found == {
+        "query": {"kernel": (12, 4, 3), "bias": (4, 3)},
+        "key": {"kernel": (12, 2, 3)},
+        "value": {"kernel": (12, 2, 7)},
+        "out": {"kernel": (4, 7, 12), "bias": (12,)},
+        "query_ln": {"scale": (3,)},
+        "key_ln": {"scale": (3,)},
+    }
+
+    def normed(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale
+
+    p = jax.tree.map(oracles.f64, params)
+    project = lambda name: np.einsum("btd,dnh->btnh", oracles.f64(x), p[name]["kernel"])
+    query = normed(project("query") + p["query"]["bias"], p["query_ln"]["scale"])
+    key = normed(project("key"), p["key_ln"]["scale"])
+    mixed, _ = oracles.dot_product(query, key, project("value"), scale=0.3)
+    want = np.einsum("btnv,nvd->btd", mixed, p["out"]["kernel"]) + p["out"]["bias"]
+    assert_close(jax.jit(layer.apply)({"params": params}, x), want, 1e-5)
+    tiles = layer.clone(implementation="blockwise")
+    assert_close(jax.jit(tiles.apply)({"params": params}, x), want, 1e-5)
+
+
+def test_a_layer_turns_as_positions_rotary_does():
+    x = normal(2, 5, 16)
+    options = {"base": 50.0, "fraction": 0.5, "layout": "interleaved"}
+    options["scaling"] = positions.linear(2.0)
+    layer = MultiHeadAttention(2, rotary=True, **{f"rotary_{n}": v for n, v in options.items()})
+    variables = init(layer, x)
+    plain = MultiHeadAttention(
+        2,
+        attention_fn=lambda query, key, value, mask: dot_product_attention(
+            *(positions.rotary(x, **options) for x in (query, key)), value, mask=mask
+        ),
+    )
+    want, got = (jax.jit(module.apply)(variables, x) for module in (plain, layer))
+    assert_close(got, want, 1e-6)
+
+
 def test_sown_weights_are_those_of_flax():
     x, mask = normal(2, 5, 12), np.tri(5, dtype=bool)
     theirs, ours = FlaxAttention(num_heads=3), MultiHeadAttention(num_heads=3)
@@ -539,6 +585,32 @@ def test_parameters_may_be_bfloat16():
             {"sow_weights": True},
             NotImplementedError,
             "sow_weights",
+        ),
+        (MultiHeadAttention(2, qk_norm="batch"), {}, ValueError, "qk_norm.*'batch'"),
+        (
+            MultiHeadAttention(2, qk_norm=nn.RMSNorm, norm_epsilon=1e-5),
+            {},
+            ValueError,
+            "norm_epsilon",
+        ),
+        (MultiHeadAttention(2, use_bias=("q",)), {}, TypeError, r"use_bias.*\('q',\)"),
+        (MultiHeadAttention(2, use_bias="query"), {}, TypeError, "use_bias.*'query'"),
+        (MultiHeadAttention(2, value_head_dim=0), {}, ValueError, "value_head_dim"),
+        (MultiHeadAttention(2, scale="large"), {}, TypeError, "scale"),
+        (MultiHeadAttention(2, implementation="flash"), {}, ValueError, "implementation"),
+        (MultiHeadAttention(2, rotary_fraction=0.5), {}, ValueError, "rotary_fraction"),
+        (MultiHeadAttention(2, rotary_layout="pairs"), {}, ValueError, "rotary_layout"),
+        (
+            MultiHeadAttention(2, rotary_scaling=positions.linear(2.0)),
+            {},
+            ValueError,
+            "rotary_scaling",
+        ),
+        (
+            MultiHeadAttention(2, rotary=True, rotary_layout="pairs"),
+            {},
+            ValueError,
+            "rotary_layout",
         ),
     ],
 )

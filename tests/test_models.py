@@ -19,6 +19,8 @@ from attention_jax import (
     ShortConvolution,
     SingleHeadAttention,
     TokenEmbedding,
+    Unembedding,
+    UnitOffsetRMSNorm,
     VectorEmbedding,
     decoding,
     masks,
@@ -284,6 +286,87 @@ def test_parts_are_values():
         mlp = params[name]["mlp"]["layer"]
         params[name]["mlp"] = {**mlp, "out": jax.tree.map(lambda x: x / 2, mlp["out"])}
     assert_close(half, run(plain, params, TOKENS), 1e-6)
+
+
+def test_norms_stand_where_their_fields_say():
+    """By hand from the layers' own outputs."""
+    block = Block(MultiHeadAttention(2), MLP(16), norm=None, sum_norm=nn.LayerNorm)
+    params = init(block, VECTORS)
+    part = lambda layer, name, x: layer.apply({"params": params[name]}, x)
+    attend, mlp, norm = MultiHeadAttention(2), MLP(16), nn.LayerNorm()
+    x = VECTORS  # The original Transformer: norm(x + f(x)).
+    x = part(norm, "attention_sum_norm", x + part(attend, "attention", x))
+    x = part(norm, "mlp_sum_norm", x + part(mlp, "mlp", x))
+    assert_close(run(block, params, VECTORS), x, 1e-5)
+
+    block = Block(MultiHeadAttention(2), MLP(16), norm=None, output_norm=nn.LayerNorm)
+    params = init(block, VECTORS)
+    x = VECTORS  # OLMo 2: x + norm(f(x)).
+    x = x + part(norm, "attention_output_norm", part(attend, "attention", x))
+    x = x + part(norm, "mlp_output_norm", part(mlp, "mlp", x))
+    assert_close(run(block, params, VECTORS), x, 1e-5)
+
+    block = Block(MultiHeadAttention(2), MLP(16), parallel=True)
+    params = init(block, VECTORS)
+    x = VECTORS  # GPT-NeoX: both read the same x.
+    attended = part(attend, "attention", part(norm, "attention_norm", x))
+    x = x + attended + part(mlp, "mlp", part(norm, "mlp_norm", x))
+    assert_close(run(block, params, VECTORS), x, 1e-5)
+    with pytest.raises(ValueError, match=r"parallel.*mlp"):
+        init(Block(MultiHeadAttention(2), parallel=True), VECTORS)
+    with pytest.raises(TypeError, match="sum_norm must make a norm"):
+        init(Block(MultiHeadAttention(2), sum_norm=nn.LayerNorm()), VECTORS)
+
+
+def test_each_block_has_a_reach_of_its_own():
+    blocks = [Block(MultiHeadAttention(2)) for _ in range(2)]
+    model = SequenceModel(
+        VectorEmbedding(8),
+        blocks,
+        mask=masks.causal(),
+        reach=[masks.window(1), None],
+        embedding_norm=nn.LayerNorm,
+    )
+    params = init(model, VECTORS)
+    x = nn.LayerNorm().apply({"params": params["embedding_norm"]}, VECTORS)
+    for name, mask in (("blocks_0", masks.window(1)), ("blocks_1", masks.causal())):
+        x = blocks[0].apply({"params": params[name]}, x, mask)
+    x = nn.LayerNorm().apply({"params": params["last_norm"]}, x)
+    assert_close(run(model, params, VECTORS), x, 1e-5)
+    with pytest.raises(ValueError, match=r"reach.*2 blocks, got 1"):
+        init(model.clone(reach=[None]), VECTORS)
+    with pytest.raises(TypeError, match="reach"):
+        init(model.clone(reach=[3, None]), VECTORS)
+
+
+def test_embeddings_are_scaled_and_logits_capped():
+    model = SequenceModel(
+        TokenEmbedding(VOCAB, 8, scale=3.0, softcap=0.5), [Block(MultiHeadAttention(2))], norm=None
+    )
+    params = init(model, TOKENS)
+    plain = model.clone(embedding=TokenEmbedding(VOCAB, 8))
+    table = params["embedding"]["embedding"]
+    inner = SequenceModel(VectorEmbedding(8), model.blocks, norm=None)
+    x = run(inner, {"blocks_0": params["blocks_0"]}, 3 * table[TOKENS])
+    assert_close(run(model, params, TOKENS), 0.5 * np.tanh(x @ table.T / 0.5), 1e-5)
+    assert np.abs(run(plain, params, TOKENS) - run(model, params, TOKENS)).max() > 1e-3
+    untied = plain.clone(head=Unembedding(VOCAB, use_bias=False, softcap=0.5))
+    params = init(untied, TOKENS)
+    free = run(untied.clone(head=Unembedding(VOCAB, use_bias=False)), params, TOKENS)
+    assert_close(run(untied, params, TOKENS), 0.5 * np.tanh(free / 0.5), 1e-5)
+    with pytest.raises(ValueError, match="softcap"):
+        init(plain.clone(embedding=TokenEmbedding(VOCAB, 8, softcap=-1.0)), TOKENS)
+
+
+def test_a_scale_from_zeros_is_an_offset_of_one():
+    x, norm = 5 * VECTORS, UnitOffsetRMSNorm(epsilon=0.1)
+    params = norm.init(jax.random.key(0), x)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1)
+    assert_close(norm.apply(params, x), want, 1e-5)
+    scale = jnp.arange(8) / 8
+    assert_close(norm.apply({"params": {"scale": scale}}, x), want * (1 + scale), 1e-5)
+    half = UnitOffsetRMSNorm(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert jax.eval_shape(half.init_with_output, jax.random.key(0), x)[0].dtype == jnp.bfloat16
 
 
 def test_a_block_that_is_there_twice_has_the_same_parameters():
