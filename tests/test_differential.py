@@ -38,6 +38,11 @@ def test_it_is_the_difference_of_two_attentions(settings, oracle):
     qkv = random_qkv(SIZES)
     out = jax.jit(lambda *qkv: differential_attention(*qkv, **settings))(*qkv)
     assert_close(out, oracles.differential(*qkv, **oracle), 4e-6)
+    query, key, value = qkv
+    shown = {name: x for name, x in settings.items() if name != "implementation"}
+    weights = jax.jit(lambda *qk: differential_attention.weights(*qk, **shown))(query, key)
+    values = np.repeat(value, SIZES.N // SIZES.K, axis=-2)
+    assert_close(np.einsum("...nts,...snv->...tnv", weights, values), out, 4e-6)
 
 
 def test_what_both_maps_agree_on_cancels():

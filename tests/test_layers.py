@@ -346,6 +346,13 @@ def test_differential_attention_is_the_function_with_its_lambda():
 
     got, want = both(params)
     assert_close(got, want, 1e-5)
+    apply = functools.partial(layer.apply, sow_weights=True, mutable=["intermediates"])
+    _, state = jax.jit(apply)({"params": params}, x, mask=masks.causal())
+    (weights,) = state["intermediates"]["attention_weights"]
+    dots = [jnp.sum(params[f"lambda_query_{i}"] * params[f"lambda_key_{i}"]) for i in (1, 2)]
+    share = jnp.exp(dots[0]) - jnp.exp(dots[1]) + 0.3
+    assert weights.shape == (2, 4, 5, 5)
+    assert_close(weights.sum(-1), jnp.full((2, 4, 5), 1 - share), 1e-5)
 
 
 def test_differential_attention_decodes():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from attention_jax.checks import as_floating, check_number, check_qkv, jax_defaults, public
 from attention_jax.functional.biases import Bias
-from attention_jax.functional.dot_product import dot_product_attention
+from attention_jax.functional.dot_product import attention_weights, dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.types import Array
 
@@ -59,17 +59,6 @@ def differential_attention(
         Ye et al. 2024, "Differential Transformer", equation 1. https://arxiv.org/abs/2410.05258
     """
     query, key, value = check_qkv(query, key, value)
-    N, H = query.shape[-2:]
-    if H % 2:
-        raise ValueError(f"head size H must be even, got query shape {query.shape}.")
-    if isinstance(lambda_full, int | float):
-        check_number("lambda_full", lambda_full)
-        lambda_full = float(lambda_full)
-    lambda_full = as_floating("lambda_full", lambda_full)
-    if lambda_full.shape not in ((), (N,)):
-        raise ValueError(
-            f"lambda_full must be one number or [N] with {N=}, got shape {lambda_full.shape}."
-        )
 
     def attend(query, key):
         return dot_product_attention(
@@ -88,11 +77,52 @@ def differential_attention(
             block_size=block_size,
         )
 
+    return _difference(query, key, lambda_full, attend, axes=1).astype(query.dtype)
+
+
+@public
+def differential_weights(
+    query: Array,
+    key: Array,
+    bias: Array | Bias | None = None,
+    mask: Array | Mask | None = None,
+    *,
+    lambda_full: float | Array = 0.8,
+    scale: float | Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """The weights `[..., N, T, S]` of `differential_attention`: the difference of its two maps."""
+    query, key, _ = check_qkv(query, key, key)
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    attend = lambda query, key: attention_weights(query, key, bias, mask, **options)
+    return _difference(query, key, lambda_full, attend, axes=2)
+
+
+differential_attention.weights = differential_weights  # For layers, which show them.
+
+
+def _difference(query, key, lambda_full, attend, axes) -> Array:
+    """What `attend` makes of the first halves, minus lambda times what it makes of the second.
+
+    Its result has `axes` axes behind that of the heads.
+    """
+    N, H = query.shape[-2:]
+    if H % 2:
+        raise ValueError(f"head size H must be even, got query shape {query.shape}.")
+    if isinstance(lambda_full, int | float):
+        check_number("lambda_full", lambda_full)
+        lambda_full = float(lambda_full)
+    lambda_full = as_floating("lambda_full", lambda_full)
+    if lambda_full.shape not in ((), (N,)):
+        raise ValueError(
+            f"lambda_full must be one number or [N] with {N=}, got shape {lambda_full.shape}."
+        )
     halves = (jnp.split(x, 2, axis=-1) for x in (query, key))
     first, second = (attend(q, k) for q, k in zip(*halves, strict=True))
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    difference = first.astype(dtype) - lambda_full[..., None].astype(dtype) * second.astype(dtype)
-    return difference.astype(query.dtype)
+    share = lambda_full.astype(dtype).reshape(lambda_full.shape + (1,) * axes)
+    return first.astype(dtype) - share * second.astype(dtype)
 
 
 @jax_defaults()
