@@ -541,7 +541,7 @@ def test_parameters_may_be_bfloat16():
         (DifferentialAttention(num_heads=4), {}, ValueError, "head_dim.*3"),
         (DifferentialAttention(num_heads=4, qk_norm=True), {}, ValueError, "head_dim.*3"),
         (
-            DifferentialAttention(num_heads=2),
+            MultiHeadAttention(num_heads=2, attention_fn=linear_attention),
             {"sow_weights": True},
             NotImplementedError,
             "sow_weights",
