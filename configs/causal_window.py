@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/causal_window.py --workdir=runs/causal_window
 
-Measured: yes, 100% of the held-out tokens after 600 steps, as without a window (configs/copy.py),
-in 59 s on two busy CPU cores, compilation included.
+Measured: yes, 100 % of the held-out tokens after 600 steps, as without a window (configs/copy.py),
+in 20 s on two busy cores of an Intel Xeon (jax 0.10.2, 2026-11-29).
 """
 
 from attention_jax.training.config import default_config

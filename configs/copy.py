@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/copy.py --workdir=runs/copy
 
-Measured: 100% of the held-out tokens after 600 steps, in 23 s on two busy CPU cores; guessing
-gives 7%.
+Measured: 100 % of the held-out tokens after 600 steps, in 27 s on two busy cores of an Intel Xeon
+(jax 0.10.2, 2026-11-29); guessing gives 7 %.
 """
 
 from attention_jax.training.config import default_config

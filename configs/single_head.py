@@ -2,8 +2,9 @@
 
     uv run train.py --config=configs/single_head.py --workdir=runs/single_head
 
-Measured: held-out loss 2.2e-4 after 1920 steps, 2500 times below the first loss and 1500 times
-below predicting the mean (0.33), in 3 s on two busy CPU cores. 1,088 parameters.
+Measured: held-out loss 5.6e-4 after 1920 steps, 1100 times below the first loss and 590 times below
+predicting the mean (0.33), in 13 s on two busy cores of an Intel Xeon (jax 0.10.2, 2026-11-29).
+1,088 parameters.
 """
 
 from attention_jax.training.config import default_config

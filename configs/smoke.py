@@ -2,7 +2,8 @@
 
     uv run train.py --config=configs/smoke.py --workdir=runs/smoke
 
-Measured: held-out loss 0.21 after 80 steps, from 0.84, in 3 s on two busy CPU cores.
+Measured: held-out loss 0.29 after 80 steps, from 0.80, in 6 s on two busy cores of an Intel Xeon
+(jax 0.10.2, 2026-11-29).
 """
 
 from attention_jax.training.config import default_config
