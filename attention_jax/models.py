@@ -20,9 +20,9 @@ from attention_jax.checks import (
 )
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
-from attention_jax.functional.masks import Mask
+from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.layers.cache import put
-from attention_jax.layers.parts import Dropout, looks_back
+from attention_jax.layers.parts import Dropout
 from attention_jax.types import Array
 
 Layer = Callable[..., Array]
@@ -291,7 +291,7 @@ class SequenceModel(nn.Module):
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")
         if self._decodes:
             _check_own_caches(self.blocks)
-            if not looks_back(self.mask):
+            if not hides_future(self.mask):
                 raise ValueError(
                     "decode=True needs mask=masks.causal(): earlier tokens cannot see later ones; "
                     f"got mask={self.mask!r}."
@@ -382,7 +382,7 @@ class SequenceModel(nn.Module):
             own = self.mask
             if reach is not None and row is not None:
                 reach = masks.placed(reach, places if _is_of_distances(reach) else row)
-            elif masks.is_causal(own) and looks_back(reach):
+            elif masks.is_causal(own) and hides_future(reach):
                 own = None  # `reach` is causal already; a second rule would take time.
             rules = [rule for rule in (own, reach, mask) if rule is not None]
             return functools.reduce(operator.and_, rules) if rules else None

@@ -62,7 +62,7 @@ def blockwise_attention(
     precision = jax.config.jax_default_matmul_precision
     request = Request(block_size, scale, precision, default_platform())
     arguments = (scaled, key, value, softcap, options.bias, options.mask, drop)
-    out, peak, log_total = _attend(request, *vary_alike(arguments))  # The last two [..., T, N].
+    out, peak, log_total = attend(request, *vary_alike(arguments))  # The last two [..., T, N].
 
     empty = peak == jnp.finfo(dtype).max
     peak = lax.stop_gradient(jnp.where(empty, jnp.finfo(dtype).min, peak))
@@ -91,21 +91,23 @@ class Request(NamedTuple):
     Attributes:
         block_size: (queries, keys) in a tile; None: the plan's own.
         scale: The factor of the logits.
-        precision, platform: The default precision of products, and the default platform, when the
-            attention was called.
+        precision, platform: The default precision and platform when the attention was called.
+        peakless: The forward pass need not find the peaks.
     """
 
     block_size: tuple[int, int] | None
     scale: float
     precision: str | None
     platform: str
+    peakless: bool = True
 
     def plan(self, query, key, value, mask) -> Plan:
         *batch, T, N, H = query.shape
         S, K, _ = value.shape[-3:]
         inputs = jnp.result_type(query, key, value)
         sizes = (*batch, K), N // K, T, S, H
-        return make_plan(*sizes, mask, self.block_size, self.scale, inputs, self.platform)
+        how = self.block_size, self.scale, inputs, self.platform, self.peakless
+        return make_plan(*sizes, mask, *how)
 
 
 # The custom derivative ---------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Request(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(request, query, key, value, softcap, bias, mask, drop):
+def attend(request, query, key, value, softcap, bias, mask, drop):
     """Output `[..., T, N, V]`, and the logsumexp in two parts `[..., T, N]`: peak and rest.
 
     They stay apart, because some people mask with -1e9: in a sum such a peak would swallow the
@@ -151,7 +153,7 @@ def _backward(request, saved, cotangents):
     return *jax.tree.map(cotangent, learnt), None, None
 
 
-_attend.__wrapped__.defvjp(_forward, _backward)
+attend.__wrapped__.defvjp(_forward, _backward)
 
 
 def _axes(query, key, value, softcap, bias, mask, drop):

@@ -741,3 +741,14 @@ def _most(*numbers: int | Array) -> int | Array:
     if all(isinstance(x, int) for x in numbers):
         return max(numbers)
     return functools.reduce(jnp.maximum, [jnp.max(x) for x in numbers])
+
+
+def hides_future(mask: Mask | None) -> bool:
+    """Whether a mask is sure to hide the future of each token in the row."""
+    return mask is not None and any(
+        isinstance(part, Band)
+        and part.right is not None
+        and isinstance(part.offset, int)
+        and part.right + part.offset <= 0
+        for part in mask.parts()
+    )

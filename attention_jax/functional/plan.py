@@ -186,9 +186,10 @@ class Plan(NamedTuple):
     backward: Pass
 
 
-def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform) -> Plan:
+def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peakless=True) -> Plan:
     """The plan for these sizes, this type of the inputs and this platform ("cpu", "gpu", "tpu").
 
+    Without `peakless` the forward pass finds the largest logit of each row.
     `block_size` overrides both sizes of the tiles. An export may leave sizes open. Then an open
     length is one tile, and an open axis of the batch or of heads is taken one by one.
     """
@@ -203,7 +204,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform) -> Pla
         forward, back = _cpu_tilings(sizes, H, mask, block_size)
     else:
         forward = back = _tiling(sizes, H, S, _OFF_CPU, *(block_size or (_SIDE, _SIDE)))
-    forward = forward._replace(peakless=platform == "cpu")
+    if platform == "cpu":
+        forward = forward._replace(peakless=peakless, halved=forward.halved and peakless)
     return Plan(Pass(sizes, forward), Pass(sizes, back))
 
 

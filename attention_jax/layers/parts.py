@@ -23,7 +23,7 @@ from attention_jax.checks import (
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.gated_delta import causal_convolution
-from attention_jax.functional.masks import Mask
+from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.functional.positions import sinusoidal_at
 from attention_jax.types import Array, Initializer
@@ -392,7 +392,7 @@ class ShortConvolution(nn.Module):
                 "positions: a short convolution has none, it sums the tokens as they come."
             )
         mask = None if mask is None else masks.as_mask(mask)
-        if not looks_back(mask):
+        if not hides_future(mask):
             raise NotImplementedError(
                 f"ShortConvolution looks back: it takes masks.causal(), got mask={mask!r}."
             )
@@ -404,14 +404,3 @@ class ShortConvolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (width, x.shape[-1]), self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         return causal_convolution(x, kernel)
-
-
-def looks_back(mask: Mask | None) -> bool:
-    """Whether a mask is sure to hide the future of each token in the row."""
-    return mask is not None and any(
-        isinstance(part, masks.Band)
-        and part.right is not None
-        and isinstance(part.offset, int)
-        and part.right + part.offset <= 0
-        for part in mask.parts()
-    )
