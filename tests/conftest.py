@@ -1,5 +1,6 @@
 """Eight simulated devices on the CPU, and the modes that a single test may ask for."""
 
+import collections
 import gc
 import os
 
@@ -96,11 +97,45 @@ SLOW = (
 )
 
 
+# How many cases of a test always run, evenly taken from all; `pytest -m slow` runs the others.
+CASES = {
+    "test_blockwise.py::test_tiles_that_are_chosen_agree_with_the_definition": 3,
+    "test_blockwise.py::test_an_input_of_ones_may_be_known_to_the_compiler": 4,
+    "test_blockwise.py::test_off_the_cpu_tiles_are_plain": 1,
+    "test_blockwise.py::test_random_draws_agree_with_the_loops": 5,
+    "test_blockwise.py::test_products_with_the_hessian_are_those_of_the_definition": 1,
+    "test_blockwise.py::test_products_with_the_hessian_on_every_core": 1,
+    "test_blockwise.py::test_second_derivatives_with_and_without_a_peak": 4,
+    "test_blockwise.py::test_bfloat16_gradients_do_not_grow_with_what_all_keys_share": 2,
+    "test_blockwise.py::test_a_logit_of_minus_infinity_has_no_weight_in_the_gradients": 3,
+    "test_blockwise.py::test_gradients_of_a_gradient_are_those_of_the_definition": 1,
+    "test_blockwise.py::test_rows_whose_logits_need_a_peak_are_right_and_change_no_other": 2,
+    "test_documents.py::test_a_packed_or_padded_document_is_the_document_alone": 3,
+    "test_documents.py::test_padded_prompts_and_gaps_decode_as_the_full_forward_pass": 3,
+    "test_documents.py::test_a_token_stands_where_it_is_said_to": 3,
+    "test_dot_product.py::test_empty_row_makes_no_nan_on_the_way": 2,
+    "test_dot_product.py::test_float32_matches_the_definition": 24,
+    "test_dot_product.py::test_half_precision_is_no_worse_than_twice_the_naive_error": 5,
+    "test_export.py::test_lengths_left_open": 4,
+    "test_huggingface.py::test_rotations_beyond_the_trained_length_are_those_of_transformers": 2,
+}
+
+
 @pytest.hookimpl(tryfirst=True)  # Before `-m` looks at the marks.
 def pytest_collection_modifyitems(items):
+    cases = collections.defaultdict(list)
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+        name = item.nodeid.removeprefix("tests/")
+        if name.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+        elif not item.get_closest_marker("slow"):
+            cases[name.split("[")[0]].append(item)
+    for name, number in CASES.items():
+        found = cases[name]
+        always = {found[i * len(found) // number] for i in range(number)} if found else ()
+        for item in found:
+            if item not in always:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
