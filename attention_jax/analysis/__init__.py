@@ -1,0 +1,19 @@
+"""What attention does in a trained model: maps, statistics, scores of heads, and models without."""
+
+from attention_jax.analysis.heads import (
+    ablation,
+    apply_with_gates,
+    heads_of,
+    importance,
+    mean_outputs,
+)
+from attention_jax.analysis.pruning import prune_heads
+
+__all__ = [
+    "ablation",
+    "apply_with_gates",
+    "heads_of",
+    "importance",
+    "mean_outputs",
+    "prune_heads",
+]

@@ -1,0 +1,226 @@
+"""The heads of a model: their gates, their importance, what happens without them.
+
+A gate multiplies what a head gives to the output projection of its layer: 1 leaves the head, 0
+removes it. Gates work on every layer that mixes heads by a projection `out`, in any linen model.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attention_jax.checks import check_word, told
+from attention_jax.types import Array, PyTree
+
+# The path of a layer, as "blocks_0/attention", and one number for each of its heads.
+Gates = Mapping[str, Array]
+Loss = Callable[[Array], Array]
+
+
+def apply_with_gates(
+    model: nn.Module,
+    params: PyTree,
+    inputs: Array,
+    gates: Gates,
+    *,
+    means: Mapping[str, Array] | None = None,
+    **options: Any,
+) -> Array:
+    """The outputs of a model whose heads are multiplied by gates.
+
+    Args:
+        model, params: Any model of linen with attention layers.
+        inputs: Of the model.
+        gates: `[N]` for some layers, by their paths; other layers stay as they are.
+        means: `[N, V]` for each layer: what a head gives when its gate is 0. None is zeros.
+        **options: Of the model's call, as `mask`.
+
+    Raises:
+        ValueError: A gate names no layer, or has the wrong number of heads.
+    """
+    used = set()
+
+    def gate(mixed: Array, path: str) -> Array:
+        if path not in gates:
+            return mixed
+        used.add(path)
+        kept = jnp.asarray(gates[path], mixed.dtype)
+        if kept.shape != mixed.shape[-2:-1]:
+            raise ValueError(
+                f"gates must have one number for each of the {mixed.shape[-2]} heads of {path}, "
+                f"got shape {kept.shape}."
+            )
+        kept = kept[:, None]
+        if means is None:
+            return kept * mixed
+        return kept * mixed + (1 - kept) * means[path].astype(mixed.dtype)
+
+    with _at_outputs(gate):
+        found = model.apply({"params": params}, inputs, **options)
+    if left := sorted(set(gates) - used):
+        raise ValueError(f"gates name layers that the model does not run: {', '.join(left)}.")
+    return found
+
+
+def heads_of(model: nn.Module, params: PyTree, inputs: Array, **options: Any) -> dict[str, int]:
+    """The number of heads of each attention layer, by its path, in the order of the model."""
+    found = {}
+
+    def note(mixed, path):
+        found[path] = mixed.shape[-2]
+        return mixed
+
+    with _at_outputs(note):
+        jax.eval_shape(
+            lambda params, inputs: model.apply({"params": params}, inputs, **options),
+            params,
+            inputs,
+        )
+    return found
+
+
+def mean_outputs(
+    model: nn.Module, params: PyTree, inputs: Array, **options: Any
+) -> dict[str, Array]:
+    """What each head gives on the average over rows and positions, `[N, V]`, by its layer."""
+    found = {}
+
+    def note(mixed, path):
+        found[path] = mixed.reshape(-1, *mixed.shape[-2:]).mean(0)
+        return mixed
+
+    with _at_outputs(note):
+        model.apply({"params": params}, inputs, **options)
+    return found
+
+
+def importance(
+    model: nn.Module, params: PyTree, inputs: Array, loss: Loss, **options: Any
+) -> dict[str, Array]:
+    """How much each head matters, by one gradient: the mean over rows of |d loss / d gate|.
+
+    Args:
+        model, params, inputs, **options: As in `apply_with_gates`; the first axis of the inputs is
+            that of the rows.
+        loss: From the outputs to the loss of each row, `[B]`.
+
+    Returns:
+        `[N]` for each layer, by its path.
+
+    Reference:
+        Michel et al. 2019, "Are Sixteen Heads Really Better than One?", equation 2.
+        https://arxiv.org/abs/1905.10650
+    """
+    gates = _open(heads_of(model, params, inputs, **options))
+    rows = inputs.shape[0]
+
+    @jax.jit
+    def of_rows(params, inputs):
+        # Each row has gates of its own, so one pass gives the gradient of each.
+        def losses(gates):
+            run = lambda gates, row: apply_with_gates(model, params, row[None], gates, **options)[0]
+            return loss(jax.vmap(run)(gates, inputs)).sum()
+
+        each = jax.tree.map(lambda gate: jnp.broadcast_to(gate, (rows, *gate.shape)), gates)
+        return jax.tree.map(lambda grad: jnp.abs(grad).mean(0), jax.grad(losses)(each))
+
+    return of_rows(params, inputs)
+
+
+def ablation(
+    model: nn.Module,
+    params: PyTree,
+    inputs: Array,
+    loss: Loss,
+    *,
+    by: str = "zero",
+    pairs: bool = False,
+    **options: Any,
+) -> dict[str, Array] | Array:
+    """The mean loss without each head, all heads in one program.
+
+    A layer is computed once for all heads of it and of later layers; behind the head that is
+    removed the model runs for each of them side by side.
+
+    Args:
+        model, params, inputs, loss, **options: As in `importance`.
+        by: What stands for a removed head: "zero", or "mean", its mean over rows and positions.
+        pairs: Removes every two heads together.
+
+    Returns:
+        `[N]` for each layer, by its path. With `pairs` a matrix `[heads, heads]`, heads counted
+        through all layers; its diagonal is that of single heads.
+
+    Raises:
+        ValueError: `by` is another word.
+    """
+    check_word("by", by, ("zero", "mean"))
+    counts = heads_of(model, params, inputs, **options)
+    gates = _open(counts)
+
+    def without(params, inputs, means, removed):
+        """The loss where the gates of `removed` replace those of their layers."""
+        run = apply_with_gates(model, params, inputs, {**gates, **removed}, means=means, **options)
+        return loss(run).mean()
+
+    @jax.jit
+    def all_heads(params, inputs):
+        means = mean_outputs(model, params, inputs, **options) if by == "mean" else None
+        one = functools.partial(without, params, inputs, means)
+        if not pairs:
+            # Gates of one layer alone are mapped: what comes before stays one computation.
+            return {
+                path: jax.vmap(lambda gate, path=path: one({path: gate}))(1 - jnp.eye(count))
+                for path, count in counts.items()
+            }
+        closed = 1 - jnp.eye(sum(counts.values()))  # [heads, heads]
+
+        def both(i, j):
+            flat, parts, start = closed[i] * closed[j], {}, 0
+            for path, count in counts.items():
+                parts[path] = flat[start : start + count]
+                start += count
+            return one(parts)
+
+        heads = jnp.arange(len(closed))
+        return jax.lax.map(lambda i: jax.vmap(lambda j: both(i, j))(heads), heads)
+
+    return all_heads(params, inputs)
+
+
+def _open(counts: Mapping[str, int]) -> dict[str, Array]:
+    return {path: jnp.ones(count) for path, count in counts.items()}
+
+
+def _at_outputs(change: Callable[[Array, str], Array]):
+    """A context in which the input `[..., T, N, V]` of every `out` projection is changed."""
+
+    def intercept(run, arguments, options, context):
+        module = context.module
+        is_out = (
+            context.method_name == "__call__"
+            and isinstance(module, nn.DenseGeneral)
+            and module.name == "out"
+            and module.axis in ((-2, -1), [-2, -1])
+        )
+        if not is_out:
+            return run(*arguments, **options)
+        mixed, *rest = arguments
+        return run(change(mixed, "/".join(module.path[:-1])), *rest, **options)
+
+    return nn.intercept_methods(intercept)
+
+
+def check_heads(heads: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """Raises ValueError unless `heads` names heads of layers that there are."""
+    for path, numbers in heads.items():
+        if path not in counts:
+            raise ValueError(f"heads name the layer {path!r}, but there are {tuple(counts)}.")
+        for number in numbers:
+            if not 0 <= number < counts[path]:
+                raise ValueError(
+                    f"heads of {path} must be numbers below {counts[path]}, got {told(number)}."
+                )

@@ -1,0 +1,190 @@
+"""Gates, importance, ablation and pruning of heads, against loops and against one another."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+from attention_jax import (
+    AlibiBias,
+    Block,
+    DifferentialAttention,
+    GatedDeltaAttention,
+    MultiHeadAttention,
+    SequenceModel,
+    TokenEmbedding,
+    masks,
+)
+from attention_jax.analysis import (
+    ablation,
+    apply_with_gates,
+    heads_of,
+    importance,
+    mean_outputs,
+    prune_heads,
+)
+
+VOCABULARY = 11
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 6)))
+FIRST, SECOND = "blocks_0/attention", "blocks_1/attention"
+LAYERS = {
+    "multi-head": functools.partial(MultiHeadAttention, 4, head_dim=4),
+    "grouped": functools.partial(MultiHeadAttention, 4, num_kv_heads=2, rotary=True, sinks=True),
+    "differential": functools.partial(DifferentialAttention, 4, num_kv_heads=2, head_dim=4),
+}
+
+
+def random_params(model):
+    rng = np.random.default_rng(1)
+    like = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.5, x.shape), x.dtype), like)
+
+
+def made(make):
+    model = SequenceModel(
+        TokenEmbedding(VOCABULARY, 8), [Block(make()) for _ in range(2)], mask=masks.causal()
+    )
+    return model, random_params(model)
+
+
+@pytest.fixture(params=LAYERS)
+def model_and_params(request):
+    return made(LAYERS[request.param])
+
+
+@pytest.fixture
+def plain():
+    return made(LAYERS["multi-head"])
+
+
+def loss(logits):
+    """Of each row: the next token's cross-entropy."""
+    found = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(found, TOKENS[:, 1:, None], axis=-1)[..., 0].mean(-1)
+
+
+def with_zeroed(params, path, head):
+    """The parameters with the output kernel of a head at zero: what a closed gate means."""
+    name = path.split("/")[0]
+    layer = params[name]["attention"]
+    kernel = layer["out"]["kernel"].at[head].set(0)
+    layer = {**layer, "out": {**layer["out"], "kernel": kernel}}
+    return {**params, name: {**params[name], "attention": layer}}
+
+
+def test_heads_are_counted_by_layer(model_and_params):
+    assert heads_of(*model_and_params, TOKENS) == {FIRST: 4, SECOND: 4}
+
+
+def test_a_closed_gate_is_a_head_that_gives_nothing(model_and_params):
+    model, params = model_and_params
+    apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS))
+    closed = jax.jit(lambda gates: apply_with_gates(model, params, TOKENS, gates))
+    gates = {FIRST: jnp.array([1.0, 0, 1, 1]), SECOND: jnp.array([1.0, 1, 1, 0])}
+    want = apply(with_zeroed(with_zeroed(params, FIRST, 1), SECOND, 3))
+    assert_close(closed(gates), want, 1e-6)
+    assert_close(closed(jax.tree.map(jnp.ones_like, gates)), apply(params), 1e-6)
+
+
+def test_ablation_in_one_program_is_the_loop_over_heads(plain):
+    model, params = plain
+    apply = jax.jit(lambda params: loss(model.apply({"params": params}, TOKENS)).mean())
+    found = ablation(model, params, TOKENS, loss)
+    for path in (FIRST, SECOND):
+        want = [apply(with_zeroed(params, path, head)) for head in range(4)]
+        assert_close(found[path], np.array(want), 1e-6)
+    both = ablation(model, params, TOKENS, loss, pairs=True)
+    assert both.shape == (8, 8)
+    assert_close(np.diag(both), np.concatenate([found[FIRST], found[SECOND]]), 1e-6)
+    assert_close(both, both.T, 1e-6)
+    assert_close(both[1, 6], apply(with_zeroed(with_zeroed(params, FIRST, 1), SECOND, 2)), 1e-6)
+
+
+def test_a_mean_stands_for_the_head_that_is_removed(plain):
+    model, params = plain
+    means = mean_outputs(model, params, TOKENS)
+    assert means[FIRST].shape == (4, 4)
+    found = ablation(model, params, TOKENS, loss, by="mean")[SECOND]
+    # By hand: the mean enters the output by the kernel of its head, as a bias.
+    for head in range(4):
+        changed = with_zeroed(params, SECOND, head)
+        out = changed["blocks_1"]["attention"]["out"]
+        kernel = params["blocks_1"]["attention"]["out"]["kernel"][head]
+        out["bias"] = out["bias"] + means[SECOND][head] @ kernel
+        want = loss(model.apply({"params": changed}, TOKENS)).mean()
+        assert_close(found[head], want, 1e-6)
+
+
+def test_importance_is_the_mean_size_of_the_gradient_of_each_gate(plain):
+    model, params = plain
+    found = importance(model, params, TOKENS, loss)
+    step = 1e-3
+
+    def losses(path, head, gate):
+        gates = {path: jnp.ones(4).at[head].set(gate)}
+        return np.float64(loss(apply_with_gates(model, params, TOKENS, gates)))
+
+    for path, head in ((FIRST, 2), (SECOND, 0)):
+        slope = (losses(path, head, 1 + step) - losses(path, head, 1 - step)) / (2 * step)
+        assert_close(found[path][head], np.abs(slope).mean(), 2e-3)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [{FIRST: [1]}, {FIRST: [0, 1], SECOND: [3]}, {FIRST: [0, 2]}, {SECOND: [0, 1, 2, 3]}],
+    ids=str,
+)
+def test_a_pruned_model_is_the_model_with_closed_gates(model_and_params, heads):
+    model, params = model_and_params
+    smaller, fewer = prune_heads(model, params, heads)
+    gates = {
+        path: jnp.array([float(n not in numbers) for n in range(4)])
+        for path, numbers in heads.items()
+    }
+    want = jax.jit(lambda: apply_with_gates(model, params, TOKENS, gates))()
+    assert_close(jax.jit(smaller.apply)({"params": fewer}, TOKENS), want, 1e-6)
+    like = jax.eval_shape(smaller.init, jax.random.key(0), TOKENS)["params"]
+    assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, fewer)
+    for path, numbers in heads.items():
+        name = path.split("/")[0]
+        left = max(1, 4 - len(numbers))  # A layer keeps one head at least.
+        assert fewer[name]["attention"]["query"]["kernel"].shape[1] == left
+
+
+def test_groups_stay_where_they_can():
+    model, params = made(LAYERS["grouped"])  # Heads 0, 1 and 2, 3 share keys.
+    kept = lambda heads: prune_heads(model, params, {FIRST: heads})[0].blocks[0].attention
+    assert (kept([1, 3]).num_heads, kept([1, 3]).num_kv_heads) == (2, 2)
+    assert (kept([0, 1]).num_heads, kept([0, 1]).num_kv_heads) == (2, 1)
+    assert (kept([0]).num_heads, kept([0]).num_kv_heads) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "error", "words"),
+    [
+        ({"blocks_7/attention": [0]}, ValueError, "blocks_7/attention.*blocks_0"),
+        ({FIRST: [4]}, ValueError, "below 4, got 4"),
+        ({FIRST: [-1]}, ValueError, "below 4, got -1"),
+    ],
+)
+def test_heads_that_there_are_not_are_named(plain, heads, error, words):
+    with pytest.raises(error, match=words):
+        prune_heads(*plain, heads)
+
+
+def test_what_cannot_be_pruned_or_gated_is_refused(plain):
+    model, params = plain
+    with pytest.raises(NotImplementedError, match="bias=AlibiBias"):
+        prune_heads(model.clone(bias=AlibiBias(4)), params, {FIRST: [0]})
+    other, theirs = made(functools.partial(GatedDeltaAttention, 4))
+    with pytest.raises(NotImplementedError, match="GatedDeltaAttention"):
+        prune_heads(other, theirs, {FIRST: [0]})
+    with pytest.raises(ValueError, match=r"gates.*4 heads"):
+        apply_with_gates(model, params, TOKENS, {FIRST: jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"gates.*blocks_9"):
+        apply_with_gates(model, params, TOKENS, {"blocks_9": jnp.ones(3)})
+    with pytest.raises(ValueError, match="by"):
+        ablation(model, params, TOKENS, loss, by="noise")
