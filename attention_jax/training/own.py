@@ -72,7 +72,8 @@ def check_call(function: Any, name: str, *arguments: str, **options: Any) -> Non
         inspect.signature(function).bind(*arguments, **options)
     except (TypeError, ValueError) as error:  # The latter: it has no signature.
         given = ", ".join([*arguments, *(f"{word}={x}" for word, x in options.items())])
-        raise TypeError(f"{name} must take ({given}): {error}.") from error
+        wanted = f"take ({given})" if given else "have a default for each argument"
+        raise TypeError(f"{name} must {wanted}: {error}.") from error
 
 
 def task_settings(path: str, name: str) -> dict[str, Any]:
