@@ -165,6 +165,11 @@ def told(x: object) -> str:
     return f"an array of {x.dtype} {x.shape}" if is_array(x) else f"a {type(x).__name__}"
 
 
+def called(function: Callable) -> str:
+    """The name of a function, for an error."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
 def check_flag(name: str, value: bool) -> None:
     """Raises TypeError unless `value` is True or False: a word would pass for True."""
     if not isinstance(value, bool | np.bool_):
@@ -184,9 +189,8 @@ def check_takes(function: Callable, options: Mapping[str, object]) -> None:
         return
     for name, value in options.items():
         if name not in taken:
-            called = getattr(function, "__name__", None) or type(function).__name__
             came = "" if is_array(value) else f", got {name}={told(value)}"
-            raise NotImplementedError(f"{called} has no {name}{came}.")
+            raise NotImplementedError(f"{called(function)} has no {name}{came}.")
 
 
 def check_part(name: str, part: object) -> None:

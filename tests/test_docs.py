@@ -1,7 +1,8 @@
 """The documentation holds: its programs run, its commands parse, its links lead somewhere.
 
 On every page, the blocks of Python run in order in one namespace; a block marked `text` right after
-one is exactly what it prints. Commands are read, not run.
+one is exactly what it prints. A block that begins with `# name.py` is also a module in the
+directory where programs and commands run. Commands are read, not run.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,12 +88,22 @@ def commands(page):
                     words.append(word)
 
 
-@every_page
-def test_the_programs_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
-    # Elsewhere, because a program may write; the configs are where the reader has them.
+@pytest.fixture
+def place(page, tmp_path, monkeypatch):
+    """Where programs and commands run: the configs and the page's modules are there."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for block in blocks(page):
+        if block.language == "python" and (name := re.match(r"# (\w+)\.py\n", block.text)):
+            (tmp_path / f"{name[1]}.py").write_text(block.text)
+            monkeypatch.delitem(sys.modules, name[1], raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@every_page
+def test_the_programs_run_and_print_what_the_page_shows(page, place, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "cache"))
     namespace, printed = {"__name__": "__main__"}, None
     for block in blocks(page):
         if block.language == "python":
@@ -109,9 +121,8 @@ def test_the_programs_run_and_print_what_the_page_shows(page, tmp_path, monkeypa
 
 
 @every_page
-def test_the_commands_are_understood(page, tmp_path, monkeypatch):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("place")
+def test_the_commands_are_understood(page, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: "")
     for line, words in commands(page):
         where = f"{page.name}:{line}: {' '.join(words)}"

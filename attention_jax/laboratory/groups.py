@@ -13,7 +13,6 @@ from attention_jax.training import build as builder
 from attention_jax.training.config import Target, flatten
 from attention_jax.training.experiment import first_params
 from attention_jax.training.launch import Launcher
-from attention_jax.training.memory import check_memory
 from attention_jax.training.step import all_finite
 from attention_jax.types import Array, PyTree, TrainState
 
@@ -87,7 +86,7 @@ def _build(numbers, name, configs, traced, launcher):
     config, mine = configs[numbers[0]], [configs[number] for number in numbers]
     # The other launchers divide the trials among the devices.
     devices = 1 if config.launcher == "single" else jax.device_count()
-    check_memory(config, -(-len(numbers) // devices))
+    builder.check_fits(config, -(-len(numbers) // devices))
     settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
     if "seed" in traced and config.task.name == "teacher":
         # NumPy draws the teacher, which a program cannot do, so each trial is given its teacher.

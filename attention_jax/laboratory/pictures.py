@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from attention_jax.laboratory.runs import SEED, Line, Run, lines, main_metric, mean, slices, spread
-from attention_jax.training.config import default_config, slice_settings
+from attention_jax.training.config import slice_settings
 
 MAX_TICKS = 8  # Of an axis that has one for each value.
 MAX_LABELS = 12  # A longer legend would hide the picture.
@@ -139,13 +141,13 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
 
 def _lengths(runs, names):
     """The trained length, and the lengths of task (None) and slices, if only these differ."""
-    config = default_config(runs[0].config.get("task.name", "teacher"))
     lengths = {run.config.get("task.seq_length") for run in runs}
     if len(lengths) != 1 or None in lengths:
         return None, {}
     (trained,) = lengths
-    config.eval.slices = " ".join(names)
-    settings = slice_settings(config)
+    # Not from the defaults: a report needs no task of one's own to be here.
+    task = {p[5:]: x for p, x in runs[0].config.items() if p.startswith("task.")}
+    settings = slice_settings(ConfigDict({"task": task, "eval": {"slices": " ".join(names)}}))
     if not names or any(set(settings[name]) != {"seq_length"} for name in names):
         return None, {}
     return trained, {None: trained, **{name: settings[name]["seq_length"] for name in names}}

@@ -12,6 +12,7 @@ from attention_jax.checks import (
     Named,
     as_positions,
     as_size,
+    called,
     check_fields,
     check_flag,
     check_inputs,
@@ -456,4 +457,10 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
                 )
             options["dropout_rate"] = layer.dropout_rate
             options["dropout_rng"] = layer.make_rng("dropout")
-    return layer.attention_fn(query, key, value, mask=mask, **options)
+    mixed = layer.attention_fn(query, key, value, mask=mask, **options)
+    if getattr(mixed, "shape", None) != (*query.shape[:-1], value.shape[-1]):
+        raise ValueError(
+            f"attention_fn must return [..., T, N, V], {(*query.shape[:-1], value.shape[-1])}, got "
+            f"{told(mixed)} from {called(layer.attention_fn)}."
+        )
+    return mixed

@@ -44,6 +44,87 @@ class Task(NamedTuple):
     num_rows: int | None = None
 
 
+def check_task(name: str, task: Task, seq_length: int) -> None:
+    """Raises unless a task, and the shapes and types of its batches, are what `Task` says.
+
+    Args:
+        name: What the user calls it, for the error.
+        task: What a builder has returned.
+        seq_length: The length T that was asked for.
+
+    Raises:
+        TypeError: It is no `Task`, or a batch no `Batch`.
+        ValueError: A field, a shape or a type is another one.
+    """
+    if not isinstance(task, Task):
+        raise TypeError(f"{name} must return a Task, got a {type(task).__name__}.")
+    if task.loss not in ("squared_error", "cross_entropy"):
+        raise ValueError(f"{name}: loss must be squared_error or cross_entropy, got {task.loss!r}.")
+    tokens = task.loss == "cross_entropy"
+    size, other = ("vocab_size", "inputs") if tokens else ("inputs", "vocab_size")
+    if not isinstance(getattr(task, size), int) or getattr(task, other) is not None:
+        raise ValueError(
+            f"{name}: a task of {task.loss} has an integer {size} and no {other}, got "
+            f"{size}={getattr(task, size)!r} and {other}={getattr(task, other)!r}."
+        )
+    if task.mask is not None and np.shape(task.mask) != (seq_length, seq_length):
+        raise ValueError(
+            f"{name}: mask must be [T, T], T={seq_length}, got shape {np.shape(task.mask)}."
+        )
+    B, T = 2, seq_length
+    rng, rows = jax.random.key(0), jax.ShapeDtypeStruct((B,), np.int32)
+    for sampler in filter(None, (task.sample, task.sample_held_out)):
+        batch = jax.eval_shape(sampler, rng, rows)
+        if not isinstance(batch, Batch):
+            raise TypeError(f"{name}: sample must return a Batch, got a {type(batch).__name__}.")
+        places = (B, T) if batch.positions is None else (B, *batch.positions.shape[1:])
+        vector = () if tokens else (task.inputs,)
+        kind = np.integer if tokens else np.floating
+        for field, shape, wanted in (
+            ("inputs", (B, T, *vector), kind),
+            ("targets", (*places, *vector), kind),
+            ("weights", places, np.floating),
+            ("positions", places, np.integer),
+        ):
+            found = getattr(batch, field)
+            if found is None and field == "positions":
+                continue
+            came = "None" if found is None else f"{found.dtype} {found.shape}"
+            fits = found is not None and jax.numpy.issubdtype(found.dtype, wanted)
+            if not fits or found.shape != shape:
+                raise ValueError(
+                    f"{name}: {field} of {B} rows must be {wanted.__name__} {shape}, got {came}."
+                )
+    if (shape := jax.eval_shape(task.baseline[1], batch).shape) != ():
+        raise ValueError(f"{name}: the baseline must be a scalar, got shape {shape}.")
+
+
+def check_rows(name: str, task: Task) -> None:
+    """Draws a few rows; raises ValueError unless each is a function of `(rng, row)` alone.
+
+    Also if a token or a label is not in the vocabulary. The arguments are those of `check_task`.
+    """
+    rows = np.arange(4, dtype=np.int32)
+    for sampler in filter(None, (task.sample, task.sample_held_out)):
+        sampler = jax.jit(sampler)
+        batch = jax.tree.map(np.asarray, sampler(jax.random.key(0), rows))
+        again = sampler(jax.random.key(0), rows[::-1])
+        for field, found, other in zip(Batch._fields, batch, again, strict=True):
+            if found is not None and not np.allclose(found, np.asarray(other)[::-1]):
+                raise ValueError(
+                    f"{name}: row r must be a function of (rng, r) alone, but the {field} of a row "
+                    "change with its place in the batch: see per_row."
+                )
+        if task.vocab_size is None:
+            continue
+        for field, tokens in (("inputs", batch.inputs), ("targets", batch.targets)):
+            if not 0 <= tokens.min() <= tokens.max() < task.vocab_size:
+                raise ValueError(
+                    f"{name}: {field} must be tokens below {task.vocab_size}, got "
+                    f"{tokens.min()} to {tokens.max()}."
+                )
+
+
 def about_held_out(task: Task, num_drawn: int) -> str:
     """Describes the held-out rows, for the reader of an accuracy.
 

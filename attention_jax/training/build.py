@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 
 from attention_jax.checks import jax_defaults
 from attention_jax.tasks import TASKS, Task
+from attention_jax.tasks.task import check_rows, check_task
+from attention_jax.training import own
 from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.memory import check_memory
 from attention_jax.training.model import make_model
 from attention_jax.training.optimizer import make_optimizer, skipping
+from attention_jax.training.rules import label
 from attention_jax.types import Array, Batch, PyTree, TrainState
 
 # The streams of randomness, each `fold_in(key(seed), stream)`.
@@ -82,6 +85,18 @@ def refusals() -> Iterator[None]:
         raise ConfigError(_line(str(error))) from error
 
 
+def check_fits(config: ConfigDict, num_trials: int = 1) -> None:
+    """Raises ValueError if a config needs more memory than there is, or for a task's rows.
+
+    Args:
+        config: Checked.
+        num_trials: Trials of a sweep that are held at once.
+    """
+    check_memory(config, num_trials)
+    if (name := config.task.name) not in TASKS:
+        check_rows(f"{label('task.name')}={name}", make_task(config))
+
+
 def check_target(target: Target, task: str, held_out: Mapping[str, Any]) -> None:
     """Raises ValueError unless the held-out metrics include the target's."""
     metrics = held_out.keys() - {"weight"}
@@ -97,7 +112,7 @@ def _line(text):
 
 
 def _build(config):
-    check_memory(config)
+    check_fits(config)
     launcher = LAUNCHERS[config.launcher]()
     rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
     accumulate = config.optimizer.accumulate
@@ -252,9 +267,17 @@ def make_functions(
 
 
 def make_task(config: ConfigDict, **traced: Any) -> Task:
-    """The task that `config.task` names; the teacher is as wide as its student."""
+    """The task that `config.task` names; the teacher is as wide as its student.
+
+    Raises:
+        ValueError, TypeError: A task of one's own cannot be imported, or is not what `Task` says.
+    """
     settings = config.task.to_dict()
     name = settings.pop("name")
+    if name not in TASKS:
+        task = own.find(name, label("task.name"))(**settings | traced)
+        check_task(f"{label('task.name')}={name}", task, config.task.seq_length)
+        return task
     if name == "teacher":
         heads = config.model.num_heads if config.model.name == "multihead" else 1
         settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}

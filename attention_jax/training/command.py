@@ -52,7 +52,7 @@ _HELP = {
     "target": "stop at a held-out metric, as accuracy=0.99 or loss=1e-3",
     "save_path": "run directory; rerun the command to resume; none: write nothing",
     "workdir": "the same as --save_path",
-    "task": f"{', '.join(TASKS)}; the other defaults follow it",
+    "task": f"{', '.join(TASKS)}, or module:builder; the other defaults follow it",
     "launcher": "single, pmap or sharded",
     "seed": "of the parameters, the data and dropout",
     "init_from": "run, or file of weights, to take the first parameters from",

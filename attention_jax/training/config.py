@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from attention_jax.training import own
 from attention_jax.training.files import local_path
 from attention_jax.training.process import RunError
 from attention_jax.training.rules import MOST_32_BITS, OPTIONAL, fault, label, read, shown, unknown
@@ -157,6 +158,8 @@ TASKS = {
 def default_config(task: str = "teacher") -> ConfigDict:
     """The default config of `task`: DEFAULTS, changed by TASKS.
 
+    For a task of one's own, "package.module:builder", its module is imported.
+
     Raises:
         ConfigError: There is no such task.
 
@@ -165,10 +168,18 @@ def default_config(task: str = "teacher") -> ConfigDict:
     >>> default_config("recall").model.causal
     True
     """
-    if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}: got {shown(task)}.")
+    if isinstance(task, str) and task in TASKS:
+        changes = TASKS[task]
+    elif own.is_path(task):
+        try:
+            changes = _token_task() | {"task": own.task_settings(task, label("task.name"))}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+    else:
+        names = ", ".join(TASKS)
+        raise ConfigError(f"task must be one of {names}, or module:builder: got {shown(task)}.")
     config = ConfigDict(copy.deepcopy(DEFAULTS))
-    for section, fields in TASKS[task].items():
+    for section, fields in changes.items():
         config[section].update(fields)
     config.task.name = task
     for path in OPTIONAL:
@@ -238,11 +249,11 @@ def flatten(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
 def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """The errors of a config, as (path of a field, sentence); needs no jax and no devices."""
     task = config.get("task", {}).get("name")
-    if task not in TASKS:
-        words = f"{label('task.name')} must be one of {', '.join(TASKS)}"
-        yield "task.name", f"{words}: got {shown(task)}."
+    try:
+        leaves, known = flatten(config), flatten(default_config(task))
+    except ConfigError as error:
+        yield "task.name", str(error)
         return
-    leaves, known = flatten(config), flatten(default_config(task))
     strangers = [*(leaves.keys() - known.keys()), *(known.keys() - leaves.keys())]
     if strangers:
         for path in sorted(strangers):

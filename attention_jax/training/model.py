@@ -11,7 +11,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import attention_jax
-from attention_jax.checks import as_size, check_dtype, check_flag, check_number, check_word
+from attention_jax.checks import as_size, check_dtype, check_flag, check_number, check_word, told
 from attention_jax.functional import masks
 from attention_jax.layers import (
     ShortConvolution,
@@ -22,7 +22,7 @@ from attention_jax.layers import (
 from attention_jax.layers.parts import scaled_init
 from attention_jax.models import Block, SequenceModel
 from attention_jax.tasks import Task
-from attention_jax.training import words
+from attention_jax.training import own, words
 from attention_jax.training.config import slice_settings
 from attention_jax.types import Array
 
@@ -81,7 +81,7 @@ def make_sequence_model(
     decode: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
-    mechanism: str = "dot_product",
+    mechanism: str | Callable[..., Any] = "dot_product",
     pattern: str = "full",
     stride: int | None = None,
     softcap: float | None = None,
@@ -92,8 +92,12 @@ def make_sequence_model(
     """The `SequenceModel` whose parts these words name; words.py lists them.
 
     Args:
-        attention, mechanism, mlp, norm, pattern, positions: Words; with a norm, a last one follows
-            the last block.
+        attention, mlp, norm, pattern, positions: Words; with a norm, a last one follows the last
+            block.
+        mechanism: A word; or one's own, or where it is, "package.module:name". A function with the
+            arguments of `dot_product_attention` is the `attention_fn` of a `MultiHeadAttention`. A
+            class of layers, or a `functools.partial` of one, makes the layer; it is called as
+            `MultiHeadAttention` is.
         features: Model width D.
         num_layers: Number of blocks.
         num_heads: Number of query heads. Defaults to 8; "selfhead" has one.
@@ -124,13 +128,13 @@ def make_sequence_model(
     """
     for name, word, known in (
         ("attention", attention, words.ATTENTIONS),
-        ("mechanism", mechanism, words.MECHANISMS),
         ("mlp", mlp, words.MLPS),
         ("norm", norm, words.NORMS),
         ("pattern", pattern, words.PATTERNS),
         ("positions", positions, words.POSITIONS),
     ):
         check_word(name, word, tuple(known))
+    make_layer = _mechanism(mechanism)
     as_size("features", features)
     as_size("num_layers", num_layers, maximum=1000)  # Each is traced and compiled.
     sizes = {"vocab_size": vocab_size, "out_features": out_features}
@@ -164,7 +168,7 @@ def make_sequence_model(
     make_mlp = words.MLPS[mlp]()
 
     def make_block(depth: int) -> Block:
-        layer = words.ATTENTIONS[attention](words.MECHANISMS[mechanism](depth))
+        layer = words.ATTENTIONS[attention](make_layer(depth))
         given = {
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
@@ -176,7 +180,7 @@ def make_sequence_model(
             "decode": decode,
         }
         given = _said(given) | ({} if use_bias else {"use_bias": False})
-        word = f"mechanism={mechanism!r}"
+        word = f"mechanism={told(mechanism)}"
         if attention != "multihead":
             word = f"attention={attention!r}"
         return Block(
@@ -228,6 +232,29 @@ def make_sequence_model(
         remat=remat,
         **{field: placing},
     )
+
+
+def _mechanism(mechanism: str | Callable[..., Any]) -> Callable[[int], functools.partial]:
+    """Makes the layer of a mechanism for the block at some depth."""
+    name = "mechanism"
+    if own.is_path(mechanism):
+        name = f"mechanism={mechanism}"
+        mechanism = own.find(mechanism, "mechanism")
+    elif isinstance(mechanism, str):
+        if mechanism not in words.MECHANISMS:
+            raise ValueError(
+                f"mechanism must be one of {tuple(words.MECHANISMS)}, or package.module:name, got "
+                f"{told(mechanism)}."
+            )
+        return words.MECHANISMS[mechanism]
+    if isinstance(mechanism, nn.Module):
+        called = type(mechanism).__name__
+        raise TypeError(f"{name} must be a class of layers, as {called}; got a layer.")
+    kind = mechanism.func if isinstance(mechanism, functools.partial) else mechanism
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return lambda depth: functools.partial(mechanism)
+    own.check_call(mechanism, name, "query", "key", "value", mask=None)
+    return lambda depth: functools.partial(attention_jax.MultiHeadAttention, attention_fn=mechanism)
 
 
 def _said(options: dict[str, Any]) -> dict[str, Any]:

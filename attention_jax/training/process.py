@@ -56,6 +56,9 @@ def do(name: str, work: Callable[[], None]) -> int:
         # A screen that lacks some letters must not end a run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if os.getcwd() not in sys.path:
+        # For mechanisms and tasks of one's own. Last, so that no file there stands for a package.
+        sys.path.append(os.getcwd())
     try:
         work()
     except ModuleNotFoundError as error:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from attention_jax.training import words
+from attention_jax.training import own, words
 
 # The flags, by the field that each sets.
 FLAGS = {
@@ -72,6 +72,13 @@ def _one_of(*names):
     return _Rule(lambda value: value in names, f"must be one of {', '.join(names)}")
 
 
+def _one_of_or_path(*names):
+    return _Rule(
+        lambda value: value in names or own.is_path(value),
+        f"must be one of {', '.join(names)}, or package.module:name",
+    )
+
+
 _RATE = _Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
 # Integers, or None.
 OPTIONAL = ("model.num_kv_heads", "model.head_dim", "model.window", "model.stride")
@@ -80,7 +87,7 @@ _RULES = {
     "launcher": _one_of("single", "pmap", "sharded"),
     "task.seq_length": _at_least(1),
     "model.name": _one_of(*words.ATTENTIONS),
-    "model.mechanism": _one_of(*words.MECHANISMS),
+    "model.mechanism": _one_of_or_path(*words.MECHANISMS),
     "model.features": _at_least(1),
     "model.num_layers": _at_least(1),
     "model.num_heads": _at_least(1),
