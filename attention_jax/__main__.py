@@ -1,6 +1,8 @@
 """`python -m attention_jax COMMAND ...`, and the script `attention-jax`."""
 
+import importlib
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from attention_jax.training import process
@@ -39,34 +41,25 @@ def train(argv: list[str]) -> int:
     return process.do(argv[0], work)
 
 
-def report(argv: list[str]) -> int:
-    """Makes a table and pictures of runs and sweeps; as `train`."""
+def _of(name: str) -> Callable[[list[str]], int]:
+    """The command that a module of the laboratory does; as `train`."""
 
-    def work():
-        from attention_jax.laboratory import report
+    def command(argv: list[str]) -> int:
+        def work():
+            importlib.import_module(f"attention_jax.laboratory.{name}").main(argv)
 
-        report.main(argv)
+        return process.do(argv[0], work)
 
-    return process.do(argv[0], work)
-
-
-def export(argv: list[str]) -> int:
-    """Writes the parameters of a run to a file; as `train`."""
-
-    def work():
-        from attention_jax.laboratory import export
-
-        export.main(argv)
-
-    return process.do(argv[0], work)
+    return command
 
 
-COMMANDS = {"train": train, "report": report, "export": export}
+COMMANDS = {"train": train, **{name: _of(name) for name in ("report", "export", "check")}}
 _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
   train   train an attention model, or finish what a run has begun
   report  make a table and pictures of runs and sweeps
   export  write the parameters of a run to a file of safetensors
+  check   compare every implementation of attention with float64 here
 
 `{NAME} COMMAND --help` lists the flags.
 """

@@ -1,6 +1,6 @@
 """Generated calls: each ends in a right result or in an error that names an argument.
 
-About a hundred of each kind run with the other tests, always the same ones; thousands of them are a
+Some dozens of each kind run with the other tests, always the same ones; thousands of them are a
 part of benchmarks/reliability.py.
 """
 
@@ -49,12 +49,12 @@ def config_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_a_call_of_attention_is_right_or_refused_by_name(kind):
-    counts = tally(*ATTENTION[kind], 40)
-    assert counts["answered"] >= 10, counts
-    assert counts["refused"] >= 5, counts
+    counts = tally(*ATTENTION[kind], 20)
+    assert counts["answered"] >= 5, counts
+    assert counts["refused"] >= 2, counts
 
 
 def test_a_command_line_is_built_or_refused_by_name(config_files):
-    counts = tally(*generated_commands.ALL, 100)
-    assert counts["built"] >= 10, counts
-    assert counts["refused"] >= 20, counts
+    counts = tally(*generated_commands.ALL, 50)
+    assert counts["built"] >= 5, counts
+    assert counts["refused"] >= 10, counts

@@ -83,13 +83,13 @@ def assert_same_call(seed, sizes, few=False):
 
 def test_random_calls_are_those_of_jax():
     """Values, logsumexp and gradients."""
-    for seed in range(20):
+    for seed in range(10):
         assert_same_call(seed, SHAPES[0], few=True)
 
 
 @pytest.mark.slow
 def test_many_random_calls_are_those_of_jax():
-    for seed in range(20, 200):
+    for seed in range(10, 200):
         assert_same_call(seed, SHAPES[seed % len(SHAPES)])
 
 
