@@ -8,12 +8,22 @@ from attention_jax.analysis.heads import (
     mean_outputs,
 )
 from attention_jax.analysis.pruning import prune_heads
+from attention_jax.analysis.statistics import (
+    dead_heads,
+    gradient_norms,
+    head_statistics,
+    summarize,
+)
 
 __all__ = [
     "ablation",
     "apply_with_gates",
+    "dead_heads",
+    "gradient_norms",
+    "head_statistics",
     "heads_of",
     "importance",
     "mean_outputs",
     "prune_heads",
+    "summarize",
 ]

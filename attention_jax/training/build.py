@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.checks import jax_defaults
+from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task
 from attention_jax.tasks.task import check_rows, check_task
 from attention_jax.training import own
@@ -142,6 +143,9 @@ class Functions(NamedTuple):
     evaluate: Callable[[PyTree, Array], dict]
     baseline: Callable[[], Array]
     dropout_rng: Callable[[], Array]
+    model: SequenceModel
+    loss: Callable[[PyTree, Batch], Array]
+    held_out_batch: Callable[[], Batch]
 
 
 def make_functions(
@@ -263,7 +267,26 @@ def make_functions(
         batches = jax.vmap(batch)(jnp.arange(config.eval.num_batches))
         return task.baseline[1](jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
 
-    return Functions(task, init, epoch, evaluate, baseline, lambda: stream(_DROPOUT))
+    def held_out_batch() -> Batch:
+        sample = task.sample_held_out or task.sample
+        rng = jax.random.fold_in(stream(_HELD_OUT), 0)
+        return sample(rng, jnp.arange(config.train.batch_size))
+
+    def loss(params: PyTree, batch: Batch) -> Array:
+        total, sums = make_loss(task)(params, batch, None)
+        return total / jnp.maximum(1, sums["weight"])
+
+    return Functions(
+        task=task,
+        init=init,
+        epoch=epoch,
+        evaluate=evaluate,
+        baseline=baseline,
+        dropout_rng=lambda: stream(_DROPOUT),
+        model=model,
+        loss=loss,
+        held_out_batch=held_out_batch,
+    )
 
 
 def make_task(config: ConfigDict, **traced: Any) -> Task:

@@ -91,7 +91,8 @@ DEFAULTS = {
     # target: stop when it is reached, "accuracy=0.99" say; "": never. See Target.
     # slices: the task with other settings, trained on or evaluated beside it: slice_settings.
     "train": {"batch_size": 32, "steps_per_epoch": 32, "epochs": 100, "slices": "", "target": ""},
-    "eval": {"num_batches": 8, "every_epochs": 10, "slices": ""},
+    # heads: also statistics of each head on the first held-out batch.
+    "eval": {"num_batches": 8, "every_epochs": 10, "slices": "", "heads": False},
     "checkpoint": {"every_epochs": 10, "keep": 2},
 }
 
@@ -191,7 +192,7 @@ def default_config(task: str = "teacher") -> ConfigDict:
 # Fields that no sweep can change, because the trials run side by side.
 SHARED = (
     *("launcher", "task.name", "train.steps_per_epoch", "train.epochs", "train.target"),
-    "eval.every_epochs",
+    *("eval.every_epochs", "eval.heads"),
 )
 MAX_TRIALS = 10_000
 
@@ -424,6 +425,8 @@ def trials(config: ConfigDict, axes: Mapping[str, Sequence[Any]]) -> list[Config
             raise ConfigError(
                 f"--sweep: config.{path} must have values, each once: got {shown(list(values))}."
             )
+    if config.eval.heads:
+        raise ConfigError("config.eval.heads is for single runs, not for sweeps: got True.")
     if (count := math.prod(len(values) for values in axes.values())) > MAX_TRIALS:
         raise ConfigError(f"--sweep must come to at most {MAX_TRIALS} trials: got {count}.")
     found = []

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from ml_collections import ConfigDict
 
+from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
 from attention_jax.interop import weights
 from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import step as steps
-from attention_jax.training.build import build
+from attention_jax.training.build import Program, build, make_functions
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.config import ConfigError, Target, check, slice_settings
 from attention_jax.training.files import is_weights, local_path
@@ -186,12 +187,15 @@ def _train(config, program, state, store, started, stop):
     with contextlib.closing(Console(epochs, first_epoch)) as console:
         run_epoch = FirstCall(program.epoch, "the training", console.busy)
         evaluate = FirstCall(program.evaluate, "the evaluation", console.busy)
+        watch = FirstCall(make_watch(config, program), "the heads", console.busy)
         for epoch in range(first_epoch + 1, epochs + 1):
             last = epoch == epochs
             state, metrics = run_epoch(state, program.rows)
             held_out = {}
             if last or epoch % config.eval.every_epochs == 0:
                 held_out = evaluate(state.params, program.rows)
+                if config.eval.heads:
+                    held_out = held_out | watch(state.params)
             if target is not None and held_out:
                 # Wait for the devices here, so that no epoch runs after the target.
                 last = last or target.is_reached(jax.device_get(held_out))
@@ -211,8 +215,35 @@ def _train(config, program, state, store, started, stop):
     done = (epoch - first_epoch - 1) * num_steps
     if done <= 0:
         return state, history, None
-    first_calls = run_epoch.seconds + evaluate.seconds
+    first_calls = sum(call.seconds or 0 for call in (run_epoch, evaluate, watch))
     return state, history, done / (time.perf_counter() - begun - first_calls)
+
+
+def make_watch(config: ConfigDict, program: Program) -> Callable[[PyTree], dict[str, Array]]:
+    """The function `params -> metrics` of `config.eval.heads`: what each head does, and the norm of
+    each part's gradient, on the first held-out batch.
+
+    Their names are `entropy/blocks_0/1`, for head 1 of the first block, and
+    `gradient_norm/blocks_0`.
+    """
+    functions = make_functions(config)
+
+    @jax.jit
+    def watch(params: PyTree) -> dict[str, Array]:
+        batch = functions.held_out_batch()
+        options = {} if functions.task.mask is None else {"mask": functions.task.mask}
+        found = head_statistics(functions.model, params, batch.inputs, **options)
+        metrics = {
+            f"{name}/{path.removesuffix('/attention')}/{head}": value
+            for path, summary in summarize(found).items()
+            for name, values in summary.items()
+            for head, value in enumerate(values)
+        }
+        gradients = jax.grad(lambda params: functions.loss(params, batch))(params)
+        norms = gradient_norms(gradients).items()
+        return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
+
+    return watch
 
 
 def leave(number: int, step: int, store: RunDirectory | NoDirectory) -> NoReturn:

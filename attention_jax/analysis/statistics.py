@@ -1,0 +1,123 @@
+"""Statistics of the heads of a model, and heads that do nothing."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attention_jax.functional.dot_product import dot_product_attention
+from attention_jax.functional.statistics import AttentionStatistics, attention_statistics
+from attention_jax.types import Array, PyTree
+
+UNIFORM = 0.99  # Of the largest possible entropy: a head above it weighs all keys alike.
+CONSTANT = 1e-3  # The spread over inputs below which a head does the same for all.
+EXPLODING = 80.0  # exp of a larger logit overflows in float16 sums, and its softmax is one-hot.
+
+
+def head_statistics(
+    model: nn.Module, params: PyTree, inputs: Array, **options: Any
+) -> dict[str, AttentionStatistics]:
+    """`attention_statistics` of each attention layer of a model, in memory linear in T.
+
+    Args:
+        model, params: Any model of linen whose layers are `MultiHeadAttention` with
+            `dot_product_attention`.
+        inputs: Of the model, `[B, T]` tokens or `[B, T, D]` vectors.
+        **options: Of the model's call, as `mask`.
+
+    Returns:
+        Arrays `[B, T, N]` for each layer, by its path, as "blocks_0/attention".
+
+    Raises:
+        NotImplementedError: A layer has another attention function, whose weights are no softmax.
+    """
+    found = {}
+
+    def intercept(run, arguments, named, context):
+        layer = context.module
+        if context.method_name != "_mix" or not hasattr(layer, "attention_fn"):
+            return run(*arguments, **named)
+        path = "/".join(layer.path)
+        if layer.attention_fn is not dot_product_attention:
+            raise NotImplementedError(
+                f"statistics are of dot_product_attention, but {path} has {layer.attention_fn}."
+            )
+        query, key, _, mask, bias, *_ = arguments
+        found[path] = attention_statistics(
+            query,
+            key,
+            bias,
+            mask,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            sinks=layer.get_variable("params", "sinks") if layer.sinks else None,
+        )
+        return run(*arguments, **named)
+
+    with nn.intercept_methods(intercept):
+        model.apply({"params": params}, inputs, **options)
+    return found
+
+
+def summarize(statistics: Mapping[str, AttentionStatistics]) -> dict[str, dict[str, Array]]:
+    """The mean of each statistic over rows and queries that see a key, `[N]`, by layer and name.
+
+    Beside them: `uniformity`, the entropy over the largest that the visible keys allow; `spread`,
+    the largest standard deviation over rows of what a query does, near 0 for a head that does the
+    same for all inputs; and `peak` is the largest logit of all.
+    """
+    return {path: _summary(found) for path, found in statistics.items()}
+
+
+def _summary(found: AttentionStatistics) -> dict[str, Array]:
+    T = found.entropy.shape[-2]
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), found)  # [B, T, N]
+    sees = rows.visible > 0
+    chooses = rows.visible > 1
+    mean = lambda x, where: jnp.sum(x * where, (0, 1)) / jnp.maximum(1, where.sum((0, 1)))
+    summary = {
+        name: mean(getattr(rows, name), sees)
+        for name in rows._fields
+        if name not in ("visible", "peak")
+    }
+    most = jnp.log(jnp.maximum(2, rows.visible))
+    summary["uniformity"] = mean(rows.entropy / most, chooses)
+    what = jnp.stack([rows.entropy / most, rows.distance / T, rows.to_first, rows.largest])
+    summary["spread"] = jnp.std(what, axis=1).max((0, 1))
+    summary["peak"] = jnp.where(sees, rows.peak, -jnp.inf).max((0, 1))
+    return summary
+
+
+def dead_heads(summary: Mapping[str, Mapping[str, Array]]) -> list[str]:
+    """A line for each head that weighs all keys alike, does the same for all inputs, or has
+    logits that explode."""
+    lines = []
+    for path, found in summary.items():
+        for head in range(len(found["uniformity"])):
+            name = f"{path} head {head}"
+            if found["uniformity"][head] > UNIFORM:
+                lines.append(
+                    f"{name} is uniform: its entropy is {float(found['uniformity'][head]):.1%} of "
+                    "the largest possible"
+                )
+            elif found["spread"][head] < CONSTANT:
+                lines.append(
+                    f"{name} does the same for all inputs: its weights vary by "
+                    f"{float(found['spread'][head]):.1g}"
+                )
+            if float(found["peak"][head]) > EXPLODING or math.isnan(float(found["peak"][head])):
+                lines.append(f"{name} has exploding logits: up to {float(found['peak'][head]):.3g}")
+    return lines
+
+
+def gradient_norms(gradients: PyTree) -> dict[str, Array]:
+    """The norm of the gradient of each part of a model, by its name: where gradients vanish."""
+    return {
+        name: jnp.sqrt(
+            sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(part))
+        )
+        for name, part in gradients.items()
+    }
