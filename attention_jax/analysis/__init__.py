@@ -7,13 +7,30 @@ from attention_jax.analysis.heads import (
     importance,
     mean_outputs,
 )
+from attention_jax.analysis.maps import attention_maps, map_statistics
 from attention_jax.analysis.pruning import prune_heads
+from attention_jax.analysis.scores import (
+    best_head,
+    head_pattern,
+    head_scores,
+    in_context_score,
+    prefix_matching,
+    repeated_tokens,
+)
 
 __all__ = [
     "ablation",
     "apply_with_gates",
+    "attention_maps",
+    "best_head",
+    "head_pattern",
+    "head_scores",
     "heads_of",
     "importance",
+    "in_context_score",
+    "map_statistics",
     "mean_outputs",
+    "prefix_matching",
     "prune_heads",
+    "repeated_tokens",
 ]
