@@ -268,7 +268,7 @@ def test_parameters_of_an_earlier_step_are_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*: there are 2, 4\."):
         restore_params(run, like, step=3)
     (run / "checkpoints" / "2" / "about" / "metadata").unlink()
-    with pytest.raises(RuntimeError, match="the checkpoint of step 2 in .* is broken"):
+    with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* is broken"):
         restore_params(run, like, step=2)
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         checkpoint_steps(tmp_path / "elsewhere")
