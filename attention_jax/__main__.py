@@ -50,6 +50,17 @@ def report(argv: list[str]) -> int:
     return process.do(argv[0], work)
 
 
+def inspect(argv: list[str]) -> int:
+    """Looks inside the heads of a model; as `train`."""
+
+    def work():
+        from attention_jax.laboratory import inspect
+
+        inspect.main(argv)
+
+    return process.do(argv[0], work)
+
+
 def export(argv: list[str]) -> int:
     """Writes the parameters of a run to a file; as `train`."""
 
@@ -61,12 +72,13 @@ def export(argv: list[str]) -> int:
     return process.do(argv[0], work)
 
 
-COMMANDS = {"train": train, "report": report, "export": export}
+COMMANDS = {"train": train, "report": report, "inspect": inspect, "export": export}
 _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
-  train   train an attention model, or finish what a run has begun
-  report  make a table and pictures of runs and sweeps
-  export  write the parameters of a run to a file of safetensors
+  train    train an attention model, or finish what a run has begun
+  report   make a table and pictures of runs and sweeps
+  inspect  look inside: maps of the heads, their scores, and what each is worth
+  export   write the parameters of a run to a file of safetensors
 
 `{NAME} COMMAND --help` lists the flags.
 """

@@ -96,6 +96,18 @@ def test_a_score_by_hand():
     assert head_scores({LAYER: nothing}, [4, 6, 4], "induction_head")[LAYER] == 0
 
 
+def test_only_the_queries_that_are_named_count():
+    weights, queries = causal_weights(2, 3, 7, 7), np.zeros((2, 7), bool)
+    queries[0, [4, 6]] = queries[1, 5] = True
+    found = head_scores({LAYER: weights}, TOKENS, "induction_head", queries=queries)[LAYER]
+    places = [(0, 4), (0, 6)], [(1, 5)]
+    on = lambda row, t: weights[row, :, t, looks(TOKENS[row], "induction_head", t)].sum(0)
+    want = np.mean([np.mean([on(*place) for place in row], axis=0) for row in places], axis=0)
+    np.testing.assert_allclose(found, want)
+    with pytest.raises(ValueError, match=r"queries must be boolean.*\(2, 7\), got int"):
+        head_scores({LAYER: weights}, TOKENS, "induction_head", queries=queries.astype(int))
+
+
 @pytest.mark.parametrize("exclude_bos", [False, True])
 @pytest.mark.parametrize("exclude_current_token", [False, True])
 @pytest.mark.parametrize("error_measure", ["mul", "abs"])

@@ -237,8 +237,11 @@ def test_the_package_is_a_command(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "attention-jax: a command is missing: train or report or export."),
-        (["trian"], "attention-jax: there is no command 'trian': train or report or export."),
+        ([], "attention-jax: a command is missing: train or report or inspect or export."),
+        (
+            ["trian"],
+            "attention-jax: there is no command 'trian': train or report or inspect or export.",
+        ),
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),
         (["report"], "attention-jax report: the following arguments are required: RUN"),

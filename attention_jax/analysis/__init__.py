@@ -8,7 +8,10 @@ from attention_jax.analysis.heads import (
     mean_outputs,
 )
 from attention_jax.analysis.maps import attention_maps, map_statistics
+from attention_jax.analysis.page import write_page
+from attention_jax.analysis.pictures import draw_maps, draw_phase, draw_pruning
 from attention_jax.analysis.pruning import prune_heads
+from attention_jax.analysis.removal import ranked, removal_curve
 from attention_jax.analysis.scores import (
     best_head,
     head_pattern,
@@ -23,6 +26,9 @@ __all__ = [
     "apply_with_gates",
     "attention_maps",
     "best_head",
+    "draw_maps",
+    "draw_phase",
+    "draw_pruning",
     "head_pattern",
     "head_scores",
     "heads_of",
@@ -32,5 +38,8 @@ __all__ = [
     "mean_outputs",
     "prefix_matching",
     "prune_heads",
+    "ranked",
+    "removal_curve",
     "repeated_tokens",
+    "write_page",
 ]

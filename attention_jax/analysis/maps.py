@@ -1,5 +1,6 @@
 """Attention maps: the weights of every layer and head, and what they say in numbers."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -36,13 +37,12 @@ def attention_maps(
         NotImplementedError: No layer of the model can show its weights.
     """
 
-    @jax.jit
-    def run(params, inputs):
-        with nn.intercept_methods(_with_weights):
-            return model.apply({"params": params}, inputs, mutable=["intermediates"], **options)[1]
-
+    # Words and flags decide what is compiled; arrays and masks are data.
+    words = {k: v for k, v in options.items() if v is None or isinstance(v, bool | str)}
+    data = {k: v for k, v in options.items() if k not in words}
+    state = _sown(model, params, inputs, data, tuple(words.items()))
     found = {}
-    for path, sown in flatten_dict(dict(run(params, inputs)).get("intermediates", {})).items():
+    for path, sown in flatten_dict(dict(state).get("intermediates", {})).items():
         if path[-1] != _SOWN:
             continue
         for i, weights in enumerate(sown):
@@ -52,6 +52,13 @@ def attention_maps(
             f"model must have layers that can show their weights, got {type(model).__name__}."
         )
     return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "words"))
+def _sown(model, params, inputs, data, words):
+    with nn.intercept_methods(_with_weights):
+        options = {**data, **dict(words)}
+        return model.apply({"params": params}, inputs, mutable=["intermediates"], **options)[1]
 
 
 def _in_order(path):

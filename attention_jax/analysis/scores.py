@@ -61,6 +61,7 @@ def head_scores(
     error_measure: str = "mul",
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
+    queries: Array | None = None,
 ) -> dict[str, np.ndarray]:
     """How much each head is one of a kind, the mean over rows.
 
@@ -73,6 +74,8 @@ def head_scores(
             sum |weight - pattern|, -1 to 1.
         exclude_bos: Leaves out the attention to the first token.
         exclude_current_token: Leaves out the attention of each token to itself.
+        queries: Boolean `[..., T]`, which tokens count as those that look, as the questions of a
+            task; our own addition. None: all do.
 
     Returns:
         `[N]` for each layer, by its path.
@@ -91,11 +94,21 @@ def head_scores(
     check_flag("exclude_current_token", exclude_current_token)
     pattern = head_pattern(tokens, kind)
     T = pattern.shape[-1]
-    counted = np.ones((T, T), bool)
+    counted = np.ones(pattern.shape, bool)
+    if queries is not None:
+        queries = np.asarray(queries)
+        if queries.dtype != bool or queries.shape != pattern.shape[:-1]:
+            raise ValueError(
+                f"queries must be boolean with the shape of tokens, {pattern.shape[:-1]}, got "
+                f"{queries.dtype} {queries.shape}."
+            )
+        counted &= queries[..., None]
+    looking = np.maximum(counted.any(-1).sum(-1).reshape(-1, 1), 1)  # [B, 1]
     if exclude_bos:
-        counted[:, :1] = False
+        counted[..., :1] = False
     if exclude_current_token:
-        np.fill_diagonal(counted, False)
+        counted &= ~np.eye(T, dtype=bool)
+    counted = counted.reshape(-1, 1, T, T)
     found = {}
     for path, weights in maps.items():
         if np.shape(weights)[-2:] != (T, T) or np.shape(weights)[:-3] != pattern.shape[:-2]:
@@ -106,7 +119,7 @@ def head_scores(
         weights = counted * as_weights(path, weights)
         wanted = counted * pattern.reshape(-1, 1, T, T)
         if error_measure == "abs":
-            each = 1 - np.abs(weights - wanted).sum((-2, -1)) / T
+            each = 1 - np.abs(weights - wanted).sum((-2, -1)) / looking
         else:
             total = weights.sum((-2, -1))
             each = (weights * wanted).sum((-2, -1)) / np.where(total == 0, 1, total)
