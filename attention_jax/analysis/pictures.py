@@ -243,7 +243,8 @@ def draw_phase(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for (name, values), (colour, dash) in zip(found.items(), styles, strict=False):
-            axes.plot(steps, values, color=colour, ls=dash, lw=1.6, label=name)
+            marker = "o" if len(steps) < 10 else None
+            axes.plot(steps, values, color=colour, ls=dash, lw=1.6, marker=marker, ms=4, label=name)
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     above.set_ylim(-0.02, 1.02)
     below.set_xlabel("step")

@@ -30,55 +30,66 @@ class Curve(NamedTuple):
 
 
 class AtStep(NamedTuple):
-    """A checkpoint: maps `[N, T, S]` of the first row, scores, and the measures of all rows."""
-
-    maps: Mapping[str, np.ndarray]
-    scores: Scores
-    beside: Mapping[str, Mapping[str, np.ndarray]]
-    loss: float
-    accuracy: float | None
-    in_context: float | None
-
-
-class Findings(NamedTuple):
-    """Of the newest parameters, and by step of the checkpoints.
+    """A model at a step.
 
     Attributes:
-        maps: `[rows, N, T, S]` of the first rows.
-        rows: How many these are.
-        scores, statistics: Of the heads.
-        loss, accuracy: Of the whole model.
-        importance: `[N]` by layer.
-        without: By measure ("loss", "accuracy") and layer `[N]`: what is left without each head.
-        curve: What is left as heads go.
-        step: Of the newest parameters, or None.
-        by_step: The checkpoints.
+        maps: Of the first row, `[N, T, S]` by layer.
+        scores, statistics: `[N]` of the heads.
+        loss, accuracy: Of all rows; no accuracy without tokens.
+        in_context: The in-context score, where every token is asked for.
     """
 
     maps: Mapping[str, np.ndarray]
-    rows: int
     scores: Scores
     statistics: Mapping[str, Mapping[str, np.ndarray]]
     loss: float
     accuracy: float | None
+    in_context: float | None
+
+    @property
+    def beside(self) -> dict[str, dict[str, np.ndarray]]:
+        """Scores and statistics by layer, to show beside a head."""
+        return {
+            path: {name: values[path] for name, values in self.scores.items()} | of_layer
+            for path, of_layer in self.statistics.items()
+        }
+
+
+class Findings(NamedTuple):
+    """What there is to tell.
+
+    Attributes:
+        newest: The model with its newest parameters.
+        step: Their step, or None.
+        maps: Of the first rows, `[rows, N, T, S]` by layer.
+        importance: `[N]` by layer.
+        without: By measure ("loss", "accuracy") and layer `[N]`: what is left without each head.
+        curve: What is left as heads go.
+        by_step: The checkpoints, if there are several.
+    """
+
+    newest: AtStep
+    step: int | None
+    maps: Mapping[str, np.ndarray]
     importance: Mapping[str, np.ndarray]
     without: Mapping[str, Mapping[str, np.ndarray]]
     curve: Curve
-    step: int | None
     by_step: Mapping[int, AtStep]
 
     def phase(self) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
         """Steps, curves from 0 to 1, and losses, for `analysis.draw_phase`."""
         found = list(self.by_step.values())
         curves = {}
-        if self.accuracy is not None:
+        if self.newest.accuracy is not None:
             curves["accuracy"] = [at.accuracy for at in found]
-        names = {PREFIX: "prefix matching", AT_ANSWERS: "induction at answers"}
-        names["previous_token_head"] = "previous token"
-        for name, label in names.items():
-            if name in self.scores:
-                best = lambda at, name=name: analysis.best_head(at.scores[name])[2]
-                curves[f"{label},\nbest head"] = [best(at) for at in found]
+        labels = {
+            PREFIX: "prefix matching",
+            AT_ANSWERS: "induction at answers",
+            "previous_token_head": "previous token",
+        }
+        for name in filter(self.newest.scores.__contains__, labels):
+            best = [analysis.best_head(at.scores[name])[2] for at in found]
+            curves[f"{labels[name]},\nbest head"] = best
         losses = {"held-out loss": [at.loss for at in found]}
         if all(at.in_context is not None for at in found):
             losses["in-context score"] = [at.in_context for at in found]
@@ -86,30 +97,31 @@ class Findings(NamedTuple):
 
     def told(self, subject: Subject) -> list[str]:
         """The paragraphs of `heads.md`: the whole model, the heads that stand out, the table."""
-        whole = f"All heads: loss {self.loss:.4f}"
-        if self.accuracy is not None:
-            whole += f", accuracy {self.accuracy:.1%}"
-        lines = [whole + "."]
-        for name, scores in self.scores.items():
+        newest = self.newest
+        whole = f"All heads: loss {newest.loss:.4f}"
+        if newest.accuracy is not None:
+            whole += f", accuracy {newest.accuracy:.1%}"
+        best = []
+        for name, scores in newest.scores.items():
             path, head, score = analysis.best_head(scores)
-            lines.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
-        first, _ = analysis.ranked(self.importance)[-1], None
-        lines.append(f"- the most important: {first[0]}, head {first[1]}")
-        rows = [["layer", "head"]]
-        statistics = next(iter(self.statistics.values()))
-        for name in (*self.scores, *statistics):
-            rows[0].append(name.replace("_", " "))
-        rows[0] += ["importance", *(f"{name} without it" for name in self.without)]
-        for path, of_layer in self.statistics.items():
-            for head in range(len(next(iter(of_layer.values())))):
-                values = [scores[path][head] for scores in self.scores.values()]
-                values += [numbers[head] for numbers in of_layer.values()]
-                of_gate = lambda numbers, path=path, head=head: (
-                    f"{float(numbers[path][head]):.3f}" if path in numbers else "-"
-                )
-                rows.append([path, str(head), *(f"{float(x):.3f}" for x in values)])
-                rows[-1] += [of_gate(self.importance), *map(of_gate, self.without.values())]
-        return [lines[0], "\n".join(lines[1:]), markdown(rows), *_notes(subject, self)]
+            best.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
+        path, head = analysis.ranked(self.importance)[-1]
+        best.append(f"- the most important: {path}, head {head}")
+        return [f"{whole}.", "\n".join(best), markdown(self._table()), *_notes(subject, self)]
+
+    def _table(self):
+        number = lambda of_layers, path, head: (
+            f"{float(of_layers[path][head]):.3f}" if path in of_layers else "-"
+        )
+        columns = [self.importance, *self.without.values()]
+        rows = []
+        for path, of_layer in self.newest.beside.items():
+            for head in range(len(of_layer["entropy"])):
+                row = [path, str(head), *(f"{float(x[head]):.3f}" for x in of_layer.values())]
+                rows.append([*row, *(number(column, path, head) for column in columns)])
+        names = [name.replace("_", " ") for name in of_layer]
+        without = [f"{name} without it" for name in self.without]
+        return [["layer", "head", *names, "importance", *without], *rows]
 
 
 def _notes(subject, findings):
@@ -119,7 +131,7 @@ def _notes(subject, findings):
             "The scores of heads are TransformerLens' over all tokens; prefix matching is Olsson's,"
             " on repeated random tokens."
         )
-    if AT_ANSWERS in findings.scores:
+    if AT_ANSWERS in findings.newest.scores:
         notes.append("At answers: the induction score at the places that are asked for alone.")
     if len(findings.by_step) > 1 and _early_and_late(subject) is None:
         notes.append("There is no in-context score: the task does not ask at every token.")
@@ -135,78 +147,64 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
         orders: How many random orders it compares.
         checkpoints: Of how many to look at, evenly taken.
     """
-    whole = _at(subject, subject.params)
-    run = functools.partial(analysis.attention_maps, subject.model, **subject.options)
-    rows = min(_PAGE_ROWS, len(subject.inputs))
-    maps = jax.tree.map(np.asarray, run(subject.params, subject.inputs[:rows]))
+    newest = _at(subject, subject.params)
+    few = subject.inputs[:_PAGE_ROWS]
+    maps = analysis.attention_maps(subject.model, subject.params, few, **subject.options)
     arguments = subject.model, subject.params, subject.inputs
     importance = analysis.importance(*arguments, subject.loss, **subject.options)
     importance = jax.tree.map(np.asarray, importance)
     measures = {"loss": subject.loss}
-    if whole.accuracy is not None:
+    if newest.accuracy is not None:
         measures["accuracy"] = subject.accuracy
     without = {
         name: jax.tree.map(np.asarray, analysis.ablation(*arguments, measure, **subject.options))
         for name, measure in measures.items()
     }
-    steps = list(subject.steps)
-    if len(steps) > checkpoints:
-        chosen = np.linspace(0, len(steps) - 1, checkpoints).round().astype(int)
-        steps = [steps[i] for i in chosen] if checkpoints > 1 else steps[-1:]
+    steps = subject.steps[-1:] if checkpoints == 1 else evenly(subject.steps, checkpoints)
     by_step = {}
     if len(steps) > 1:
         by_step = {step: _at(subject, subject.restore(step)) for step in steps[:-1]}
-        by_step[steps[-1]] = whole
+        by_step[steps[-1]] = newest
     return Findings(
-        maps=maps,
-        rows=rows,
-        scores=whole.scores,
-        statistics={path: dict(found) for path, found in _statistics(whole).items()},
-        loss=whole.loss,
-        accuracy=whole.accuracy,
+        newest=newest,
+        step=subject.steps[-1] if subject.steps else None,
+        maps=jax.tree.map(np.asarray, maps),
         importance=importance,
         without=without,
         curve=_curve(arguments, subject, measures, importance, points, orders),
-        step=subject.steps[-1] if subject.steps else None,
         by_step=by_step,
     )
 
 
-def _statistics(at):
-    """What stands beside a head, without the scores."""
-    names = {name.replace("_", " ") for name in at.scores}
-    return {
-        path: {name: values for name, values in found.items() if name not in names}
-        for path, found in at.beside.items()
-    }
+def evenly(values: Sequence, most: int) -> list:
+    """At most so many of the values, two or more, with the first and the last.
+
+    >>> evenly([1, 2, 3, 4, 5], 3)
+    [1, 3, 5]
+    """
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def _at(subject, params) -> AtStep:
     """Everything that is followed over the steps."""
-    losses, right, weights = _answers(subject.model, subject.answers, params, subject.inputs,
-                                      dict(subject.options))  # fmt: skip
+    losses, right, weights = _answers(
+        subject.model, subject.answers, params, subject.inputs, dict(subject.options)
+    )
     losses, weights = np.asarray(losses, float), np.asarray(weights, float)
     mean = lambda values: float((values * weights).sum() / max(weights.sum(), 1e-9))
     some = min(_SCORED_ROWS, len(subject.inputs))
     run = functools.partial(analysis.attention_maps, subject.model, params)
     maps = jax.tree.map(np.asarray, run(subject.inputs[:some], **subject.options))
-    scores = _scores(subject, params, maps, some)
-    statistics = analysis.map_statistics(maps)
-    beside = {
-        path: {
-            **{name.replace("_", " "): values[path] for name, values in scores.items()},
-            **statistics[path],
-        }
-        for path in maps
-    }
     places = _early_and_late(subject)
     in_context = None
     if places is not None:
         in_context = float(analysis.in_context_score(losses, early=places[0], late=places[1]))
     return AtStep(
         maps={path: weights[0] for path, weights in maps.items()},
-        scores=scores,
-        beside=beside,
+        scores=_scores(subject, params, maps, some),
+        statistics=analysis.map_statistics(maps),
         loss=mean(losses),
         accuracy=None if right is None else mean(np.asarray(right, float)),
         in_context=in_context,
@@ -223,8 +221,7 @@ def _early_and_late(subject):
     T = subject.queries.shape[1]
     if subject.vocab_size is None or T < 16 or not subject.queries[:, :-1].all():
         return None
-    places = T * 50 // 512, T * 500 // 512
-    return places
+    return T * 50 // 512, T * 500 // 512
 
 
 def _scores(subject, params, maps, rows):
@@ -253,7 +250,7 @@ def _scores(subject, params, maps, rows):
 def _curve(arguments, subject, measures, importance, points, orders):
     heads = analysis.ranked(importance)
     measure = list(measures)[-1]
-    counts = np.unique(np.linspace(0, len(heads), min(points, len(heads) + 1)).round().astype(int))
+    counts = np.array(evenly(range(len(heads) + 1), points))
     rng = np.random.default_rng(0)
     drawn = [[heads[i] for i in rng.permutation(len(heads))] for _ in range(orders)]
     found = analysis.removal_curve(

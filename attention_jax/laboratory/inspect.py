@@ -169,57 +169,32 @@ def _command(run, rows, checkpoints, tokens, text):
 
 def _write(subject, findings, out, command):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
+    from attention_jax.laboratory.findings import evenly
 
     title = f"{subject.name}: {subject.about}"
     if findings.step is not None:
         title += f", step {findings.step:,}"
-    row = lambda rows: None if subject.words is None else rows[0]
-    maps = {path: weights[0] for path, weights in findings.maps.items()}
-    score = next(iter(findings.scores), None)
-    written = [
-        draw_maps(
-            out / "maps.png",
-            maps,
-            row(subject.words),
-            scores=None if score is None else findings.scores[score],
-            caption=title + ("" if score is None else f"; above each head: {_words(score)}"),
-        )
-    ]
-    beside = {
-        path: {
-            **{_words(name): values[path] for name, values in findings.scores.items()},
-            **findings.statistics[path],
-        }
-        for path in maps
-    }
-    if len(findings.by_step) > 1:
+    newest, by_step = findings.newest, findings.by_step
+    words = subject.words
+    first = None if words is None else words[0]
+    score = next(iter(newest.scores), None)
+    caption = title if score is None else f"{title}; above each head: {score.replace('_', ' ')}"
+    scores = None if score is None else newest.scores[score]
+    maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
+    about = {"title": title, "caption": command}
+    if len(by_step) > 1:
         # One row, and as many of the steps as a page of moderate size holds.
-        size = sum(weights.size for weights in maps.values())
-        steps = _evenly(list(findings.by_step), max(2, _PAGE_WEIGHTS // size))
-        by_step = {step: findings.by_step[step] for step in steps}
-        written.append(
-            write_page(
-                out / "page.html",
-                {step: found.maps for step, found in by_step.items()},
-                row(subject.words),
-                statistics={step: found.beside for step, found in by_step.items()},
-                title=title,
-                caption=command,
-            )
-        )
+        size = sum(weights.size for weights in newest.maps.values())
+        steps = evenly(list(by_step), max(2, _PAGE_WEIGHTS // size))
+        shown = {step: by_step[step].maps for step in steps}
+        beside = {step: by_step[step].beside for step in steps}
+        page = write_page(out / "page.html", shown, first, statistics=beside, **about)
     else:
-        written.append(
-            write_page(
-                out / "page.html",
-                findings.maps,
-                None if subject.words is None else subject.words[: len(maps) and findings.rows],
-                statistics=beside,
-                title=title,
-                caption=command,
-            )
-        )
+        rows = None if words is None else words[: len(next(iter(findings.maps.values())))]
+        page = write_page(out / "page.html", findings.maps, rows, statistics=newest.beside, **about)
     curve = findings.curve
-    written.append(
+    pictures = [
+        maps,
         draw_pruning(
             out / "pruning.png",
             curve.kept,
@@ -228,26 +203,12 @@ def _write(subject, findings, out, command):
             measure=curve.measure,
             guess=subject.guess,
             caption=title,
-        )
-    )
-    if len(findings.by_step) > 1:
-        phase = findings.phase()
-        written.append(draw_phase(out / "phase.png", *phase, caption=title))
+        ),
+    ]
+    if len(by_step) > 1:
+        pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
     table = out / "heads.md"
-    pictures = [file for file in written if file.suffix == ".png"]
     links = [f"![{file.stem}]({file.name})" for file in pictures]
     text = [f"# {title}", f"```bash\n{command}\n```", *findings.told(subject), *links]
-    text.append("[The page](page.html)")
-    table.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return [*written[:2], table, *written[2:]]
-
-
-def _words(name):
-    return name.replace("_", " ")
-
-
-def _evenly(values, most):
-    """At most so many of the values, with the first and the last."""
-    if len(values) <= most:
-        return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    table.write_text("\n\n".join([*text, f"[The page]({page.name})"]) + "\n", encoding="utf-8")
+    return [page, table, *pictures]
