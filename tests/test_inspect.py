@@ -256,6 +256,20 @@ def test_a_model_of_hugging_face_is_inspected(tmp_path):
     assert "next of 8 tokens" in (tmp_path / "heads.md").read_text()
 
 
+def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from attention_jax.laboratory.subject import of_directory
+
+    words = {"the": 1, "cat": 4, "sat": 7}
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="the"))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    shutil.copytree(GPT2, tmp_path / "cats")
+    coder.save(str(tmp_path / "cats" / "tokenizer.json"))
+    subject = of_directory(tmp_path / "cats", text="the cat sat the cat")
+    assert subject.inputs.tolist() == [[1, 4, 7, 1, 4]]
+    assert subject.words == [["the", "cat", "sat", "the", "cat"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -237,18 +237,22 @@ def draw_phase(
         The path.
     """
     figure = _figure(6.4, 4.6)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    parts = [found for found in (curves, losses) if found]
+    ratios = (3, 2)[: len(parts)]
+    panels = figure.subplots(len(parts), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     styles = [(_BLUE, "-"), (_RED, "--"), (_GREEN, "-."), ("#cc79a7", ":")]
-    for axes, found in ((above, curves), (below, losses)):
+    for axes, found in zip(panels, parts, strict=True):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for (name, values), (colour, dash) in zip(found.items(), styles, strict=False):
             marker = "o" if len(steps) < 10 else None
             axes.plot(steps, values, color=colour, ls=dash, lw=1.6, marker=marker, ms=4, label=name)
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    above.set_ylim(-0.02, 1.02)
-    below.set_xlabel("step")
-    below.set_ylabel("nats")
+        if found is curves:
+            axes.set_ylim(-0.02, 1.02)
+        else:
+            axes.set_ylabel("loss")
+    panels[-1].set_xlabel("step")
     figure.supxlabel(caption, fontsize=7, color="0.3")
     return _save(figure, path)
 

@@ -64,7 +64,7 @@ class Findings(NamedTuple):
         maps: Of the first rows, `[rows, N, T, S]` by layer.
         importance: `[N]` by layer.
         without: By measure ("loss", "accuracy") and layer `[N]`: what is left without each head.
-        curve: What is left as heads go.
+        curve: What is left as heads go. The last three are empty or None if no head has a gate.
         by_step: The checkpoints, if there are several.
     """
 
@@ -73,7 +73,7 @@ class Findings(NamedTuple):
     maps: Mapping[str, np.ndarray]
     importance: Mapping[str, np.ndarray]
     without: Mapping[str, Mapping[str, np.ndarray]]
-    curve: Curve
+    curve: Curve | None
     by_step: Mapping[int, AtStep]
 
     def phase(self) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
@@ -105,15 +105,17 @@ class Findings(NamedTuple):
         for name, scores in newest.scores.items():
             path, head, score = analysis.best_head(scores)
             best.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
-        path, head = analysis.ranked(self.importance)[-1]
-        best.append(f"- the most important: {path}, head {head}")
-        return [f"{whole}.", "\n".join(best), markdown(self._table()), *_notes(subject, self)]
+        for path, head in analysis.ranked(self.importance)[-1:]:
+            best.append(f"- the most important: {path}, head {head}")
+        lines = [f"{whole}.", "\n".join(best)] if best else [f"{whole}."]
+        return [*lines, markdown(self._table()), *_notes(subject, self)]
 
     def _table(self):
         number = lambda of_layers, path, head: (
             f"{float(of_layers[path][head]):.3f}" if path in of_layers else "-"
         )
-        columns = [self.importance, *self.without.values()]
+        # A layer of a single head has no gate for it.
+        columns = [self.importance, *self.without.values()] if self.importance else []
         rows = []
         for path, of_layer in self.newest.beside.items():
             for head in range(len(of_layer["entropy"])):
@@ -121,7 +123,9 @@ class Findings(NamedTuple):
                 rows.append([*row, *(number(column, path, head) for column in columns)])
         names = [name.replace("_", " ") for name in of_layer]
         without = [f"{name} without it" for name in self.without]
-        return [["layer", "head", *names, "importance", *without], *rows]
+        if self.importance:
+            names += ["importance", *without]
+        return [["layer", "head", *names], *rows]
 
 
 def _notes(subject, findings):
@@ -133,7 +137,7 @@ def _notes(subject, findings):
         )
     if AT_ANSWERS in findings.newest.scores:
         notes.append("At answers: the induction score at the places that are asked for alone.")
-    if len(findings.by_step) > 1 and _early_and_late(subject) is None:
+    if notes and len(findings.by_step) > 1 and _early_and_late(subject) is None:
         notes.append("There is no in-context score: the task does not ask at every token.")
     return [" ".join(notes)] if notes else []
 
@@ -151,15 +155,17 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
     few = subject.inputs[:_PAGE_ROWS]
     maps = analysis.attention_maps(subject.model, subject.params, few, **subject.options)
     arguments = subject.model, subject.params, subject.inputs
-    importance = analysis.importance(*arguments, subject.loss, **subject.options)
-    importance = jax.tree.map(np.asarray, importance)
-    measures = {"loss": subject.loss}
-    if newest.accuracy is not None:
-        measures["accuracy"] = subject.accuracy
-    without = {
-        name: jax.tree.map(np.asarray, analysis.ablation(*arguments, measure, **subject.options))
-        for name, measure in measures.items()
-    }
+    importance, without, curve = {}, {}, None
+    if analysis.heads_of(*arguments, **subject.options):  # Not in a layer of a single head.
+        importance = analysis.importance(*arguments, subject.loss, **subject.options)
+        measures = {"loss": subject.loss}
+        if newest.accuracy is not None:
+            measures["accuracy"] = subject.accuracy
+        without = {
+            name: analysis.ablation(*arguments, measure, **subject.options)
+            for name, measure in measures.items()
+        }
+        curve = _curve(arguments, subject, measures, importance, points, orders)
     steps = subject.steps[-1:] if checkpoints == 1 else evenly(subject.steps, checkpoints)
     by_step = {}
     if len(steps) > 1:
@@ -169,9 +175,9 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
         newest=newest,
         step=subject.steps[-1] if subject.steps else None,
         maps=jax.tree.map(np.asarray, maps),
-        importance=importance,
-        without=without,
-        curve=_curve(arguments, subject, measures, importance, points, orders),
+        importance=jax.tree.map(np.asarray, importance),
+        without=jax.tree.map(np.asarray, without),
+        curve=curve,
         by_step=by_step,
     )
 

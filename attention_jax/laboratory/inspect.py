@@ -171,7 +171,8 @@ def _write(subject, findings, out, command):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
     from attention_jax.laboratory.findings import evenly
 
-    title = f"{subject.name}: {subject.about}"
+    about = subject.about
+    title = about if about.startswith(f"{subject.name},") else f"{subject.name}: {about}"
     if findings.step is not None:
         title += f", step {findings.step:,}"
     newest, by_step = findings.newest, findings.by_step
@@ -181,21 +182,22 @@ def _write(subject, findings, out, command):
     caption = title if score is None else f"{title}; above each head: {score.replace('_', ' ')}"
     scores = None if score is None else newest.scores[score]
     maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
-    about = {"title": title, "caption": command}
+    heading = {"title": title, "caption": command}
     if len(by_step) > 1:
         # One row, and as many of the steps as a page of moderate size holds.
         size = sum(weights.size for weights in newest.maps.values())
         steps = evenly(list(by_step), max(2, _PAGE_WEIGHTS // size))
         shown = {step: by_step[step].maps for step in steps}
         beside = {step: by_step[step].beside for step in steps}
-        page = write_page(out / "page.html", shown, first, statistics=beside, **about)
+        page = write_page(out / "page.html", shown, first, statistics=beside, **heading)
     else:
         rows = None if words is None else words[: len(next(iter(findings.maps.values())))]
-        page = write_page(out / "page.html", findings.maps, rows, statistics=newest.beside, **about)
-    curve = findings.curve
-    pictures = [
-        maps,
-        draw_pruning(
+        page = write_page(
+            out / "page.html", findings.maps, rows, statistics=newest.beside, **heading
+        )
+    pictures, curve = [maps], findings.curve
+    if curve is not None:
+        drawn = draw_pruning(
             out / "pruning.png",
             curve.kept,
             curve.by_importance,
@@ -203,8 +205,8 @@ def _write(subject, findings, out, command):
             measure=curve.measure,
             guess=subject.guess,
             caption=title,
-        ),
-    ]
+        )
+        pictures.append(drawn)
     if len(by_step) > 1:
         pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
     table = out / "heads.md"
