@@ -53,13 +53,17 @@ def _of(name: str) -> Callable[[list[str]], int]:
     return command
 
 
-COMMANDS = {"train": train, **{name: _of(name) for name in ("report", "export", "check")}}
+COMMANDS = {
+    "train": train,
+    **{name: _of(name) for name in ("report", "inspect", "export", "check")},
+}
 _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
-  train   train an attention model, or finish what a run has begun
-  report  make a table and pictures of runs and sweeps
-  export  write the parameters of a run to a file of safetensors
-  check   compare every implementation of attention with float64 here
+  train    train an attention model, or finish what a run has begun
+  report   make a table and pictures of runs and sweeps
+  inspect  look inside: maps of the heads, their scores, and what each is worth
+  export   write the parameters of a run to a file of safetensors
+  check    compare every implementation of attention with float64 here
 
 `{NAME} COMMAND --help` lists the flags.
 """

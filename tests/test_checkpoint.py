@@ -12,7 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
+from attention_jax.training.checkpoint import (
+    Checkpoints,
+    checkpoint_steps,
+    fingerprint,
+    restore_params,
+)
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import make_epoch, make_train_step, squared_error
 from attention_jax.types import Batch, TrainState
@@ -252,6 +257,21 @@ def test_parameters_of_another_run_are_read_and_not_touched(tmp_path):
     assert numbered(run / "checkpoints") == ["2", "4", "6.orbax-checkpoint-tmp"]
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         restore_params(tmp_path / "elsewhere", new_state().params)
+
+
+def test_parameters_of_an_earlier_step_are_read(tmp_path):
+    run = tmp_path / "run"
+    write(run / "checkpoints", 2, 4)
+    assert checkpoint_steps(run) == [2, 4]
+    like = new_state().params
+    assert_equal(restore_params(run, like, step=2), new_state(2).params)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*: there are 2, 4\."):
+        restore_params(run, like, step=3)
+    (run / "checkpoints" / "2" / "about" / "metadata").unlink()
+    with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* is broken"):
+        restore_params(run, like, step=2)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint_steps(tmp_path / "elsewhere")
 
 
 def test_fingerprint_sees_paths_types_shapes_and_bytes():

@@ -17,8 +17,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def sources():
     """The files that belong into the wheel."""
+    others = {"attention_jax/py.typed", "attention_jax/analysis/page.html"}
     modules = (ROOT / "attention_jax").rglob("*.py")
-    return {path.relative_to(ROOT).as_posix() for path in modules} | {"attention_jax/py.typed"}
+    return {path.relative_to(ROOT).as_posix() for path in modules} | others
 
 
 @pytest.fixture(scope="module")

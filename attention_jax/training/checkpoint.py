@@ -65,6 +65,10 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps(read=True))
+
     def save(self, state: TrainState, config: Mapping[str, Any] | None = None) -> None:
         """Saves in the background; `state` may be donated or changed right after.
 
@@ -117,32 +121,33 @@ class Checkpoints:
         arrays, about = found
         return fitted(arrays, like, f"the checkpoint of step {about['step']}")
 
-    def restore_params(self, like: PyTree, trial: int | None = None) -> PyTree:
+    def restore_params(
+        self, like: PyTree, trial: int | None = None, step: int | None = None
+    ) -> PyTree:
         """Restores the parameters alone, as `restore` does.
 
         Args:
             like: As for `restore`.
             trial: The number of the trial, in a sweep.
+            step: That of the checkpoint; None takes the newest that is whole.
 
         Raises:
-            FileNotFoundError: There is no checkpoint.
+            FileNotFoundError: There is no checkpoint, or none of this step.
             ValueError: The parameters and `like` do not fit, the sweep has no such trial, or the
                 trial has diverged.
+            RuntimeError: The checkpoint of this step is broken.
         """
-        arrays, step = self.params(trial)
+        arrays, step = self.params(trial, step)
         return fitted(arrays, like, f"the checkpoint of step {step}", prefix="params.")
 
-    def params(self, trial: int | None = None) -> tuple[dict[str, np.ndarray], int]:
-        """The newest parameters as they are, by their paths, and their step.
+    def params(
+        self, trial: int | None = None, step: int | None = None
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """The parameters as they are, by their paths, and their step.
 
-        Args:
-            trial: The number of the trial, in a sweep.
-
-        Raises:
-            FileNotFoundError: There is no checkpoint.
-            ValueError: The sweep has no such trial, or the trial has diverged.
+        Args and errors as in `restore_params`.
         """
-        found = self._newest_whole()
+        found = self._newest_whole() if step is None else self._of_step(step)
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}.")
         arrays, about = found
@@ -189,9 +194,25 @@ class Checkpoints:
             reason = _in_short(error) if number is None else os.strerror(number)
             raise OSError(number or errno.EIO, reason, str(self.directory)) from error
 
+    def _of_step(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        steps = self.steps()
+        if step not in steps:
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}: there are "
+                f"{', '.join(map(str, steps)) or 'none'}."
+            )
+        try:
+            return self._read(step)
+        except MemoryError:
+            raise
+        except Exception as error:  # After damage orbax may raise anything.
+            raise RuntimeError(
+                f"the checkpoint of step {step} in {self.directory} is broken: {_in_short(error)}"
+            ) from error
+
     def _newest_whole(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         self.wait()
-        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        steps = self.steps()[::-1]
         broken = []
         for step in steps:
             with warnings.catch_warnings():
@@ -245,21 +266,37 @@ class Checkpoints:
             self._manager.reload()
 
 
-def restore_params(run_directory: str | Path, like: PyTree) -> PyTree:
-    """Reads the newest parameters of another run, without touching it.
+def restore_params(run_directory: str | Path, like: PyTree, step: int | None = None) -> PyTree:
+    """Reads the parameters of another run, without touching it.
 
     Args:
         run_directory: The workdir of that run; or of a trial, as `sweep/trials/001`; or of a
             complete sweep, for its best trial.
         like: Parameters of the structure, shapes and dtypes to restore.
+        step: That of the checkpoint; None takes the newest that is whole.
+
+    Raises:
+        FileNotFoundError: There is no run or no checkpoint, or none of this step.
+        ValueError: The parameters do not fit, naming the first leaves that differ; the trial has
+            diverged; or the sweep has no best trial.
+        RuntimeError: The checkpoints, or that of this step, are broken.
+    """
+    with _checkpoints(run_directory) as (checkpoints, trial):
+        return checkpoints.restore_params(like, trial, step)
+
+
+def checkpoint_steps(run_directory: str | Path) -> list[int]:
+    """The steps whose checkpoints a run has kept, in order.
+
+    Args:
+        run_directory: As for `restore_params`.
 
     Raises:
         FileNotFoundError: There is no run or no checkpoint.
-        ValueError: The parameters do not fit, naming the first leaves that differ; the trial has
-            diverged; or the sweep has no best trial.
+        ValueError: The sweep has no best trial.
     """
-    with _checkpoints(run_directory) as (checkpoints, trial):
-        return checkpoints.restore_params(like, trial)
+    with _checkpoints(run_directory) as (checkpoints, _):
+        return checkpoints.steps()
 
 
 def read_params(run_directory: str | Path) -> tuple[dict[str, np.ndarray], int]:

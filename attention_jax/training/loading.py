@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from attention_jax.checks import as_array, as_integers
+from attention_jax.checks import as_array, as_integers, as_size
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import Task
 from attention_jax.training.build import make_task
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     Attributes:
         model: The model; `model.apply({"params": params}, inputs)` runs it, without dropout.
-        params: Its newest parameters.
+        params: Its newest parameters, or those of the step that was asked for.
         config: The complete config.
         task: The task that it has learnt.
     """
@@ -75,18 +75,21 @@ def _apply(model, params, inputs, mask):
     return model.apply({"params": params}, inputs, mask=mask)
 
 
-def load(run: str | os.PathLike) -> Run:
+def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     """Loads a trained run.
 
     Args:
         run: The directory of a run; of a sweep, which means its best trial; or of one trial, as
             `sweep/trials/001`.
+        step: That of the checkpoint: one of `training.checkpoint.checkpoint_steps(run)`. A run
+            keeps the newest `checkpoint.keep`. None takes the newest that is whole.
 
     Raises:
-        FileNotFoundError: There is no checkpoint.
+        FileNotFoundError: There is no checkpoint, or none of this step.
         ValueError: There is no run, its config is not one of this version, or the sweep has no best
             trial.
     """
+    step = None if step is None else as_size("step", step, 0)
     place, trial = locate(local_path(run, "run"))
     where = place if trial is None else trial_directory(place, trial)
     config = _config(read_config(where), where)
@@ -94,7 +97,7 @@ def load(run: str | os.PathLike) -> Run:
     model = make_model(config, task)
     sample = lambda: task.sample(jax.random.key(0), jnp.arange(1)).inputs
     like = jax.eval_shape(model.init, jax.random.key(0), jax.eval_shape(sample))["params"]
-    return Run(model, restore_params(run, like=like), config, task)
+    return Run(model, restore_params(run, like, step), config, task)
 
 
 def _config(found: Mapping[str, Any], where: Path) -> ConfigDict:

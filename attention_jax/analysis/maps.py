@@ -1,0 +1,130 @@
+"""Attention maps: the weights of every layer and head, and what they say in numbers."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from attention_jax.checks import told
+from attention_jax.types import Array, PyTree
+
+# The path of a layer, as "blocks_0/attention", and its weights `[..., N, T, S]`.
+Maps = Mapping[str, Array]
+_SOWN = "attention_weights"
+
+
+def attention_maps(
+    model: nn.Module, params: PyTree, inputs: Array, **options: Any
+) -> dict[str, Array]:
+    """The attention weights of every layer that can show them.
+
+    Args:
+        model, params: Any model of linen, whose attention layers are ours or flax's.
+        inputs: Of the model.
+        **options: Of the model's call, as `mask`.
+
+    Returns:
+        `[..., N, T, S]` for each layer, by its path, as `"blocks_0/attention"`. A layer that runs
+        several times has `[0]`, `[1]` after its path. A layer without weights, as that of linear
+        attention, is left out.
+
+    Raises:
+        NotImplementedError: No layer of the model can show its weights.
+    """
+
+    # Words and flags decide what is compiled; arrays and masks are data.
+    words = {k: v for k, v in options.items() if v is None or isinstance(v, bool | str)}
+    data = {k: v for k, v in options.items() if k not in words}
+    state = _sown(model, params, inputs, data, tuple(words.items()))
+    found = {}
+    for path, sown in flatten_dict(dict(state).get("intermediates", {})).items():
+        if path[-1] != _SOWN:
+            continue
+        for i, weights in enumerate(sown):
+            found["/".join(path[:-1]) + (f"[{i}]" if len(sown) > 1 else "")] = weights
+    if not found:
+        raise NotImplementedError(
+            f"model must have layers that can show their weights, got {type(model).__name__}."
+        )
+    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "words"))
+def _sown(model, params, inputs, data, words):
+    with nn.intercept_methods(_with_weights):
+        options = {**data, **dict(words)}
+        return model.apply({"params": params}, inputs, mutable=["intermediates"], **options)[1]
+
+
+def _in_order(path):
+    """Numbers in a path count as numbers: blocks_2 comes before blocks_10."""
+    digits = "".join(letter if letter.isdigit() else " " for letter in path).split()
+    return [int(number) for number in digits], path
+
+
+def _with_weights(run, arguments, options, context):
+    """Calls a layer with `sow_weights=True`."""
+    if context.method_name != "__call__":
+        return run(*arguments, **options)
+    signature = inspect.signature(run)
+    attention_fn = getattr(context.module, "attention_fn", None)
+    # Blocks and models pass the word on; only the layer itself knows whether it has weights.
+    is_layer = attention_fn is not None
+    is_ours = type(context.module).__module__.startswith("attention_jax.")
+    if "sow_weights" not in signature.parameters or not is_layer:
+        return run(*arguments, **options)
+    if is_ours and not hasattr(attention_fn, "weights"):
+        return run(*arguments, **options)
+    bound = signature.bind(*arguments, **options)
+    bound.arguments["sow_weights"] = True
+    return run(*bound.args, **bound.kwargs)
+
+
+def map_statistics(maps: Maps) -> dict[str, dict[str, np.ndarray]]:
+    """What the weights of each head are on the average over rows and queries.
+
+    The names are those of `AttentionStatistics`. Queries that see no key do not count.
+
+    Args:
+        maps: `[..., N, T, S]` for each layer, as `attention_maps` gives them.
+
+    Returns:
+        For each layer, `[N]` by name: `entropy` in nats, `largest` weight, mean `distance` to the
+        keys, and the weights `to_self`, `to_previous` and `to_first`.
+
+    Raises:
+        ValueError: Weights have fewer than three axes.
+    """
+    return {path: _statistics(path, weights) for path, weights in maps.items()}
+
+
+def _statistics(path, weights):
+    weights = as_weights(path, weights)
+    _, _, T, S = weights.shape
+    t, s = np.arange(T)[:, None], np.arange(S)
+    counts = weights.any(-1)  # [B, N, T]
+    total = np.maximum(counts.sum((0, 2)), 1)
+    mean = lambda of_queries: np.where(counts, of_queries, 0).sum((0, 2)) / total
+    logs = np.log(np.where(weights > 0, weights, 1))
+    at = lambda places: (weights * places).sum(-1)
+    return {
+        "entropy": mean(-(weights * logs).sum(-1)),
+        "largest": mean(weights.max(-1, initial=0)),
+        "distance": mean(at(np.abs(t - s))),
+        "to_self": mean(at(t == s)),
+        "to_previous": mean(at(t == s + 1)),
+        "to_first": mean(at(s == 0)),
+    }
+
+
+def as_weights(path: str, weights: Array) -> np.ndarray:
+    """The weights of a layer as float64 `[B, N, T, S]`."""
+    weights = np.asarray(weights).astype(np.float64)
+    if weights.ndim < 3:
+        raise ValueError(f"maps must be [..., N, T, S], got {told(weights)} for {path}.")
+    return weights.reshape(-1, *weights.shape[-3:])

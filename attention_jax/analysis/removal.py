@@ -1,0 +1,78 @@
+"""What is left of a model as its heads go, one after the other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from attention_jax.analysis.heads import Loss, apply_with_gates, check_heads, heads_of
+from attention_jax.types import Array, PyTree
+
+Head = tuple[str, int]  # The path of its layer, and its number.
+
+
+def ranked(scores: Mapping[str, Array]) -> list[Head]:
+    """All heads, the one with the least score first.
+
+    >>> ranked({"a": [0.3, 0.1], "b": [0.2]})
+    [('a', 1), ('b', 0), ('a', 0)]
+
+    Args:
+        scores: `[N]` for each layer, as `importance` gives them.
+    """
+    heads = [(path, n) for path, values in scores.items() for n in range(len(values))]
+    return sorted(heads, key=lambda head: float(scores[head[0]][head[1]]))
+
+
+def removal_curve(
+    model: nn.Module,
+    params: PyTree,
+    inputs: Array,
+    loss: Loss,
+    orders: Sequence[Sequence[Head]],
+    *,
+    counts: Sequence[int] | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """The mean loss as heads are removed in some orders, all in one program.
+
+    Args:
+        model, params, inputs, loss, **options: As in `importance`; `loss` may give another measure
+            of each row, as its accuracy.
+        orders: Lists of heads, as `ranked` gives one: the first is removed first.
+        counts: How many heads to remove, as `[0, 2, 4]`. None: from none to all of the shortest
+            order.
+
+    Returns:
+        `[len(orders), len(counts)]`.
+
+    Raises:
+        ValueError: A head does not exist, or a count is longer than an order.
+
+    Reference:
+        Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.2.
+        https://arxiv.org/abs/1905.10650
+    """
+    heads = heads_of(model, params, inputs, **options)
+    shortest = min(map(len, orders))
+    counts = range(shortest + 1) if counts is None else counts
+    if not all(0 <= count <= shortest for count in counts):
+        raise ValueError(f"counts must be from 0 to {shortest}, got {list(counts)}.")
+    gates = {path: np.ones((len(orders), len(counts), N), np.float32) for path, N in heads.items()}
+    for i, order in enumerate(orders):
+        for path, n in order:
+            check_heads({path: [n]}, heads)
+        for j, count in enumerate(counts):
+            for path, n in order[:count]:
+                gates[path][i, j, n] = 0
+
+    @jax.jit
+    def run(params, inputs, gates):
+        one = lambda gates: loss(apply_with_gates(model, params, inputs, gates, **options)).mean()
+        return jax.lax.map(one, gates)
+
+    flat = {path: jnp.asarray(x.reshape(-1, x.shape[-1])) for path, x in gates.items()}
+    return np.asarray(run(params, inputs, flat)).reshape(len(orders), len(counts))

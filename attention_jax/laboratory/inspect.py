@@ -1,0 +1,216 @@
+"""Looks inside a trained model: maps of its heads, their scores, and what each is worth.
+
+    attention-jax inspect runs/first
+    attention-jax inspect gpt2 --text="The cat sat. The cat" --out=gpt2_heads
+
+RUN is the directory of a run, of a trial of a sweep (`sweep/trials/001`), or of a sweep, for its
+best trial; or one of Hugging Face, with `--tokens` or `--text`. It writes to `--out`:
+
+    maps.png     the attention of every head on one row
+    page.html    the same to walk through in a browser, offline, with a slider over the checkpoints
+    heads.md     a table: scores, statistics, importance, loss and accuracy without each head
+    pruning.png  what is left as heads are removed, by importance and at random
+    phase.png    for a run with several checkpoints: accuracy, scores and losses over the steps
+
+A run keeps the newest `--config.checkpoint.keep` checkpoints.
+"""
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from attention_jax.training.config import ConfigError
+from attention_jax.training.files import CHECKPOINTS, local_path, locate
+
+ROWS, MAX_CHECKPOINTS = 128, 50
+MAX_POINTS = 17  # Of the curve of pruning: as many as there are up to 16 heads.
+ORDERS = 10  # Random ones.
+_PAGE_WEIGHTS = 4_000_000  # About 10 MB of page.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Does the command; `argv[0]` is its name.
+
+    Raises:
+        ConfigError: The model or the options are invalid, in a line.
+    """
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", metavar="RUN", help="directory of a run, or one of Hugging Face")
+    parser.add_argument("--out", default="inspect", help="directory to write to; default: inspect")
+    parser.add_argument("--rows", type=int, help=f"rows of the run's task; default: {ROWS}")
+    parser.add_argument(
+        "--checkpoints",
+        type=int,
+        help=f"of how many checkpoints at most; 1 is the newest; default: {MAX_CHECKPOINTS}",
+    )
+    parser.add_argument("--tokens", help="for Hugging Face: the numbers of a row, as '3 1 4'")
+    parser.add_argument("--text", help="for Hugging Face: a text for its tokenizer")
+    try:
+        written = inspect(**vars(parser.parse_args(argv[1:])))
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise ConfigError(str(error)) from error
+    print(*written, sep="\n", flush=True)
+
+
+def inspect(
+    run: str | os.PathLike,
+    out: str | os.PathLike = "inspect",
+    *,
+    rows: int | None = None,
+    checkpoints: int | None = None,
+    tokens: Sequence[int] | str | None = None,
+    text: str | None = None,
+) -> list[Path]:
+    """Writes pictures, a page and a table of the heads of a model.
+
+    Args:
+        run: The directory of a run, a trial or a sweep; or one of Hugging Face.
+        out: The directory to write to; created when missing.
+        rows: How many held-out rows of the run's task; None: 128.
+        checkpoints: Of how many of the run's checkpoints at most, evenly taken; None: 50.
+        tokens, text: One of them, for a directory of Hugging Face: the row to run it on.
+
+    Returns:
+        The written files.
+
+    Raises:
+        ValueError: An argument is missing, out of its range or of the other kind, or there is no
+            such model.
+        NotImplementedError: No layer can show its weights.
+        OSError: A file is missing or cannot be written.
+    """
+    place = local_path(run, "RUN")
+    out = local_path(out, "--out")
+    is_run = _is_run(place)
+    if is_run:
+        _refuse("is for a directory of Hugging Face", tokens=tokens, text=text)
+        rows = _at_least_one("--rows", rows, ROWS)
+        checkpoints = _at_least_one("--checkpoints", checkpoints, MAX_CHECKPOINTS)
+    else:
+        _refuse("is for a run of this package", rows=rows, checkpoints=checkpoints)
+        if (tokens is None) == (text is None):
+            raise ValueError(f"{run} is of Hugging Face, which needs --tokens or --text.")
+        tokens = _numbers(tokens)
+    # Imported after the checks, so that errors do not wait for jax.
+    from attention_jax.laboratory import subject as subjects
+    from attention_jax.laboratory.findings import find
+    from attention_jax.training.process import prepare
+
+    prepare()
+    if is_run:
+        subject = subjects.of_run(place, rows)
+    else:
+        subject = subjects.of_directory(place, tokens=tokens, text=text)
+    findings = find(subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1)
+    out.mkdir(parents=True, exist_ok=True)
+    return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, text))
+
+
+def _is_run(place):
+    """Whether a directory is of a run; else it is of Hugging Face."""
+    run, _ = locate(place)
+    if (run / CHECKPOINTS).is_dir():
+        return True
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not (isinstance(config, dict) and "model_type" in config):
+        raise ValueError(f"{place} holds no run with a checkpoint, and no model of Hugging Face.")
+    return False
+
+
+def _refuse(reason, **given):
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} {reason}.")
+
+
+def _at_least_one(name, value, default):
+    value = default if value is None else value
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1: got {value}.")
+    return value
+
+
+def _numbers(tokens):
+    if not isinstance(tokens, str):
+        return tokens
+    try:
+        return [int(word) for word in tokens.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--tokens must be numbers, as '3 1 4': got {tokens!r}.") from None
+
+
+def _command(run, rows, checkpoints, tokens, text):
+    words = ["attention-jax", "inspect", str(run)]
+    if rows not in (None, ROWS):
+        words.append(f"--rows={rows}")
+    if checkpoints not in (None, MAX_CHECKPOINTS):
+        words.append(f"--checkpoints={checkpoints}")
+    if text is not None:
+        words.append(f"--text={text}")
+    elif tokens is not None:
+        words.append(f"--tokens={' '.join(map(str, tokens))}")
+    return shlex.join(words)
+
+
+def _write(subject, findings, out, command):
+    from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
+    from attention_jax.laboratory.findings import evenly
+
+    about = subject.about
+    title = about if about.startswith(f"{subject.name},") else f"{subject.name}: {about}"
+    if findings.step is not None:
+        title += f", step {findings.step:,}"
+    newest, by_step = findings.newest, findings.by_step
+    words = subject.words
+    first = None if words is None else words[0]
+    score = next(iter(newest.scores), None)
+    caption = title if score is None else f"{title}; above each head: {score.replace('_', ' ')}"
+    scores = None if score is None else newest.scores[score]
+    maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
+    heading = {"title": title, "caption": command}
+    if len(by_step) > 1:
+        # One row, and as many of the steps as a page of moderate size holds.
+        size = sum(weights.size for weights in newest.maps.values())
+        steps = evenly(list(by_step), max(2, _PAGE_WEIGHTS // size))
+        shown = {step: by_step[step].maps for step in steps}
+        beside = {step: by_step[step].beside for step in steps}
+        page = write_page(out / "page.html", shown, first, statistics=beside, **heading)
+    else:
+        rows = None if words is None else words[: len(next(iter(findings.maps.values())))]
+        page = write_page(
+            out / "page.html", findings.maps, rows, statistics=newest.beside, **heading
+        )
+    pictures, curve = [maps], findings.curve
+    if curve is not None:
+        drawn = draw_pruning(
+            out / "pruning.png",
+            curve.kept,
+            curve.by_importance,
+            curve.at_random,
+            measure=curve.measure,
+            guess=subject.guess,
+            caption=title,
+        )
+        pictures.append(drawn)
+    if len(by_step) > 1:
+        pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
+    table = out / "heads.md"
+    links = [f"![{file.stem}]({file.name})" for file in pictures]
+    text = [f"# {title}", f"```bash\n{command}\n```", *findings.told(subject), *links]
+    table.write_text("\n\n".join([*text, f"[The page]({page.name})"]) + "\n", encoding="utf-8")
+    return [page, table, *pictures]

@@ -1,0 +1,181 @@
+"""What is inspected: a trained run on rows of its task, or a language model on one text."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from attention_jax.interop import huggingface
+from attention_jax.training.checkpoint import checkpoint_steps, restore_params
+from attention_jax.training.loading import load
+from attention_jax.types import Array, Batch, PyTree
+
+# A held-out key of its own, so that no row was drawn in training.
+_STREAM = 20
+MAX_LENGTH = 100  # Of the random rows for a model that takes any length.
+
+
+class Subject(NamedTuple):
+    """A model, rows to run it on, and what its answers are worth.
+
+    Attributes:
+        name: Of the run or directory.
+        about: A line on the rows.
+        model, params: As in `Run`.
+        inputs: Of all rows, `[B, T]` tokens or `[B, T, D]`.
+        options: Of the model's call, as `mask`.
+        vocab_size: None if the inputs are no tokens.
+        words: The tokens of each row as labels; None if the inputs are no tokens.
+        queries: Boolean `[B, T]`: where answers are asked for.
+        answers: From outputs to the loss of each answer, whether it is right (None if there is no
+            right one), and its weight, all `[B, P]`.
+        guess: The accuracy of a guess, or None.
+        steps: Of the checkpoints, in order; empty if there are none.
+        restore: The parameters of a step.
+        length: The longest row that the model takes, up to `MAX_LENGTH`.
+    """
+
+    name: str
+    about: str
+    model: nn.Module
+    params: PyTree
+    inputs: Array
+    options: Mapping[str, Any]
+    vocab_size: int | None
+    words: Sequence[Sequence[str]] | None
+    queries: np.ndarray
+    answers: Callable[[Array], tuple[Array, Array | None, Array]]
+    guess: float | None
+    steps: Sequence[int]
+    restore: Callable[[int], PyTree] | None
+    length: int
+
+    def loss(self, outputs: Array) -> Array:
+        """The mean loss of each row, `[B]`."""
+        losses, _, weights = self.answers(outputs)
+        return _mean(losses, weights)
+
+    def accuracy(self, outputs: Array) -> Array:
+        """The accuracy of each row, `[B]`; needs tokens."""
+        _, right, weights = self.answers(outputs)
+        return _mean(right, weights)
+
+
+def _mean(values, weights):
+    return (values * weights).sum(-1) / jnp.maximum(weights.sum(-1), 1e-9)
+
+
+def of_run(place: Path, rows: int) -> Subject:
+    """A run, a trial, or the best trial of a sweep, on held-out rows of its task.
+
+    Raises the errors of `load`.
+    """
+    run = load(place)
+    sample = run.task.sample_held_out or run.task.sample
+    rng = jax.random.fold_in(jax.random.key(run.config.seed), _STREAM)
+    batch = jax.jit(sample)(rng, jnp.arange(rows, dtype=jnp.int32))
+    T = batch.inputs.shape[1]
+    weights = np.asarray(batch.weights) > 0
+    queries = np.zeros((rows, T), bool)
+    if batch.positions is None:
+        queries |= weights
+    else:
+        np.logical_or.at(queries, (np.arange(rows)[:, None], np.asarray(batch.positions)), weights)
+    is_tokens = run.task.vocab_size is not None
+    try:
+        steps = checkpoint_steps(place)
+    except FileNotFoundError:
+        steps = []
+    return Subject(
+        name=place.resolve().name,
+        about=f"{run.task.name}, {rows} held-out rows",
+        model=run.model,
+        params=run.params,
+        inputs=batch.inputs,
+        options={} if run.task.mask is None else {"mask": run.task.mask},
+        vocab_size=run.task.vocab_size,
+        words=np.asarray(batch.inputs).astype(str).tolist() if is_tokens else None,
+        queries=queries,
+        answers=functools.partial(_tokens if is_tokens else _vectors, batch),
+        guess=_guess(run, batch) if is_tokens else None,
+        steps=steps,
+        restore=functools.partial(restore_params, place, run.params),
+        length=min(T, MAX_LENGTH),
+    )
+
+
+def _guess(run, batch):
+    """The accuracy of the task's baseline, one in exp(loss)."""
+    return float(np.exp(-np.asarray(run.task.baseline[1](batch))))
+
+
+def _tokens(batch: Batch, logits):
+    if batch.positions is not None:
+        logits = jnp.take_along_axis(logits, batch.positions[..., None], axis=1)
+    logits = logits.astype(jnp.float32)
+    wanted = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - wanted
+    # As in training: right is what is alone at the top.
+    return losses, (logits >= wanted[..., None]).sum(-1) == 1, batch.weights
+
+
+def _vectors(batch: Batch, outputs):
+    losses = jnp.square(outputs.astype(jnp.float32) - batch.targets).mean(-1)
+    return losses, None, batch.weights
+
+
+def of_directory(
+    place: Path, *, tokens: Sequence[int] | None = None, text: str | None = None
+) -> Subject:
+    """A model of Hugging Face on one row, which it continues at every token.
+
+    Args:
+        place: The directory.
+        tokens, text: One of them: the row.
+
+    Raises:
+        ValueError: The row is too short or too long, or the vocabulary lacks a token; and the
+            errors of `huggingface.load` and `huggingface.tokenizer`.
+    """
+    coder = None
+    if text is not None or (place / "tokenizer.json").is_file():
+        try:
+            coder = huggingface.tokenizer(place)
+        except ModuleNotFoundError:
+            if text is not None:
+                raise
+    model, params = huggingface.load(place)
+    if text is not None:
+        tokens = coder.encode(text).ids
+    vocab_size = model.embedding.num_embeddings
+    limit = getattr(model.positions, "max_length", None)
+    if len(tokens) < 2 or not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"--tokens must be two or more numbers below {vocab_size}, got {tokens}.")
+    if limit is not None and len(tokens) > limit:
+        raise ValueError(f"the model takes {limit} tokens at most, got {len(tokens)}.")
+    inputs = jnp.asarray([tokens], jnp.int32)
+    T = len(tokens)
+    weights = jnp.ones((1, T - 1), jnp.float32)
+    batch = Batch(inputs, inputs[:, 1:], weights, jnp.arange(T - 1)[None])
+    name_of = str if coder is None else lambda token: coder.decode([token]) or str(token)
+    return Subject(
+        name=place.resolve().name,
+        about=f"the next of {T} tokens",
+        model=model,
+        params=params,
+        inputs=inputs,
+        options={},
+        vocab_size=vocab_size,
+        words=[[name_of(token) for token in tokens]],
+        queries=np.arange(T)[None] < T - 1,
+        answers=functools.partial(_tokens, batch),
+        guess=None,
+        steps=[],
+        restore=None,
+        length=min(limit or MAX_LENGTH, MAX_LENGTH),
+    )

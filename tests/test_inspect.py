@@ -1,0 +1,322 @@
+"""The pictures, the page and the command that look inside a model."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import attention_jax
+from attention_jax import analysis
+from attention_jax.laboratory import inspect
+from attention_jax.training import experiment
+from attention_jax.training.config import ConfigError, default_config
+
+ROOT = Path(__file__).parent.parent
+GPT2 = ROOT / "tests" / "huggingface" / "gpt2"
+PNG = b"\x89PNG\r\n"
+WORDS = ["The", " cat", "</script>", "\n$x$"]
+
+
+def weights_of(seed, *shape):
+    weights = np.tril(np.random.default_rng(seed).uniform(0.1, 1, shape))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+MAPS = {"blocks_0/attention": weights_of(0, 2, 4, 4), "blocks_1/attention": weights_of(1, 3, 4, 4)}
+EARLIER = {path: weights[:, ::-1, ::-1].swapaxes(1, 2) for path, weights in MAPS.items()}
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def size_of(png):
+    """Width and height, as the file itself says."""
+    data = png.read_bytes()
+    assert data.startswith(PNG)
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_a_picture_has_rows_of_layers_and_columns_of_heads(tmp_path):
+    two = analysis.draw_maps(tmp_path / "a.png", MAPS, WORDS, caption="a row")
+    one = analysis.draw_maps(tmp_path / "b.png", {"blocks_0/attention": weights_of(0, 1, 1, 4, 4)})
+    (width, height), (small_width, small_height) = size_of(two), size_of(one)
+    assert width > 2 * small_width > 2 * 300
+    assert height > 1.5 * small_height
+
+
+def test_a_heavy_weight_is_dark_where_it_stands(tmp_path):
+    from matplotlib.image import imread
+
+    weights = np.zeros((1, 8, 8))
+    weights[0, 6, 1] = 1
+    picture = imread(analysis.draw_maps(tmp_path / "a.png", {"x": weights}))[:, :, :3].sum(-1)
+    bar = picture.shape[1] * 2 // 3  # The colour bar stands behind.
+    down, across = np.nonzero(picture[:, :bar] < 0.9)
+    blue = imread(tmp_path / "a.png")[down, across]
+    down, across = down[blue[:, 2] > 0.3], across[blue[:, 2] > 0.3]  # Blue, not the black of text.
+    assert down.mean() > picture.shape[0] * 0.5
+    assert across.mean() < bar * 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((MAPS, WORDS[:3]), {}, "tokens must be one for each of the 4 positions.*got 3"),
+        ((MAPS, WORDS), {"key_tokens": "ab"}, "key_tokens must be one for each.*got 2"),
+        ((MAPS,), {"row": 1}, "row must be at most 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        analysis.draw_maps(tmp_path / "a.png", *arguments, **options)
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path):
+    by_step = {10: EARLIER, 20: MAPS}
+    return analysis.write_page(tmp_path / "page.html", by_step, WORDS, title="<b>", caption="&")
+
+
+def data_of(page):
+    (text,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_needs_no_other_file(page):
+    tags = Tags()
+    tags.feed(page.read_text())
+    for _, attributes in tags.found:
+        assert not {"src", "href", "action", "data"} & set(attributes)
+    assert not re.search(r"https?://|import\s*\(|fetch\(|@import|url\(", page.read_text())
+    assert ("html", {"lang": "en"}) in tags.found
+    assert "{{" not in page.read_text()
+    assert "&lt;b&gt;" in page.read_text()
+
+
+def test_the_page_holds_every_weight(page):
+    data = data_of(page)
+    assert data["steps"] == [10, 20]
+    assert data["tokens"] == [WORDS]
+    unit = (data["high"] - data["low"]) / 65535
+    for packed, maps in zip(data["weights"], (EARLIER, MAPS), strict=True):
+        for text, weights in zip(packed, maps.values(), strict=True):
+            level = np.frombuffer(base64.b64decode(text), "<u2")
+            found = data["low"] + unit * level.reshape(weights.shape)
+            np.testing.assert_allclose(found, weights, atol=1e-5)
+    entropy = analysis.map_statistics(MAPS)["blocks_1/attention"]["entropy"]
+    np.testing.assert_allclose(data["statistics"][1][1]["entropy"], entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("maps", "options", "words"),
+    [
+        ({}, {}, "maps must have a layer"),
+        ({1: MAPS, 2: {"blocks_0/attention": MAPS["blocks_0/attention"]}}, {}, "maps of step 1"),
+        (MAPS, {"tokens": WORDS[:2]}, "tokens must be one for each"),
+        (MAPS, {"tokens": [WORDS, WORDS]}, "tokens must be a row for each of 1 rows, got 2"),
+        ({"x": np.zeros((400, 1, 300, 300), np.float16)}, {}, "maps have 36,000,000 weights"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(tmp_path, maps, options, words):
+    with pytest.raises(ValueError, match=words):
+        analysis.write_page(tmp_path / "page.html", maps, **options)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no browser of the family of Chromium is installed")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+
+    def dom(address):
+        run = subprocess.run([found, *flags, address], capture_output=True, text=True, timeout=60)
+        return run.stdout
+
+    return dom
+
+
+def readout(dom):
+    (weight,) = re.findall(r'<output id="readout"[^>]*data-weight="([-.\d]+)"', dom)
+    return float(weight)
+
+
+def test_a_browser_shows_the_weight_that_the_address_names(page, browser):
+    dom = browser(f"{page.as_uri()}#layer=1&head=2&t=3&s=1&step=20")
+    assert readout(dom) == pytest.approx(MAPS["blocks_1/attention"][2, 3, 1], abs=6e-5)
+    assert "layer 1, head 2" in dom
+    assert dom.count('aria-pressed="true"') == 1
+    dom = browser(f"{page.as_uri()}#layer=0&head=1&t=2&s=2&step=10")
+    assert readout(dom) == pytest.approx(EARLIER["blocks_0/attention"][1, 2, 2], abs=6e-5)
+
+
+def test_clicks_keys_and_the_pointer_change_what_a_browser_shows(page, browser):
+    program = """
+      const press = (key, at = document) =>
+        at.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      const map = document.getElementById("map"), seen = [];
+      const note = () => seen.push(document.getElementById("readout").dataset.weight);
+      document.getElementById("head-1-0").click();
+      const at = (t, s, kind) => {
+        const box = map.getBoundingClientRect();
+        const zoom = box.width / parseFloat(map.style.width);
+        map.dispatchEvent(new MouseEvent(kind, { clientX:
+          box.left + zoom * (frame.left + (s + .5) * frame.cell),
+          clientY: box.top + zoom * (4 + (t + .5) * frame.cell), bubbles: true }));
+      };
+      at(2, 1, "click"); note();
+      at(3, 0, "mousemove"); note();
+      map.dispatchEvent(new MouseEvent("mouseleave")); note();
+      press("ArrowRight"); note();
+      press("ArrowUp", map); note();
+      press("["); note();
+      document.getElementById("queries").children[3].click(); note();
+      document.title = seen.join(" ");
+    """
+    text = page.read_text()
+    page.write_text(text.replace("</body>", f"<script>{program}</script></body>"))
+    (title,) = re.findall("<title>(.*?)</title>", browser(page.as_uri()))
+    new, old = MAPS["blocks_1/attention"], EARLIER["blocks_1/attention"]
+    want = [new[0, 2, 1], new[0, 3, 0], new[0, 2, 1], new[1, 2, 1], new[1, 1, 1], old[1, 1, 1]]
+    want.append(old[1, 3].max())  # A token points at what it looks at most.
+    np.testing.assert_allclose([float(x) for x in title.split()], want, atol=6e-5)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run with three checkpoints."""
+    config = default_config("recall")
+    config.task.update(seq_length=16, vocab_size=32, num_pairs=2)
+    config.model.update(features=8, num_layers=1)
+    config.train.update(epochs=3, steps_per_epoch=1, batch_size=4)
+    config.checkpoint.update(every_epochs=1, keep=3)
+    config.eval.num_batches = 1
+    place = tmp_path_factory.mktemp("runs") / "tiny"
+    experiment.run(config, workdir=str(place))
+    return place
+
+
+def test_a_run_is_loaded_at_any_step_that_is_kept(run):
+    last, first = attention_jax.load(run), attention_jax.load(run, step=1)
+    same = attention_jax.load(run, step=3)
+    kernel = lambda run: run.params["blocks_0"]["attention"]["out"]["kernel"]
+    np.testing.assert_array_equal(kernel(last), kernel(same))
+    assert not np.array_equal(kernel(last), kernel(first))
+    with pytest.raises(FileNotFoundError, match=r"step 7 .*: there are 1, 2, 3"):
+        attention_jax.load(run, step=7)
+
+
+def test_a_run_is_inspected_in_one_command(run, tmp_path, capsys):
+    inspect.main(["inspect", str(run), f"--out={tmp_path / 'out'}", "--rows=5"])
+    names = ["page.html", "heads.md", "maps.png", "pruning.png", "phase.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "out" / x) for x in names]
+    assert all(size_of(tmp_path / "out" / x)[0] > 300 for x in names if x.endswith("png"))
+    data = data_of(tmp_path / "out" / "page.html")
+    assert data["steps"] == [1, 2, 3]
+    assert {"induction_at_answers", "prefix_matching", "entropy"} <= set(data["statistics"][0][0])
+    table = (tmp_path / "out" / "heads.md").read_text()
+    assert f"attention-jax inspect {run} --rows=5" in table
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| blocks_0")]
+    assert [row[1] for row in rows] == ["0", "1"]
+    assert all(0 <= float(x.strip(" |")) for row in rows for x in row[2:])
+    for name in ("maps.png", "pruning.png", "phase.png", "page.html"):
+        assert f"({name})" in table
+
+
+def test_a_model_of_hugging_face_is_inspected(tmp_path):
+    written = inspect.inspect(GPT2, tmp_path, tokens="3 1 4 1 5 9 2 6")
+    names = ["page.html", "heads.md", "maps.png", "pruning.png"]
+    assert [path.name for path in written] == names
+    data = data_of(tmp_path / "page.html")
+    assert data["tokens"] == [["3", "1", "4", "1", "5", "9", "2", "6"]]
+    assert [layer["heads"] for layer in data["layers"]] == [4, 4]
+    assert "next of 8 tokens" in (tmp_path / "heads.md").read_text()
+
+
+def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from attention_jax.laboratory.subject import of_directory
+
+    words = {"the": 1, "cat": 4, "sat": 7}
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="the"))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    shutil.copytree(GPT2, tmp_path / "cats")
+    coder.save(str(tmp_path / "cats" / "tokenizer.json"))
+    subject = of_directory(tmp_path / "cats", text="the cat sat the cat")
+    assert subject.inputs.tolist() == [[1, 4, 7, 1, 4]]
+    assert subject.words == [["the", "cat", "sat", "the", "cat"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required: RUN"),
+        (["nowhere"], "nowhere holds no run with a checkpoint, and no model of Hugging Face."),
+        ([str(GPT2)], "gpt2 is of Hugging Face, which needs --tokens or --text."),
+        ([str(GPT2), "--tokens=3 x"], "--tokens must be numbers, as '3 1 4': got '3 x'."),
+        ([str(GPT2), "--tokens=3 19"], "--tokens must be two or more numbers below 19"),
+        ([str(GPT2), "--tokens=3"], "--tokens must be two or more numbers below 19"),
+        ([str(GPT2), f"--tokens={'1 ' * 33}"], "the model takes 32 tokens at most, got 33."),
+        ([str(GPT2), "--text=The"], "tokenizer.json does not exist."),
+        ([str(GPT2), "--tokens=1 2", "--rows=3"], "--rows is for a run of this package."),
+        ([str(GPT2), "--tokens=1 2", "--checkpoints=3"], "--checkpoints is for a run"),
+        (["RUN", "--rows=0"], "--rows must be at least 1: got 0."),
+        (["RUN", "--checkpoints=0"], "--checkpoints must be at least 1: got 0."),
+        (["RUN", "--text=The"], "--text is for a directory of Hugging Face."),
+        (["RUN", "--depth=3"], "unrecognized arguments: --depth=3"),
+    ],
+)
+def test_what_cannot_be_inspected_is_a_line(run, arguments, line):
+    arguments = [str(run) if word == "RUN" else word for word in arguments]
+    with pytest.raises(ConfigError) as error:
+        inspect.main(["inspect", *arguments])
+    assert line in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# What is left as heads go ------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_loop_over_closed_gates(run):
+    found = attention_jax.load(run)
+    inputs = found.task.sample(jax.random.key(0), np.arange(3)).inputs
+    loss = lambda logits: logits.mean((1, 2))
+    (path,) = analysis.heads_of(found.model, found.params, inputs)
+    gated = jax.jit(
+        lambda gates: loss(
+            analysis.apply_with_gates(found.model, found.params, inputs, {path: gates})
+        ).mean()
+    )
+    orders = [[(path, 1), (path, 0)], [(path, 0), (path, 1)]]
+    curve = analysis.removal_curve(found.model, found.params, inputs, loss, orders)
+    for order, losses in zip(orders, curve, strict=True):
+        gates = np.ones(2)
+        for (_, head), value in zip([(path, None), *order], losses, strict=True):
+            if head is not None:
+                gates[head] = 0
+            assert value == pytest.approx(float(gated(gates)), abs=1e-6)
+    with pytest.raises(ValueError, match=r"counts must be from 0 to 2, got \[3\]"):
+        analysis.removal_curve(found.model, found.params, inputs, loss, orders, counts=[3])
