@@ -157,6 +157,10 @@ class MultiHeadAttention(Named, nn.Module):
         decode: Attends to a cache of earlier tokens. `init` on an input of full length makes the
             collection `cache` of that capacity; each `apply(..., mutable=["cache"])` then takes
             any number of new tokens, which see the cache and one another causally. Without dropout.
+        cache_length: How many tokens the cache keeps at most. If the input of `init` has so many,
+            the cache rolls: it keeps the newest, and the sequence has no end. The mask must surely
+            reach no farther back, as `masks.window(cache_length)`. `cache_length` = window + 1
+            saves a copy in calls of one token.
         deterministic: Turns dropout off; may be given to the call instead.
         kernel_init, bias_init: How the parameters start.
         out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
@@ -206,6 +210,7 @@ class MultiHeadAttention(Named, nn.Module):
     rotary_layout: str = "half"
     rotary_scaling: Scaling | None = None
     implementation: str | None = None
+    cache_length: int | None = None
 
     @nn.compact
     @public
@@ -267,6 +272,7 @@ class MultiHeadAttention(Named, nn.Module):
                 raise ValueError("positions need rotary=True: nothing else in the layer uses them.")
             positions = as_positions(positions, inputs_q.shape[:-2], inputs_q.shape[-2])
         rotate = self._rotation()
+        self._check_cache_length(sow_weights)
         _check_use_bias(self.use_bias)
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim, num_kv_heads = head_sizes(self, inputs_q.shape[-1])
@@ -291,8 +297,7 @@ class MultiHeadAttention(Named, nn.Module):
             query, key = self._by_part(rotate, query), self._by_part(rotate, key)
         overflow = None
         if cache is not None:
-            mask, bias = cache.rules(mask, bias)
-            key, value, overflow = cache.append(key, value, lengths)
+            key, value, mask, bias, overflow = cache.extend(key, value, mask, bias, lengths)
 
         mixed = self._mix(query, key, value, mask, bias, deterministic, sow_weights)
         out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
@@ -347,6 +352,18 @@ class MultiHeadAttention(Named, nn.Module):
                 f"norm_epsilon={self.norm_epsilon}."
             )
         return self.qk_norm(name=name)
+
+    def _check_cache_length(self, sow_weights) -> None:
+        if self.cache_length is None:
+            return
+        as_size("cache_length", self.cache_length)
+        if not self.decode:
+            raise ValueError(f"cache_length is for decode=True, got {self.cache_length} without.")
+        if sow_weights is True:
+            raise NotImplementedError(
+                f"sow_weights=True has no cache_length={self.cache_length}: the keys of a cache "
+                "that rolls are not in their order."
+            )
 
     def _rotation(self) -> Callable[..., Array]:
         """`positions.rotary` with the settings of the layer."""

@@ -1,0 +1,150 @@
+"""Caches that keep less than the whole past, or something else, change no result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+from attention_jax import (
+    DifferentialAttention,
+    MultiHeadAttention,
+    biases,
+    masks,
+)
+
+T, D, WINDOW = 23, 16, 3
+KINDS = {
+    "rotary, grouped heads": (
+        functools.partial(MultiHeadAttention, 4, num_kv_heads=2, rotary=True),
+        {"mask": masks.window(WINDOW)},
+    ),
+    "alibi, sinks": (
+        functools.partial(MultiHeadAttention, 4, sinks=True),
+        {"mask": masks.causal() & masks.window(WINDOW, 1), "bias": biases.alibi(4)},
+    ),
+    "by blocks": (
+        functools.partial(MultiHeadAttention, 2, qk_norm=True),
+        {"mask": masks.blocks(WINDOW + 1) & masks.rule(lambda t, s: (s % 5 != 2) | (s == t))},
+    ),
+    "differential": (
+        functools.partial(DifferentialAttention, 2, rotary=True),
+        {"mask": masks.window(1) | masks.window(WINDOW, 0, "end")},
+    ),
+}
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def make(kind, length, batch=(2,)):
+    """A step of the layer with a rolling cache, an empty cache, inputs, and what is right."""
+    layer, settings = KINDS[kind]
+    x = normal(*batch, T, D)
+    params = jax.jit(layer().init)(jax.random.key(0), x)["params"]
+    full = {**settings, "mask": masks.causal() & settings["mask"]}
+    want = jax.jit(functools.partial(layer().apply, **full))({"params": params}, x)
+    decoder = layer(decode=True, cache_length=length)
+    # The rules of these masks need no length, so any input that is long enough does.
+    cache = jax.eval_shape(decoder.init, jax.random.key(0), x[..., :length, :])["cache"]
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+
+    def step(cache, x, **more):
+        out, state = decoder.apply(
+            {"params": params, "cache": cache}, x, mutable=["cache"], **settings, **more
+        )
+        return out, state["cache"]
+
+    return step, cache, x, want
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "batch"),
+    [
+        ("rotary, grouped heads", WINDOW + 1, (2,)),
+        ("alibi, sinks", WINDOW, (2, 3)),
+        ("by blocks", WINDOW + 3, ()),
+        ("differential", WINDOW + 1, (2,)),
+    ],
+)
+def test_a_rolling_cache_in_any_portions_is_the_full_forward_pass(kind, length, batch):
+    step, empty, x, want = make(kind, length, batch)
+    step, cache, outs = jax.jit(step), empty, []
+    # More than the cache holds, token by token, and as speculative decoding does.
+    for part in jnp.split(x, np.cumsum((9, *[1] * 6, *[2] * 3)), axis=-2):
+        out, cache = step(cache, part)
+        outs.append(out)
+    assert_close(jnp.concatenate(outs, axis=-2), want, 1e-5)
+    assert cache["cached_key"].shape[-3] == length
+    assert (cache["cache_index"] == T).all()
+
+
+@pytest.mark.parametrize("length", [WINDOW, WINDOW + 1, WINDOW + 4])
+def test_rows_of_different_length_share_a_rolling_cache(length):
+    step, cache, x, want = make("rotary, grouped heads", length)
+    step, taken = jax.jit(step), np.zeros(2, int)
+    for lengths in ([4, 0], [1, 1], [9, 6], [1, 1], [1, 0], [3, 4]):
+        new = np.full((2, max(lengths), D), np.nan, np.float32)
+        for row, count in enumerate(lengths):
+            new[row, :count] = x[row, taken[row] : taken[row] + count]
+        out, cache = step(cache, jnp.asarray(new), lengths=jnp.array(lengths))
+        for row, count in enumerate(lengths):
+            assert_close(out[row, :count], want[row, taken[row] : taken[row] + count], 1e-5)
+        taken += lengths
+    wrong, after = step(cache, x[:, :4], lengths=jnp.array([5, 1]))
+    assert np.isnan(wrong[0]).all()
+    assert not np.isnan(wrong[1]).any()
+    np.testing.assert_array_equal(after["cached_key"][0], cache["cached_key"][0])
+    with pytest.raises(ValueError, match=r"lengths.*T=4.*\[5, 1\]"):
+        make("rotary, grouped heads", length)[0](cache, x[:, :4], lengths=jnp.array([5, 1]))
+
+
+def test_a_cache_for_fewer_tokens_than_its_length_holds_those():
+    layer = MultiHeadAttention(2, decode=True, cache_length=100)
+    x = normal(1, 5, D)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    assert variables["cache"]["cached_key"].shape[1] == 5
+    run = functools.partial(layer.apply, mask=masks.window(2), mutable=["cache"])
+    _, state = jax.jit(run)(variables, x)
+    with pytest.raises(ValueError, match="holds 5 tokens and is too full"):
+        run({**variables, **state}, x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({}, ValueError, "cache_length=4 needs a mask.*None"),
+        ({"mask": masks.causal()}, ValueError, r"cache_length=4.*window\(4\).*causal\(\)"),
+        ({"mask": masks.window(5)}, ValueError, r"window\(4\).*got window\(5"),
+        ({"mask": masks.window(4, offset=-1)}, ValueError, "offset=-1"),
+        ({"mask": masks.window(4) | masks.strided(7)}, ValueError, "strided"),
+        ({"mask": ~masks.window(4)}, ValueError, "cache_length"),
+        ({"mask": masks.window(2) & np.ones((5, 5), bool)}, NotImplementedError, "mask.*dense"),
+        (
+            {"mask": masks.window(2) & masks.segments(np.zeros(5, int))},
+            NotImplementedError,
+            "mask.*segments",
+        ),
+        (
+            {"mask": masks.window(2), "bias": np.zeros((2, 5, 5), np.float32)},
+            NotImplementedError,
+            "bias.*dense",
+        ),
+        ({"mask": masks.window(2), "sow_weights": True}, NotImplementedError, "sow_weights"),
+    ],
+)
+def test_what_a_rolling_cache_cannot_serve_is_refused(settings, error, words):
+    layer, x = MultiHeadAttention(2, decode=True, cache_length=4), normal(1, 5, D)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    with pytest.raises(error, match=words) as refusal:
+        layer.apply(variables, x, mutable=["cache"], **settings)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_cache_length_without_a_cache_is_refused():
+    for length, words in ((4, "decode=True"), (0, "cache_length"), (-1, "cache_length")):
+        with pytest.raises(ValueError, match=words):
+            MultiHeadAttention(2, cache_length=length).init(jax.random.key(0), normal(1, 5, D))
