@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close
+from flax import linen as nn
 
 from attention_jax import (
+    AlibiBias,
+    Block,
     DifferentialAttention,
     MultiHeadAttention,
+    SequenceModel,
+    SinusoidalPositions,
+    TokenEmbedding,
     biases,
+    decoding,
+    generate,
     masks,
 )
 
@@ -148,3 +156,67 @@ def test_a_cache_length_without_a_cache_is_refused():
     for length, words in ((4, "decode=True"), (0, "cache_length"), (-1, "cache_length")):
         with pytest.raises(ValueError, match=words):
             MultiHeadAttention(2, cache_length=length).init(jax.random.key(0), normal(1, 5, D))
+
+
+# Models.
+
+VOCABULARY = 11
+FULL, NEAR = None, masks.window(3)
+
+
+def model(reach, **options):
+    blocks = [Block(MultiHeadAttention(2, num_kv_heads=1, rotary=True)) for _ in range(2)]
+    embedding = TokenEmbedding(VOCABULARY, 8, embedding_init=nn.initializers.normal(1.0))
+    return SequenceModel(embedding, blocks, mask=masks.causal(), reach=reach, **options)
+
+
+@pytest.mark.parametrize(
+    ("reach", "kept", "options"),
+    [
+        (NEAR, (4, 4), {"bias": AlibiBias(2)}),
+        ((FULL, masks.window(5) & masks.blocks(3)), (20, 3), {"positions": SinusoidalPositions()}),
+    ],
+    ids=["every block", "one block"],
+)
+def test_blocks_with_a_window_keep_no_more_than_that(reach, kept, options):
+    make = model(reach, **options)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 20))
+    params = jax.jit(make.init)(jax.random.key(0), tokens)["params"]
+    want = jax.jit(make.apply)({"params": params}, tokens)
+    decoder = decoding(make, rolling=True)
+    cache = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["cache"]
+    for i, length in enumerate(kept):
+        assert cache[f"blocks_{i}"]["attention"]["cached_key"].shape == (2, length, 1, 4)
+    assert "cached_positions" not in cache
+    state = {"cache": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)}
+    step, outs = jax.jit(functools.partial(decoder.apply, mutable=["cache"])), []
+    for part in np.split(tokens, (11, 12, 13, 14, 15), axis=1):
+        out, state = step({"params": params, **state}, part)
+        outs.append(out)
+    assert_close(jnp.concatenate(outs, axis=1), want, 1e-5)
+    with pytest.raises(NotImplementedError, match="positions must be None"):
+        decoder.apply({"params": params, **state}, tokens[:, :1], positions=np.array([20]))
+
+
+def test_generated_tokens_need_memory_for_the_window_alone():
+    make = model(NEAR)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9))
+    params = jax.jit(make.init)(jax.random.key(0), tokens)["params"]
+    found = np.asarray(generate(make, params, tokens, 9, temperature=0))
+    row = np.concatenate([tokens, found], axis=1)
+    logits = jax.jit(make.apply)({"params": params}, row)
+    np.testing.assert_array_equal(logits.argmax(-1)[:, 8:-1], found)
+    # The size of the cache does not depend on the length.
+    decoder = decoding(make, rolling=True)
+    sizes = {
+        length: sum(
+            x.size
+            for x in jax.tree.leaves(
+                jax.eval_shape(
+                    decoder.init, jax.random.key(0), jax.ShapeDtypeStruct((2, length), jnp.int32)
+                )["cache"]
+            )
+        )
+        for length in (4, 100, 10_000)
+    }
+    assert len(set(sizes.values())) == 1

@@ -76,7 +76,7 @@ class Cache:
         return self.key.value, self.value.value, *rules, overflow
 
     def _in_row(self, mask, bias):
-        """The masks and biases of the new tokens, for keys that lie in their order from the start."""
+        """The masks and biases of the new tokens, where all keys lie in their order."""
         index = self.index.value
         causal = masks.shifted(masks.causal(), index)
         mask = causal if mask is None else causal & masks.shifted(masks.as_mask(mask), index)
