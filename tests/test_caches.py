@@ -158,6 +158,71 @@ def test_a_cache_length_without_a_cache_is_refused():
             MultiHeadAttention(2, cache_length=length).init(jax.random.key(0), normal(1, 5, D))
 
 
+# Cross-attention.
+
+
+def test_other_inputs_are_projected_once_and_read_in_any_portions():
+    settings = {"num_kv_heads": 2, "qk_norm": True, "value_head_dim": 3}
+    x, other, more = normal(2, 7, D), normal(2, 5, 6, seed=1), normal(2, 9, 6, seed=2)
+    layer = MultiHeadAttention(4, **settings)
+    params = jax.jit(layer.init)(jax.random.key(0), x, other)["params"]
+    seen = masks.key_lengths(jnp.array([5, 3]))
+    bias = normal(4, 1, 5, seed=3)
+    decoder = MultiHeadAttention(4, **settings, decode=True)
+    run = jax.jit(functools.partial(decoder.apply, mutable=["cache"]))
+    assert set(jax.eval_shape(decoder.init, jax.random.key(0), x, other)) == {"params"}
+
+    want = jax.jit(layer.apply)({"params": params}, x, other, mask=seen, bias=bias)
+    first, state = run({"params": params}, x[:, :3], other, mask=seen, bias=bias)
+    # What the projections of keys and values are is no matter any more.
+    changed = {**params, "key": jax.tree.map(jnp.zeros_like, params["key"])}
+    outs = [first]
+    for part in (x[:, 3:6], x[:, 6:]):
+        out, state = run({"params": changed, **state}, part, mask=seen, bias=bias)
+        outs.append(out)
+    assert_close(jnp.concatenate(outs, axis=1), want, 1e-5)
+    assert state["cache"]["cross_key"].shape == (2, 5, 2, 4)
+    assert state["cache"]["cross_value"].shape == (2, 5, 2, 3)
+
+    # Other inputs take their place, of another length too.
+    out, state = run({"params": params, **state}, x, more)
+    assert_close(out, jax.jit(layer.apply)({"params": params}, x, more), 1e-5)
+    assert state["cache"]["cross_key"].shape == (2, 9, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "error", "words"),
+    [
+        ({}, {"mask": masks.causal()}, NotImplementedError, r"mask.*causal\(\)"),
+        ({}, {"bias": biases.alibi(2)}, NotImplementedError, "bias.*alibi"),
+        ({}, {"lengths": jnp.array([1])}, ValueError, "lengths"),
+        ({}, {"mutable": False}, ValueError, r'mutable=\["cache"\]'),
+        ({"cache_length": 3}, {}, ValueError, "cache_length=3 is for self-attention"),
+        ({"rotary": True}, {}, NotImplementedError, "rotary"),
+    ],
+)
+def test_what_cross_attention_cannot_keep_is_refused(options, settings, error, words):
+    x, other = normal(1, 5, D), normal(1, 4, D)
+    params = jax.jit(MultiHeadAttention(2).init)(jax.random.key(0), x, other)
+    decoder = MultiHeadAttention(2, decode=True, **options)
+    with pytest.raises(error, match=words) as refusal:
+        decoder.apply(params, x, other, **{"mutable": ["cache"], **settings})
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_cache_of_one_kind_is_not_one_of_the_other():
+    x, other = normal(1, 5, D), normal(2, 4, D)
+    decoder = MultiHeadAttention(2, decode=True)
+    own = jax.jit(decoder.init)(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="inputs_kv must be None: the cache is one of self"):
+        decoder.apply(own, x, x, mutable=["cache"])
+    with pytest.raises(ValueError, match="cross-attention that of a call with inputs_kv"):
+        decoder.apply({"params": own["params"]}, x, mutable=["cache"])
+    _, state = decoder.apply({"params": own["params"]}, other, other, mutable=["cache"])
+    with pytest.raises(ValueError, match=r"batch axes \(2,\), got \(1,\)"):
+        decoder.apply({"params": own["params"], **state}, x)
+
+
 # Models.
 
 VOCABULARY = 11

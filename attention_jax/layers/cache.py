@@ -24,7 +24,10 @@ class Cache:
     def __init__(self, layer: nn.Module, key: Array, value: Array):
         self.ready = layer.has_variable("cache", "cached_key")
         if not (self.ready or layer.is_initializing()):
-            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
+            raise ValueError(
+                'decode=True needs the collection "cache" that init makes, or for cross-attention '
+                "that of a call with inputs_kv, got none."
+            )
         self.length = layer.cache_length
         # Split like the keys: on a mesh each device holds the cache of its own rows and heads.
         empty = lambda x: jnp.zeros_like(x if self.length is None else x[..., : self.length, :, :])
@@ -118,6 +121,73 @@ class Cache:
         places = jnp.where(which, places, self.capacity)
         self.key.value = put(self.key.value, places, key)
         self.value.value = put(self.value.value, places, value)
+
+
+class Memory:
+    """The keys and values of other inputs, for cross-attention: `cross_key` and `cross_value`.
+
+    A call with `inputs_kv` makes or replaces them, later calls read them. `init` makes none,
+    because they depend on the parameters.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        if layer.cache_length is not None:
+            raise ValueError(
+                f"cache_length={layer.cache_length} is for self-attention, got inputs_kv."
+            )
+
+    @staticmethod
+    def serves(layer: nn.Module, inputs_kv: Array | None) -> bool:
+        """Whether a call is one of cross-attention."""
+        if inputs_kv is not None and layer.has_variable("cache", "cached_key"):
+            raise ValueError(
+                "inputs_kv must be None: the cache is one of self-attention. For cross-attention "
+                "call init with inputs_kv too."
+            )
+        return inputs_kv is not None or layer.has_variable("cache", "cross_key")
+
+    def read(self, inputs_kv: Array | None, project) -> tuple[Array, Array]:
+        """Keys and values: `project(inputs_kv)`, or those that are stored."""
+        if inputs_kv is None:
+            return tuple(self.layer.get_variable("cache", f"cross_{x}") for x in ("key", "value"))
+        found = project(inputs_kv)
+        if not self.layer.is_initializing():
+            if not self.layer.is_mutable_collection("cache"):
+                raise ValueError(
+                    'decode=True stores what it makes of inputs_kv: give mutable=["cache"].'
+                )
+            for name, x in zip(("key", "value"), found, strict=True):
+                self.layer.put_variable("cache", f"cross_{name}", x)
+        return found
+
+    def check(self, mask, bias, lengths, inputs_q) -> None:
+        """Raises an error for what would depend on how the queries are divided into calls."""
+        if lengths is not None:
+            raise ValueError("lengths is for self-attention: in cross-attention queries see all.")
+        if self.layer.has_variable("cache", "cross_key"):
+            batch = self.layer.get_variable("cache", "cross_key").shape[:-3]
+            if batch != inputs_q.shape[:-2]:
+                raise ValueError(
+                    f"inputs_q must have the cache's batch axes {batch}, got {inputs_q.shape[:-2]}."
+                )
+        mask = mask if mask is None else masks.as_mask(mask)
+        bias = bias if bias is None else biases.as_bias(bias)
+        for name, rule, words in (("mask", mask, " or masks.key_lengths"), ("bias", bias, "")):
+            if not (rule is None or _is_of_keys(rule)):
+                raise NotImplementedError(
+                    f"{name} must be an array{words} in cross-attention with decode=True, which "
+                    f"does not count queries; got {rule!r}."
+                )
+
+
+def _is_of_keys(rule: Mask | Bias) -> bool:
+    """Whether a rule is the same for all queries, or an array for the queries of this call."""
+    if isinstance(rule, masks.Pair | biases.Sum):
+        return _is_of_keys(rule.left) and _is_of_keys(rule.right)
+    if isinstance(rule, masks.Not):
+        return _is_of_keys(rule.mask)
+    return isinstance(rule, masks.KeyLengths | masks.Dense | biases.Dense)
 
 
 def advances(lengths: Array | None, batch: tuple[int, ...], num_new: int):
