@@ -321,8 +321,8 @@ class SequenceModel(nn.Module):
                     f"inputs must have the cache's batch axes {index.shape}, got {batch}."
                 )
             new = index[..., None] + jnp.arange(T, dtype=jnp.int32)
-        if self._rolls:  # Places in the row are positions, for the layers too.
-            return new, None, None, None
+        if self._rolls or length is None:  # Layers count their tokens, and refuse other positions.
+            return new if positions is None else positions, positions, None, None
         standing, told = None, positions
         rotary = any(getattr(block.attention, "rotary", False) for block in self.blocks)
         if mask is not None and (self._has_rules or self.positions is not None or rotary):
@@ -345,13 +345,14 @@ class SequenceModel(nn.Module):
             return standing.positions, standing.positions, *standing
         return positions, positions, positions, standing.places + (positions - standing.positions)
 
-    def _cache(self) -> tuple[Array, int] | None:
-        """How many tokens each row of the cache holds, and how many it has room for."""
-        for block in self.blocks if self._decodes else ():
-            if block.attention.has_variable("cache", "cache_index"):
-                key = block.attention.get_variable("cache", "cached_key")
-                return block.attention.get_variable("cache", "cache_index"), key.shape[-3]
-        return None
+    def _cache(self) -> tuple[Array, int | None] | None:
+        """How many tokens each row of the cache has taken, and its room; None is no limit."""
+        layers = [block.attention for block in self.blocks] if self._decodes else []
+        get = lambda name: [
+            x.get_variable("cache", name) for x in layers if x.has_variable("cache", name)
+        ]
+        index, keys = get("cache_index"), get("cached_key")
+        return (index[0], keys[0].shape[-3] if keys else None) if index else None
 
     def _cached_positions(self, positions, new, shape) -> Array | None:
         """The positions of all tokens in the cache, if rules need them."""

@@ -13,6 +13,7 @@ from attention_jax import (
     AlibiBias,
     Block,
     DifferentialAttention,
+    GatedDeltaAttention,
     MultiHeadAttention,
     SequenceModel,
     SinusoidalPositions,
@@ -223,6 +224,77 @@ def test_a_cache_of_one_kind_is_not_one_of_the_other():
         decoder.apply({"params": own["params"], **state}, x)
 
 
+# The gated delta rule.
+
+
+def delta_layer(**options):
+    bias_init = nn.initializers.ones_init()  # So that padding would not be zeros.
+    return GatedDeltaAttention(2, head_dim=4, use_bias=True, bias_init=bias_init, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [({"num_value_heads": 4}, (2,)), ({"num_kv_heads": 1, "conv_size": 1}, (1, 2))],
+    ids=str,
+)
+def test_a_memory_goes_on_in_any_portions(options, batch):
+    x = normal(*batch, 13, D)
+    layer, decoder = delta_layer(**options), delta_layer(**options, decode=True)
+    variables = jax.jit(decoder.init)(jax.random.key(0), x[..., :1, :])
+    params, state = {"params": variables["params"]}, {"cache": variables["cache"]}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state))
+    want = jax.jit(layer.apply)(params, x)
+    step, outs = jax.jit(functools.partial(decoder.apply, mutable=["cache"])), []
+    for part in jnp.split(x, (5, 6, 7, 8, 10), axis=-2):
+        out, state = step({**params, **state}, part)
+        outs.append(out)
+    assert_close(jnp.concatenate(outs, axis=-2), want, 1e-5)
+    assert (state["cache"]["cache_index"] == 13).all()
+
+
+def test_memories_of_rows_of_different_length():
+    x = normal(2, 12, D)
+    layer, decoder = delta_layer(), delta_layer(decode=True)
+    variables = jax.jit(decoder.init)(jax.random.key(0), x)
+    params, state = {"params": variables["params"]}, {"cache": variables["cache"]}
+    want = jax.jit(layer.apply)(params, x)
+    step, taken = jax.jit(functools.partial(decoder.apply, mutable=["cache"])), np.zeros(2, int)
+    for lengths in ([4, 1], [0, 4], [4, 2]):
+        new = np.full((2, 4, D), np.nan, np.float32)
+        for row, count in enumerate(lengths):
+            new[row, :count] = x[row, taken[row] : taken[row] + count]
+        out, state = step({**params, **state}, new, lengths=jnp.array(lengths))
+        for row, count in enumerate(lengths):
+            assert_close(out[row, :count], want[row, taken[row] : taken[row] + count], 1e-5)
+        taken += lengths
+    out, after = step({**params, **state}, x[:, :4], lengths=jnp.array([2, 5]))
+    assert not np.isnan(out[0]).any()
+    assert np.isnan(out[1]).all()
+    for was, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(was[1], now[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "words"),
+    [
+        ({}, {"lengths": jnp.array([1])}, "lengths is for decode=True"),
+        ({"decode": True}, {"mutable": ["cache"]}, "needs the collection"),
+        ({"num_value_heads": 3}, {}, "heads W of value.*W=3"),
+        ({"num_value_heads": 0}, {}, "num_value_heads"),
+    ],
+)
+def test_memories_that_cannot_be_are_refused(options, settings, words):
+    x, layer = normal(1, 3, D), delta_layer(**options)
+
+    def run():
+        params = layer.init(jax.random.key(0), x)["params"]
+        return layer.apply({"params": params}, x, **settings)
+
+    with pytest.raises(ValueError, match=words) as refusal:
+        jax.eval_shape(run)
+    assert "\n" not in str(refusal.value)
+
+
 # Models.
 
 VOCABULARY = 11
@@ -285,3 +357,16 @@ def test_generated_tokens_need_memory_for_the_window_alone():
         for length in (4, 100, 10_000)
     }
     assert len(set(sizes.values())) == 1
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_models_with_memories_generate(mixed):
+    other = MultiHeadAttention(2, rotary=True) if mixed else GatedDeltaAttention(2, conv_size=2)
+    layers = GatedDeltaAttention(2), other
+    make = model(None).clone(blocks=tuple(map(Block, layers)), positions=SinusoidalPositions())
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 5))
+    params = jax.jit(make.init)(jax.random.key(0), tokens)["params"]
+    found = np.asarray(generate(make, params, tokens, 8, temperature=0))
+    row = np.concatenate([tokens, found], axis=1)
+    logits = jax.jit(make.apply)({"params": params}, row)
+    np.testing.assert_array_equal(logits.argmax(-1)[:, 4:-1], found)

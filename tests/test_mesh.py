@@ -312,13 +312,19 @@ def test_explicit_axes_of_a_model(positions):
         assert_equal(gradient(params, *place(mesh, ROWS, tokens, lengths)), wanted, 1e-4)
 
 
-@pytest.mark.parametrize("rolling", [False, True], ids=["", "rolling"])
+@pytest.mark.parametrize(
+    "kind", ["whole", "rolling", pytest.param("memory", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("split", [True, False], ids=["split_cache", "whole_cache"])
-def test_explicit_axes_while_decoding(split, rolling):
+def test_explicit_axes_while_decoding(split, kind):
     mesh = make_mesh(AxisType.Explicit)
-    window = 1 if rolling else 5
-    model = make_sequence_model(16, num_heads=N, vocab_size=7, causal=True, window=window)
-    model = decoding(model, rolling=rolling)
+    options = {
+        "whole": {"window": 5},
+        "rolling": {"window": 1},
+        "memory": {"mechanism": "gated_delta"},
+    }
+    model = make_sequence_model(16, num_heads=N, vocab_size=7, causal=True, **options[kind])
+    model = decoding(model, rolling=kind == "rolling")
     tokens = jnp.arange(B * T).reshape(B, T) % 7
     parts = jnp.split(tokens, [12, 23], axis=1)
     variables = model.init(jax.random.key(0), tokens)
@@ -341,6 +347,6 @@ def test_explicit_axes_while_decoding(split, rolling):
     wanted, _ = decode(variables["cache"], parts)
     found, cache = decode(cache, place(mesh, ROWS, *parts))
     assert_equal(found, wanted, 1e-5)
-    for name in ("cached_key", "cached_value"):
+    for name in ("memory", "key_inputs") if kind == "memory" else ("cached_key", "cached_value"):
         spec = jax.typeof(cache["blocks_0"]["attention"][name]).sharding.spec
         assert (spec[0] == "data") == split

@@ -430,7 +430,8 @@ def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
 
 def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
     """Head size and number of key/value heads, with their defaults filled in."""
-    for name in ("num_heads", "num_kv_heads", "head_dim", "value_head_dim", "out_features"):
+    sizes = "num_heads", "num_kv_heads", "num_value_heads", "head_dim", "value_head_dim"
+    for name in (*sizes, "out_features"):
         if getattr(layer, name, None) is not None:
             as_size(name, getattr(layer, name), maximum=2**31 - 1)
     if layer.head_dim is None and features % layer.num_heads:
