@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from attention_jax import (
     Block,
-    GatedDeltaAttention,
     LearnedPositions,
     MultiHeadAttention,
     SequenceModel,
+    SingleHeadAttention,
     TokenEmbedding,
     generate,
     generation,
@@ -152,7 +152,7 @@ def test_a_model_without_positions_or_a_cache_for_them_is_refused(model, params,
     with pytest.raises(ValueError, match=r"5 positions.*4 \+ 2"):
         generate(short, params, tokens, 2, temperature=0)
     other = SequenceModel(
-        TokenEmbedding(VOCABULARY, 8), [Block(GatedDeltaAttention(2))], mask=masks.causal()
+        TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention())], mask=masks.causal()
     )
-    with pytest.raises(NotImplementedError, match="GatedDeltaAttention has no cache"):
+    with pytest.raises(NotImplementedError, match="SingleHeadAttention has no cache"):
         generate(other, params, tokens, 2, temperature=0)
