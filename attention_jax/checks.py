@@ -290,10 +290,13 @@ def as_array(name: str, array: Array) -> Array:
         raise TypeError(f"{name} must be an array, got {told(array)}.") from None
 
 
-def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+def check_qkv(
+    query: Array, key: Array, value: Array, *, more_values: bool = False
+) -> tuple[Array, Array, Array]:
     """The three as arrays, or the error that says why they do not fit together.
 
-    They must be floating-point `[..., T, N, H]`, `[..., S, K, H]` and `[..., S, K, V]`, K | N.
+    They must be floating-point `[..., T, N, H]`, `[..., S, K, H]` and `[..., S, K, V]`, K | N. With
+    `more_values` the values may have W heads, K | W, where N | W or W | N.
     """
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_floating(name, array)
@@ -306,7 +309,14 @@ def check_qkv(query: Array, key: Array, value: Array) -> tuple[Array, Array, Arr
             "query, key and value must share their batch axes, got shapes "
             f"{query.shape}, {key.shape} and {value.shape}."
         )
-    if key.shape[-3:-1] != value.shape[-3:-1]:
+    N, K, W = (x.shape[-2] for x in (query, key, value))
+    if more_values and W > K > 0 and key.shape[-3] == value.shape[-3]:
+        if W % K or (N % W and W % N):
+            raise ValueError(
+                "heads K of key must divide heads W of value, and W must be a multiple or a "
+                f"divisor of heads N of query: got {N=}, {K=} and {W=}."
+            )
+    elif key.shape[-3:-1] != value.shape[-3:-1]:
         raise ValueError(
             "key and value must share length S and heads K, got shapes "
             f"{key.shape} and {value.shape}."

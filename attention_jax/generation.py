@@ -25,7 +25,7 @@ def generate(
     """Continues sequences of tokens.
 
     The whole prompt is one program, all further tokens are another. The same model, lengths and
-    settings compile once.
+    settings compile once. Blocks with a window keep no more tokens than that.
 
     Args:
         model: A causal model of tokens.
@@ -84,7 +84,7 @@ def generate(
         )
     if num_tokens == 0:
         return jnp.zeros((*tokens.shape[:-1], 0), jnp.int32)
-    model = decoding(model)
+    model = decoding(model, rolling=True)
     settings = (None if is_greedy else (float(temperature), top_k, top_p),)
     cache, logits = _prefill(model, length, params, tokens)
     first, rng = _draw(logits, rng, *settings), rng

@@ -12,6 +12,7 @@ from attention_jax.checks import (
     as_positions,
     check_broadcastable,
     check_fields,
+    check_flag,
     check_inputs,
     check_part,
     check_takes,
@@ -21,7 +22,7 @@ from attention_jax.checks import (
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.masks import Mask, hides_future
-from attention_jax.layers.cache import put
+from attention_jax.layers.cache import put, reach_back
 from attention_jax.layers.parts import Dropout
 from attention_jax.types import Array
 
@@ -227,8 +228,8 @@ class SequenceModel(nn.Module):
         mask = None if mask is None else masks.as_mask(mask)
         x = self.embedding(inputs)
         *batch, T, _ = x.shape
-        self._check_call(tuple(batch), output_positions, lengths)
-        positions, row, places = self._stand(positions, mask, tuple(batch), T)
+        self._check_call(tuple(batch), positions, output_positions, lengths)
+        positions, told, row, places = self._stand(positions, mask, tuple(batch), T)
         if self.positions is not None:
             x = self.positions(x, positions)
         if self.embedding_norm is not None:
@@ -244,7 +245,7 @@ class SequenceModel(nn.Module):
             # static.
             run = nn.remat(run, static_argnums=(3, 4))
         for block, seen in zip(self.blocks, self._masks(mask, row, places), strict=True):
-            x = run(block, x, seen, deterministic, sow_weights, lengths, bias, positions)
+            x = run(block, x, seen, deterministic, sow_weights, lengths, bias, told)
         if output_positions is not None:
             x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
         x = x if self.norm is None else self.norm(name="last_norm")(x)
@@ -278,7 +279,7 @@ class SequenceModel(nn.Module):
             called = type(self.embedding).__name__
             raise TypeError(f"head must be given: the embedding, {called}, makes no logits.")
 
-    def _check_call(self, batch, output_positions, lengths) -> None:
+    def _check_call(self, batch, positions, output_positions, lengths) -> None:
         """Raises an error for arguments that do not fit."""
         if output_positions is not None:
             shape = as_integers("output_positions", output_positions, axes=1).shape
@@ -296,13 +297,18 @@ class SequenceModel(nn.Module):
                     "decode=True needs mask=masks.causal(): earlier tokens cannot see later ones; "
                     f"got mask={self.mask!r}."
                 )
+        if self._rolls and positions is not None:
+            raise NotImplementedError(
+                "positions must be None where a cache has a cache_length: it counts its tokens."
+            )
 
     def _stand(self, positions, mask, batch, T) -> tuple[Array | None, ...]:
         """The positions of the tokens; None means their places in the row.
 
         Returns:
-            The positions `[..., T]` of the new tokens; the positions `[..., S]` of all keys, for
-            rules; and the same for rules about distances only, where documents do not overlap.
+            The positions `[..., T]` of the new tokens; the same for layers, None where a layer
+            counts its tokens itself; the positions `[..., S]` of all keys, for rules; and the same
+            for rules about distances only, where documents do not overlap.
         """
         if positions is not None:
             positions = as_positions(positions, batch, T)
@@ -315,7 +321,9 @@ class SequenceModel(nn.Module):
                     f"inputs must have the cache's batch axes {index.shape}, got {batch}."
                 )
             new = index[..., None] + jnp.arange(T, dtype=jnp.int32)
-        standing = None
+        if self._rolls or length is None:  # Layers count their tokens, and refuse other positions.
+            return new if positions is None else positions, positions, None, None
+        standing, told = None, positions
         rotary = any(getattr(block.attention, "rotary", False) for block in self.blocks)
         if mask is not None and (self._has_rules or self.positions is not None or rotary):
             standing = mask.standing(length)
@@ -328,22 +336,23 @@ class SequenceModel(nn.Module):
                 positions = new
                 if new is not None and standing is not None:
                     row = jnp.broadcast_to(standing.positions, (*batch, length))
-                    positions = jnp.take_along_axis(row, new, axis=-1, mode="clip")
+                    told = positions = jnp.take_along_axis(row, new, axis=-1, mode="clip")
             row = self._cached_positions(positions, new, (*batch, T))
-            return positions, row, row
+            return positions, told, row, row
         if standing is None:
-            return positions, positions, positions
+            return positions, positions, positions, positions
         if positions is None:
-            return standing.positions, *standing
-        return positions, positions, standing.places + (positions - standing.positions)
+            return standing.positions, standing.positions, *standing
+        return positions, positions, positions, standing.places + (positions - standing.positions)
 
-    def _cache(self) -> tuple[Array, int] | None:
-        """How many tokens each row of the cache holds, and how many it has room for."""
-        for block in self.blocks if self._decodes else ():
-            if block.attention.has_variable("cache", "cache_index"):
-                key = block.attention.get_variable("cache", "cached_key")
-                return block.attention.get_variable("cache", "cache_index"), key.shape[-3]
-        return None
+    def _cache(self) -> tuple[Array, int | None] | None:
+        """How many tokens each row of the cache has taken, and its room; None is no limit."""
+        layers = [block.attention for block in self.blocks] if self._decodes else []
+        get = lambda name: [
+            x.get_variable("cache", name) for x in layers if x.has_variable("cache", name)
+        ]
+        index, keys = get("cache_index"), get("cached_key")
+        return (index[0], keys[0].shape[-3] if keys else None) if index else None
 
     def _cached_positions(self, positions, new, shape) -> Array | None:
         """The positions of all tokens in the cache, if rules need them."""
@@ -360,6 +369,13 @@ class SequenceModel(nn.Module):
     @property
     def _decodes(self) -> bool:
         return any(getattr(block.attention, "decode", False) for block in self.blocks)
+
+    @property
+    def _rolls(self) -> bool:
+        """Whether the cache of a block may keep less than the whole row."""
+        return any(
+            getattr(block.attention, "cache_length", None) is not None for block in self.blocks
+        )
 
     @property
     def _has_rules(self) -> bool:
@@ -390,25 +406,37 @@ class SequenceModel(nn.Module):
         return [combine(reach) for reach in self._reaches]
 
 
-def decoding(model: SequenceModel) -> SequenceModel:
+def decoding(model: SequenceModel, *, rolling: bool = False) -> SequenceModel:
     """The same model with caches: it takes only the newest tokens, as layers with `decode=True`.
 
     `init` on an input of full length makes the collection `cache` of that capacity; each
     `apply(..., mutable=["cache"])` then takes any number of new tokens.
 
+    Args:
+        model: A causal model.
+        rolling: In blocks whose `mask` and `reach` are sure to end some way back, as
+            `masks.window(...)`, the cache keeps only the tokens that they reach (`cache_length` in
+            `MultiHeadAttention`). The call then takes no `positions`, and of masks only rules about
+            positions, as `masks.key_lengths`.
+
     Raises:
         NotImplementedError: An attention layer has no cache, or two blocks share one.
     """
+    check_flag("rolling", rolling)
     _check_own_caches(model.blocks)
 
-    def decoding_block(block: Block) -> Block:
+    def decoding_block(block: Block, seen: Mask | None) -> Block:
         if not hasattr(block.attention, "decode"):
             raise NotImplementedError(
                 f"decode=True: {type(block.attention).__name__} has no cache."
             )
-        return block.clone(attention=block.attention.clone(decode=True))
+        settings, back = {"decode": True}, reach_back(seen)
+        if rolling and back is not None and hasattr(block.attention, "cache_length"):
+            settings["cache_length"] = back + 1  # The token itself too.
+        return block.clone(attention=block.attention.clone(**settings))
 
-    return model.clone(blocks=tuple(decoding_block(block) for block in model.blocks))
+    blocks = map(decoding_block, model.blocks, model._masks(None, None, None))
+    return model.clone(blocks=tuple(blocks))
 
 
 def _check_own_caches(blocks: Sequence[Block]) -> None:

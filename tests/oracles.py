@@ -397,27 +397,33 @@ def differential(query, key, value, *, lambda_full=0.8, **settings):
 # The gated delta rule.
 
 
-def gated_delta(query, key, value, *, log_decay=None, beta=None, mask=None):
+def gated_delta(query, key, value, *, log_decay=None, beta=None, mask=None, initial_state=None):
     """Yang et al. 2024, equation 10, position by position with the paper's `[V, H]` state S.
 
-    A recurrence sees its past: the mask is the causal one.
+    A recurrence sees its past: the mask is the causal one. With `initial_state` `[..., W, H, V]`
+    also the last state, as that.
     """
     query, key, value = f64(query), f64(key), f64(value)
     *batch, T, N, H = query.shape
-    S, K, V = value.shape[-3:]
+    S, W, V = value.shape[-3:]
+    K, heads = key.shape[-2], max(N, W)
     assert mask is None or (mask == causal(T, S)).all()
-    decay = np.exp(np.zeros((*batch, S, K)) if log_decay is None else f64(log_decay))
-    beta = np.ones((*batch, S, K)) if beta is None else f64(beta)
-    out = np.zeros((*batch, T, N, V))
-    for *b, n in np.ndindex(*batch, N):
-        b, k, state = tuple(b), n // (N // K), np.zeros((V, H))
-        for t in range(T):
+    decay = np.exp(np.zeros((*batch, S, W)) if log_decay is None else f64(log_decay))
+    beta = np.ones((*batch, S, W)) if beta is None else f64(beta)
+    first = np.zeros((*batch, W, H, V)) if initial_state is None else f64(initial_state)
+    out, last = np.zeros((*batch, T, heads, V)), np.zeros(first.shape)
+    for *b, n in np.ndindex(*batch, heads):
+        b, w = tuple(b), n * W // heads
+        k, state = w * K // W, first[b][w].T
+        for t in range(max(T, S)):
             if t < S:
-                row, column = key[b][t, k], value[b][t, k]
-                erase = np.eye(H) - beta[b][t, k] * np.outer(row, row)
-                state = state @ (decay[b][t, k] * erase) + beta[b][t, k] * np.outer(column, row)
-            out[b][t, n] = state @ query[b][t, n]
-    return out
+                row, column = key[b][t, k], value[b][t, w]
+                erase = np.eye(H) - beta[b][t, w] * np.outer(row, row)
+                state = state @ (decay[b][t, w] * erase) + beta[b][t, w] * np.outer(column, row)
+            if t < T:
+                out[b][t, n] = state @ query[b][t, n * N // heads]
+        last[b][w] = state.T
+    return out if initial_state is None else (out, last)
 
 
 def central_difference(function, x, direction, step=1e-5):

@@ -45,6 +45,70 @@ def test_chunks_are_the_recurrence(sizes, chunk_size):
     assert_close(out, expected(*inputs), 5e-6)
 
 
+@pytest.mark.parametrize(("N", "K", "W"), [(2, 2, 6), (6, 1, 3), (4, 2, 2)])
+def test_a_state_goes_on_and_value_heads_have_memories_of_their_own(N, K, W):
+    T, H, V = 11, 3, 2
+    query, key, _, _, _ = problem(Sizes(T=T, S=T, N=N, K=K, H=H, V=V))
+    rng = np.random.default_rng(1)
+    value = jnp.asarray(rng.standard_normal((2, T, W, V)), jnp.float32)
+    log_decay = jnp.asarray(rng.uniform(-2, 0, (2, T, W)), jnp.float32)
+    beta = jnp.asarray(rng.uniform(0, 1, (2, T, W)), jnp.float32)
+    first = jnp.asarray(rng.standard_normal((2, W, H, V)), jnp.float32)
+    gates = {"log_decay": log_decay, "beta": beta}
+    want, last = oracles.gated_delta(query, key, value, **gates, initial_state=first)
+
+    @jax.jit
+    def in_parts(state, *arrays):
+        outs = []
+        for part in (slice(0, 1), slice(1, 8), slice(8, 8), slice(8, T)):
+            q, k, v, g, b = (x[:, part] for x in arrays)
+            out, state = gated_delta_attention(
+                q, k, v, log_decay=g, beta=b, chunk_size=4, initial_state=state, return_state=True
+            )
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1), state
+
+    out, state = in_parts(first, query, key, value, log_decay, beta)
+    assert out.shape == (2, T, max(N, W), V)
+    assert_close(out, want, 5e-6)
+    assert_close(state, last, 5e-6)
+
+
+def test_the_first_state_has_a_gradient():
+    query, key, value, log_decay, beta = problem(Sizes(batch=(), T=5, S=5, N=1, K=1, H=2, V=2))
+    attend = functools.partial(gated_delta_attention, query, key, value, log_decay=log_decay)
+    run = jax.jit(lambda x: attend(beta=beta, initial_state=x, return_state=True))
+    # The last state and the results are affine in the first state.
+    x, step = jnp.ones((1, 2, 2)), jnp.asarray([[[0.5, -1.0], [2.0, 0.0]]])
+    _, tangents = jax.jvp(run, (x,), (step,))
+    for there, here, tangent in zip(run(x + step), run(x), tangents, strict=True):
+        assert_close(tangent, there - here, 1e-5)
+
+
+def test_it_is_the_rule_of_qwen_3_next():
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    T, N, W, H, V = 9, 2, 4, 4, 3
+    query, key, _, _, _ = problem(Sizes(T=T, S=T, N=N, K=N, H=H, V=V))
+    rng = np.random.default_rng(1)
+    value = rng.standard_normal((2, T, W, V), np.float32)
+    log_decay = rng.uniform(-2, 0, (2, T, W)).astype(np.float32)
+    beta = rng.uniform(0, 1, (2, T, W)).astype(np.float32)
+    first = rng.standard_normal((2, W, H, V), np.float32)
+    repeat = lambda x: np.repeat(np.asarray(x), W // N, axis=-2)
+    arrays = repeat(query) * H**0.5, repeat(key), value, log_decay, beta
+    arrays = [torch.from_numpy(np.array(x)) for x in arrays]
+    settings = {"initial_state": torch.from_numpy(first), "output_final_state": True}
+    out, state = jax.jit(functools.partial(gated_delta_attention, return_state=True))(
+        query, key, value, log_decay=log_decay, beta=beta, initial_state=first
+    )
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        q, k, v, g, b = arrays
+        want, last = getattr(theirs, name)(q, k, v, g=g, beta=b, **settings)
+        assert_close(out, want.numpy(), 1e-5, name)
+        assert_close(state, last.numpy(), 1e-5, name)
+
+
 def test_without_gates_it_is_the_plain_delta_rule_and_recalls_the_last_value(x64):
     query, key, value, _, _ = problem(Sizes(batch=(), T=9, S=9, N=2, K=2), np.float64)
     read = jax.jit(functools.partial(gated_delta_attention, chunk_size=4))
@@ -91,12 +155,28 @@ def test_half_precision_sums_in_float32():
         ({"beta": jnp.ones((2, 7))}, ValueError, r"beta.*\(2, 7, 3\).*\(2, 7\)"),
         ({"log_decay": jnp.ones((2, 7, 6))}, ValueError, r"log_decay.*\(2, 7, 3\)"),
         ({"log_decay": jnp.ones((2, 7, 3), int)}, TypeError, "log_decay.*int32"),
+        (
+            {"initial_state": jnp.ones((2, 3, 4))},
+            ValueError,
+            r"initial_state.*got shape \(2, 3, 4\)",
+        ),
+        ({"initial_state": jnp.ones((2, 3, 4, 4), int)}, TypeError, "initial_state.*int32"),
+        ({"return_state": 1}, TypeError, "return_state"),
     ],
-    ids=["no mask", "window", "offset", "array", "chunk", "beta", "log_decay", "integers"],
+    ids=lambda x: None if isinstance(x, str) else str(x)[:20],
 )
 def test_what_cannot_be_is_refused(settings, error, words):
     with pytest.raises(error, match=words) as refusal:
         gated_delta_attention(*random_qkv(), **settings)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("W", [4, 9])
+def test_value_heads_that_fit_no_other_heads_are_refused(W):
+    query, key, _ = random_qkv(Sizes(N=6, K=3))
+    value = jnp.ones((*key.shape[:-2], W, 2))
+    with pytest.raises(ValueError, match=f"heads W of value.*W={W}") as refusal:
+        gated_delta_attention(query, key, value)
     assert "\n" not in str(refusal.value)
 
 

@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from attention_jax import (
     Block,
-    GatedDeltaAttention,
     LearnedPositions,
     MultiHeadAttention,
     SequenceModel,
+    SingleHeadAttention,
     TokenEmbedding,
     generate,
     generation,
@@ -89,7 +89,7 @@ def test_draws_follow_the_probabilities(model, params, tokens, logits):
         ),
         ({"top_k": VOCABULARY + 5, "top_p": 1.0}, lambda p: np.arange(VOCABULARY)),
     ],
-    ids=str,
+    ids=["k=1", "k=3", "p=0", "p=0.7", "all"],
 )
 def test_only_the_likely_tokens_are_drawn(model, params, tokens, logits, settings, kept):
     rows = np.tile(tokens[:1], (2000, 1))
@@ -152,7 +152,7 @@ def test_a_model_without_positions_or_a_cache_for_them_is_refused(model, params,
     with pytest.raises(ValueError, match=r"5 positions.*4 \+ 2"):
         generate(short, params, tokens, 2, temperature=0)
     other = SequenceModel(
-        TokenEmbedding(VOCABULARY, 8), [Block(GatedDeltaAttention(2))], mask=masks.causal()
+        TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention())], mask=masks.causal()
     )
-    with pytest.raises(NotImplementedError, match="GatedDeltaAttention has no cache"):
+    with pytest.raises(NotImplementedError, match="SingleHeadAttention has no cache"):
         generate(other, params, tokens, 2, temperature=0)

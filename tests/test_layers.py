@@ -505,12 +505,6 @@ def test_parameters_may_be_bfloat16():
             (ValueError, NotImplementedError),
             "rotary",
         ),
-        (
-            MultiHeadAttention(num_heads=4, decode=True),
-            {"inputs_kv": normal(2, 7, 12)},
-            (ValueError, NotImplementedError),
-            "decode",
-        ),
         (MultiHeadAttention(num_heads=4, rotary_base=100.0), {}, ValueError, "rotary_base.*100"),
         (
             MultiHeadAttention(num_heads=4, decode=True, dropout_rate=0.5),

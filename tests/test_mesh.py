@@ -15,6 +15,7 @@ from attention_jax import (
     MultiHeadAttention,
     attention_weights,
     biases,
+    decoding,
     differential_attention,
     dot_product_attention,
     gated_delta_attention,
@@ -311,12 +312,21 @@ def test_explicit_axes_of_a_model(positions):
         assert_equal(gradient(params, *place(mesh, ROWS, tokens, lengths)), wanted, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind", ["whole", "rolling", pytest.param("memory", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("split", [True, False], ids=["split_cache", "whole_cache"])
-def test_explicit_axes_while_decoding(split):
+def test_explicit_axes_while_decoding(split, kind):
     mesh = make_mesh(AxisType.Explicit)
-    model = make_sequence_model(16, num_heads=N, vocab_size=7, causal=True, decode=True, window=5)
+    options = {
+        "whole": {"window": 5},
+        "rolling": {"window": 1},
+        "memory": {"mechanism": "gated_delta"},
+    }
+    model = make_sequence_model(16, num_heads=N, vocab_size=7, causal=True, **options[kind])
+    model = decoding(model, rolling=kind == "rolling")
     tokens = jnp.arange(B * T).reshape(B, T) % 7
-    halves = jnp.split(tokens, 2, axis=1)
+    parts = jnp.split(tokens, [12, 23], axis=1)
     variables = model.init(jax.random.key(0), tokens)
     with jax.set_mesh(mesh):
         cache = model.init(jax.random.key(0), *place(mesh, ROWS if split else P(), tokens))["cache"]
@@ -326,17 +336,17 @@ def test_explicit_axes_while_decoding(split):
         variables_now = {"params": variables["params"], "cache": cache}
         return model.apply(variables_now, new, mutable=["cache"])
 
-    def decode(cache, halves):
+    def decode(cache, parts):
         found = []
-        for new in halves:
+        for new in parts:
             out, updated = step(cache, new)
             cache = updated["cache"]
             found.append(out)
         return found, cache
 
-    wanted, _ = decode(variables["cache"], halves)
-    found, cache = decode(cache, place(mesh, ROWS, *halves))
+    wanted, _ = decode(variables["cache"], parts)
+    found, cache = decode(cache, place(mesh, ROWS, *parts))
     assert_equal(found, wanted, 1e-5)
-    for name in ("cached_key", "cached_value"):
+    for name in ("memory", "key_inputs") if kind == "memory" else ("cached_key", "cached_value"):
         spec = jax.typeof(cache["blocks_0"]["attention"][name]).sharding.spec
         assert (spec[0] == "data") == split

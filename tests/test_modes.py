@@ -208,6 +208,10 @@ PIECES |= {
         ),
         *(normal(2, 7, 2), *HALVES),
     ),
+    "gated_delta, states": lambda: piece(
+        lambda state, *qkv: gated_delta_attention(*qkv, initial_state=state, return_state=True),
+        *(normal(2, 2, 8, 3), *QKV),
+    ),
     "rotary": lambda: piece(
         lambda x: positions.rotary(x, OFFSETS[:, None] + np.arange(5), fraction=0.5), QUERY
     ),
@@ -242,6 +246,15 @@ PIECES |= {
         INPUTS,
         mask=masks.window(1),
         bias=biases.alibi(4),
+    ),
+    "layer, rolling": lambda: layer(
+        MultiHeadAttention(4, 2, rotary=True, decode=True, cache_length=2),
+        INPUTS,
+        mask=masks.window(1),
+        bias=biases.alibi(4),
+    ),
+    "layer, gated_delta, decode": lambda: layer(
+        GatedDeltaAttention(4, 2, num_value_heads=4, dtype=jnp.bfloat16, decode=True), INPUTS
     ),
     "model": lambda: model(positions="rotary", causal=True, window=2, sinks=True, remat=True),
     "model, sinusoidal": lambda: model(positions="sinusoidal", norm="rms", dtype=jnp.bfloat16),

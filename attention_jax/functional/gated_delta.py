@@ -8,9 +8,16 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.checks import as_size, check_floating, check_qkv, jax_defaults, public
+from attention_jax.checks import (
+    as_size,
+    check_flag,
+    check_floating,
+    check_qkv,
+    jax_defaults,
+    public,
+)
 from attention_jax.functional.masks import Mask, as_mask, causal, is_causal
-from attention_jax.functional.mesh import attended, in_auto
+from attention_jax.functional.mesh import attended, in_auto, partition_of
 from attention_jax.types import Array
 
 
@@ -24,27 +31,35 @@ def gated_delta_attention(
     beta: Array | None = None,
     mask: Mask = causal(),  # noqa: B008  (a constant)
     chunk_size: int = 32,
-) -> Array:
+    initial_state: Array | None = None,
+    return_state: bool = False,
+) -> Array | tuple[Array, Array]:
     """Reads a memory of keys and values that every position first decays and then corrects.
 
         M_t = alpha_t M_{t-1} + beta_t k_t (v_t - alpha_t M_{t-1}^T k_t)^T,   o_t = M_t^T q_t
 
-    The memory M is `[H, V]` and begins as zeros. With beta = 1 and keys of length 1 it then returns
-    exactly v_t for k_t. Keys should be no longer than 1, or the memory may grow without bound. Time
-    is linear in T. NaN or Inf in an input spoils its whole chunk, earlier positions too.
+    The memory M is `[H, V]`, zeros at first if no other is given. With beta = 1 and keys of length
+    1 it then returns exactly v_t for k_t. Keys should be no longer than 1, or the memory may grow
+    without bound. Time is linear in T. NaN or Inf in an input spoils its whole chunk, earlier
+    positions too.
 
     Args:
         query: `[..., T, N, H]`.
         key: `[..., S, K, H]`, where K divides N: query head n reads the memory of key head
             n // (N / K).
-        value: `[..., S, K, V]`.
-        log_decay: log(alpha), `[..., S, K]`, finite and not above 0. Default 0: no decay.
-        beta: How far the memory is corrected, `[..., S, K]` in [0, 1]. Default 1: all the way.
+        value: `[..., S, W, V]`. W is K, or a multiple of it: then each value head w has a memory of
+            its own, with the keys of head w // (W / K). N must divide W or be a multiple of it:
+            query head n reads memory n // (N / W), or memory w is read by query head w // (W / N).
+        log_decay: log(alpha), `[..., S, W]`, finite and not above 0. Default 0: no decay.
+        beta: How far the memory is corrected, `[..., S, W]` in [0, 1]. Default 1: all the way.
         mask: `masks.causal()`; a recurrence supports no other mask.
         chunk_size: How many positions are computed at once; the result does not depend on it.
+        initial_state: M before the first position, `[..., W, H, V]`. Default: zeros.
+        return_state: Also returns M behind the last key, to go on from.
 
     Returns:
-        `[..., T, N, V]` in the dtype of `query`. Queries beyond the last key read the last memory.
+        `[..., T, max(N, W), V]` in the dtype of `query`. Queries beyond the last key read the last
+        memory. With `return_state` also the memories `[..., W, H, V]`, in float32 at least.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -57,7 +72,7 @@ def gated_delta_attention(
         The products of householder matrices: Bischof and Van Loan 1987, "The WY representation".
         https://doi.org/10.1137/0908009
     """
-    query, key, value = check_qkv(query, key, value)
+    query, key, value = check_qkv(query, key, value, more_values=True)
     chunk_size = as_size("chunk_size", chunk_size)
     mask = mask if mask is None else as_mask(mask)
     if not is_causal(mask):
@@ -66,15 +81,34 @@ def gated_delta_attention(
             "use dot_product_attention."
         )
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-    log_decay = _gate("log_decay", log_decay, 0.0, key).astype(dtype)
-    beta = _gate("beta", beta, 1.0, key).astype(dtype)
+    log_decay = _gate("log_decay", log_decay, 0.0, value).astype(dtype)
+    beta = _gate("beta", beta, 1.0, value).astype(dtype)
+    check_flag("return_state", return_state)
+    batch, (W, V), H = value.shape[:-3], value.shape[-2:], key.shape[-1]
+    if initial_state is not None:
+        check_floating("initial_state", initial_state)
+        if initial_state.shape != (*batch, W, H, V):
+            raise ValueError(
+                f"initial_state must be [..., W, H, V] = {(*batch, W, H, V)}, got shape "
+                f"{initial_state.shape}."
+            )
+        initial_state = jnp.asarray(initial_state).astype(dtype)
     compute = functools.partial(_compute, chunk_size=chunk_size)
-    return in_auto(compute, (query, key, value, log_decay, beta), attended(query))
+    state_axes = partition_of(value, *range(len(batch)), value.ndim - 2, None, None)
+    out, state = in_auto(
+        compute,
+        (query, key, value, log_decay, beta, initial_state),
+        (attended(query), state_axes),
+    )
+    return (out, state) if return_state else out
 
 
-def _compute(query, key, value, log_decay, beta, *, chunk_size):
-    *batch, T, N, H = query.shape
+def _compute(query, key, value, log_decay, beta, memory, *, chunk_size):
     S, K, V = value.shape[-3:]
+    # Each value head gets keys of its own, and each memory a query that reads it.
+    key = jnp.repeat(key, K // key.shape[-2], axis=-2)
+    query = jnp.repeat(query, max(K // query.shape[-2], 1), axis=-2)
+    *batch, T, N, H = query.shape
     out_dtype, dtype = query.dtype, beta.dtype
     length = max(T, S, 1)
     c = min(chunk_size, length)  # Positions i, j within a chunk.
@@ -119,23 +153,28 @@ def _compute(query, key, value, log_decay, beta, *, chunk_size):
         return decay * memory + stored @ u, out
 
     # Made from the inputs, so that under `shard_map` it varies over the devices as they do.
-    memory = jnp.zeros_like(stored[0] @ written[0])
-    _, out = lax.scan(chunk, memory, (query, weights, written, erased, stored, decay))
+    zeros = jnp.zeros_like(stored[0] @ written[0])
+    memory = zeros if memory is None else memory + zeros
+    memory, out = lax.scan(chunk, memory, (query, weights, written, erased, stored, decay))
     out = jnp.moveaxis(out, 0, -3)  # [..., K, G, chunks, c, V]
     out = out.reshape(*batch, N, chunks * c, V)[..., :T, :]
-    return jnp.swapaxes(out, -2, -3).astype(out_dtype)
+    return jnp.swapaxes(out, -2, -3).astype(out_dtype), memory
 
 
 @jax_defaults()
-def causal_convolution(x: Array, kernel: Array) -> Array:
+def causal_convolution(x: Array, kernel: Array, before: Array | None = None) -> Array:
     """Mixes every feature with its own last few values, `[..., T, D] -> [..., T, D]`.
 
     Args:
         x: `[..., T, D]`.
         kernel: `[W, D]`; the last row meets the present, the first the value W - 1 steps ago.
+        before: All that is known of the sequence: `[..., W - 1 + T, D]`, with `x` at its end.
+            Default: zeros and `x`.
     """
     width, T = kernel.shape[0], x.shape[-2]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(width - 1, 0), (0, 0)])
+    padded = before
+    if before is None:
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(width - 1, 0), (0, 0)])
     # A sum of shifted copies: XLA's depthwise convolution is slow on a CPU.
     return sum(kernel[i] * padded[..., i : i + T, :] for i in range(width))
 
@@ -169,10 +208,10 @@ def _inverse(L: Array) -> Array:
     return jnp.concatenate(halves, -2)[..., :c, :c]
 
 
-def _gate(name: str, gate: Array | None, default: float, key: Array) -> Array:
+def _gate(name: str, gate: Array | None, default: float, value: Array) -> Array:
     if gate is None:
-        return jnp.full(key.shape[:-1], default, key.dtype)
+        return jnp.full(value.shape[:-1], default, value.dtype)
     check_floating(name, gate)
-    if gate.shape != key.shape[:-1]:
-        raise ValueError(f"{name} must be [..., S, K] = {key.shape[:-1]}, got shape {gate.shape}.")
+    if gate.shape != value.shape[:-1]:
+        raise ValueError(f"{name} must be [..., S, W] = {value.shape[:-1]}, got {gate.shape}.")
     return jnp.asarray(gate)

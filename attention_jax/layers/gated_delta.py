@@ -12,6 +12,7 @@ from attention_jax.checks import (
     check_fields,
     check_flag,
     check_inputs,
+    check_takes,
     jax_defaults,
 )
 from attention_jax.functional import masks
@@ -21,6 +22,7 @@ from attention_jax.functional.gated_delta import (
     unit_length,
 )
 from attention_jax.functional.masks import Mask
+from attention_jax.layers.cache import advances, joined
 from attention_jax.layers.multi_head import head_sizes
 from attention_jax.types import Array, AttentionFn, Initializer
 
@@ -32,12 +34,13 @@ class GatedDeltaAttention(nn.Module):
     to length 1. The output of each head is normalised and gated before the last projection.
 
     Parameters: `query`, `key`, `value` and `out` as in `MultiHeadAttention`; `query_conv`,
-    `key_conv`, `value_conv` `[conv_size, heads * H]`; `decay` `[D, K]` with `decay_rate` and
-    `decay_bias` `[K]`; `beta` `[D, K]`; `gate` `[D, N, H]`; and `head_norm` with a scale `[H]`.
+    `key_conv`, `value_conv` `[conv_size, heads * H]`; `decay` `[D, W]` with `decay_rate` and
+    `decay_bias` `[W]`; `beta` `[D, W]`; `gate` `[D, max(N, W), H]`; and `head_norm` with a scale
+    `[H]`.
 
     Attributes:
         num_heads: Number N of query heads.
-        num_kv_heads: Number K of memories, a divisor of N. None is N.
+        num_kv_heads: Number K of key heads, a divisor of N. None is N.
         head_dim: Size H of a head. Defaults to D / N.
         out_features: Width of the result. Defaults to D.
         use_bias: Adds a bias to the projections of queries, keys, values and output.
@@ -47,6 +50,11 @@ class GatedDeltaAttention(nn.Module):
         param_dtype: The type of the parameters.
         kernel_init, bias_init: How the projections start.
         out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
+        num_value_heads: Number W of value heads, each with a memory: a multiple of K, and of N or a
+            divisor of it. None is K. Qwen 3 Next has W = 2 K and N = K.
+        decode: Goes on where the last call stopped. `init` makes the collection `cache`, of the
+            same size for any length: the memories, and the inputs that the convolutions still need.
+            Each `apply(..., mutable=["cache"])` takes any number of new tokens.
 
     Reference:
         Yang et al. 2024, "Gated Delta Networks", section 3.4 and figure 1.
@@ -66,6 +74,8 @@ class GatedDeltaAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
+    num_value_heads: int | None = None
+    decode: bool = False
 
     @nn.compact
     @jax_defaults()
@@ -77,6 +87,7 @@ class GatedDeltaAttention(nn.Module):
         deterministic: bool | None = None,
         sow_weights: bool = False,
         positions: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """Lets every position read the memory that it and earlier positions have written.
 
@@ -86,9 +97,12 @@ class GatedDeltaAttention(nn.Module):
             deterministic: Ignored, because the layer has no dropout.
             sow_weights: Must be False: there are no weights to show.
             positions: Must be None: the memory counts the tokens as they come.
+            lengths: With `decode`: how many of the T new tokens count, `[...]` integers, one per
+                batch row. The others are padding on the right, which the cache does not keep.
 
         Returns:
-            `[..., T, out_features]`.
+            `[..., T, out_features]`. With `decode` under `jit`, a row whose length is not in [0, T]
+            returns NaN and keeps its cache.
 
         Raises:
             ValueError: Sizes do not fit together.
@@ -106,6 +120,12 @@ class GatedDeltaAttention(nn.Module):
             )
         conv_size = as_size("conv_size", self.conv_size, maximum=1024)  # Each is traced.
         head_dim, num_kv_heads = head_sizes(self, inputs.shape[-1])
+        num_memories = num_kv_heads if self.num_value_heads is None else self.num_value_heads
+        if lengths is not None and not self.decode:
+            raise ValueError("lengths is for decode=True: padding on the right is harmless here.")
+        past = _Past(self, inputs, lengths) if self.decode else None
+        if past is not None:
+            inputs = past.without_padding(inputs)
 
         def project(name, features, axis=-1, use_bias=False, init=self.kernel_init):
             return nn.DenseGeneral(
@@ -128,29 +148,109 @@ class GatedDeltaAttention(nn.Module):
                 (conv_size, num_heads * head_dim),
                 self.param_dtype,
             )
-            return nn.silu(causal_convolution(flat, kernel.astype(x.dtype))).reshape(x.shape)
+            row = None if past is None else past.extend(name, flat, conv_size - 1)
+            mixed = causal_convolution(flat, kernel.astype(x.dtype), row)
+            return nn.silu(mixed).reshape(x.shape)
 
         query = unit_length(short("query", self.num_heads))  # [..., T, N, H]
         key = unit_length(short("key", num_kv_heads))  # [..., T, K, H]
-        value = short("value", num_kv_heads)  # [..., T, K, H]
+        value = short("value", num_memories)  # [..., T, W, H]
 
         # exp and softplus make rates and steps positive, so that alpha < 1.
-        rate = self.param("decay_rate", _log_uniform(1.0, 16.0), (num_kv_heads,), self.param_dtype)
+        rate = self.param("decay_rate", _log_uniform(1.0, 16.0), (num_memories,), self.param_dtype)
         bias = self.param(
-            "decay_bias", _inverse_softplus(1e-3, 0.1), (num_kv_heads,), self.param_dtype
+            "decay_bias", _inverse_softplus(1e-3, 0.1), (num_memories,), self.param_dtype
         )
-        step = nn.softplus(project("decay", num_kv_heads)(inputs).astype(jnp.float32) + bias)
-        log_decay = -jnp.exp(rate) * step  # [..., T, K]
-        beta = nn.sigmoid(project("beta", num_kv_heads)(inputs))  # [..., T, K]
+        step = nn.softplus(project("decay", num_memories)(inputs).astype(jnp.float32) + bias)
+        log_decay = -jnp.exp(rate) * step  # [..., T, W]
+        beta = nn.sigmoid(project("beta", num_memories)(inputs))  # [..., T, W]
 
-        mixed = self.attention_fn(query, key, value, mask=mask, log_decay=log_decay, beta=beta)
+        gates = {"log_decay": log_decay, "beta": beta}
+        if past is None:
+            mixed = self.attention_fn(query, key, value, mask=mask, **gates)
+        else:
+            mixed = past.attend(query, key, value, mask=mask, **gates)
         norm = nn.RMSNorm(
             epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="head_norm"
         )
-        mixed = norm(mixed) * nn.silu(project("gate", (self.num_heads, head_dim))(inputs))
+        mixed = norm(mixed) * nn.silu(project("gate", mixed.shape[-2:])(inputs))
         out_features = inputs.shape[-1] if self.out_features is None else self.out_features
         out_init = self.out_kernel_init or self.kernel_init
-        return project("out", out_features, (-2, -1), self.use_bias, out_init)(mixed)
+        out = project("out", out_features, (-2, -1), self.use_bias, out_init)(mixed)
+        if past is not None and past.wrong is not None:
+            out = jnp.where(past.wrong[..., None, None], jnp.nan, out)
+        return out
+
+
+class _Past:
+    """What a decoding layer keeps, as its variables.
+
+    `memory` is `[..., W, H, H]`; `query_inputs`, `key_inputs` and `value_inputs` are the last
+    inputs of the convolutions, `[..., conv_size - 1, heads * H]`; `cache_index` is `[...]` int32:
+    how many tokens each row has taken.
+    """
+
+    def __init__(self, layer: GatedDeltaAttention, inputs: Array, lengths: Array | None):
+        self.layer, self.ready = layer, layer.has_variable("cache", "memory")
+        if not (self.ready or layer.is_initializing()):
+            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
+        index = layer.variable(
+            "cache", "cache_index", lambda: jnp.zeros_like(inputs[..., 0, 0], jnp.int32)
+        )
+        batch, T = inputs.shape[:-2], inputs.shape[-2]
+        if index.value.shape != batch:
+            raise ValueError(
+                f"inputs must have the cache's batch axes {index.value.shape}, got {batch}."
+            )
+        self.lengths = lengths
+        self.advance, self.new, self.wrong = advances(lengths, batch, T)
+        if self.wrong is not None:
+            self.advance = jnp.where(self.wrong, 0, self.advance)
+            self.new &= ~self.wrong[..., None]
+        if self.ready:
+            index.value += self.advance
+
+    def without_padding(self, x: Array) -> Array:
+        """`x`, `[..., T, features]`, with zeros for padding: even NaN there must not matter."""
+        return x if self.lengths is None else jnp.where(self.new[..., None], x, 0)
+
+    def extend(self, name: str, x: Array, count: int) -> Array | None:
+        """The last `count` inputs before `x`, and `x`; keeps those that are now the last."""
+        shape = (*x.shape[:-2], count, x.shape[-1])
+        start = lambda: jnp.zeros_like(jnp.broadcast_to(x[..., :1, :], shape))
+        kept = self.layer.variable("cache", f"{name}_inputs", start)
+        if not self.ready:
+            return None
+        row = joined(kept.value, x, -2)
+        if self.lengths is None:
+            kept.value = row[..., x.shape[-2] :, :]
+        else:
+            last = self.advance[..., None] + jnp.arange(count)
+            kept.value = jnp.take_along_axis(row, last[..., None], axis=-2)
+        return row
+
+    def attend(self, query, key, value, *, log_decay, beta, mask) -> Array:
+        """Reads the memory that earlier calls have written, and writes to it."""
+        layer, H = self.layer, key.shape[-1]
+        rows = value[..., 0, :, None, :]  # [..., W, 1, V]
+        shape, dtype = (*rows.shape[:-2], H, H), jnp.promote_types(value.dtype, jnp.float32)
+        start = lambda: jnp.zeros_like(jnp.broadcast_to(rows, shape), dtype)
+        memory = layer.variable("cache", "memory", start)
+        check_takes(layer.attention_fn, {"initial_state": memory.value, "return_state": True})
+        mixed, last = layer.attention_fn(
+            query,
+            key,
+            value,
+            mask=mask,
+            # A token of padding neither decays nor corrects.
+            log_decay=self.without_padding(log_decay),
+            beta=self.without_padding(beta),
+            initial_state=memory.value,
+            return_state=True,
+        )
+        if self.ready:
+            memory.value = last
+        return mixed
 
 
 def _log_uniform(low: float, high: float) -> Initializer:

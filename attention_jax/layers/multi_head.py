@@ -26,7 +26,7 @@ from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.rotary import LAYOUTS, Scaling, dynamic, rotary
-from attention_jax.layers.cache import Cache
+from attention_jax.layers.cache import Cache, Memory
 from attention_jax.types import Array, AttentionFn, Initializer
 
 
@@ -158,6 +158,12 @@ class MultiHeadAttention(Named, nn.Module):
         decode: Attends to a cache of earlier tokens. `init` on an input of full length makes the
             collection `cache` of that capacity; each `apply(..., mutable=["cache"])` then takes
             any number of new tokens, which see the cache and one another causally. Without dropout.
+            For cross-attention, a call with `inputs_kv` and `mutable=["cache"]` stores their keys
+            and values, and calls without `inputs_kv` read those.
+        cache_length: How many tokens the cache keeps at most. If the input of `init` has so many,
+            the cache rolls: it keeps the newest, and the sequence has no end. The mask must surely
+            reach no farther back, as `masks.window(cache_length)`. `cache_length` = window + 1
+            saves a copy in calls of one token.
         deterministic: Turns dropout off; may be given to the call instead.
         kernel_init, bias_init: How the parameters start.
         out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
@@ -207,6 +213,7 @@ class MultiHeadAttention(Named, nn.Module):
     rotary_layout: str = "half"
     rotary_scaling: Scaling | None = None
     implementation: str | None = None
+    cache_length: int | None = None
 
     @nn.compact
     @public
@@ -226,7 +233,8 @@ class MultiHeadAttention(Named, nn.Module):
 
         Args:
             inputs_q: `[..., T, D]`.
-            inputs_kv: `[..., S, D']`. Defaults to `inputs_q`: self-attention.
+            inputs_kv: `[..., S, D']`. Defaults to `inputs_q`: self-attention; with `decode` to
+                those of an earlier call, if one gave any.
             mask: Boolean, broadcastable to `[..., N, T, S]`, or a `masks.*` value; True means "may
                 attend". With `decode`, S is the cache's capacity, and the rules of a `masks.*`
                 value count from the start of the sequence: the same mask serves every call.
@@ -251,16 +259,17 @@ class MultiHeadAttention(Named, nn.Module):
         Raises:
             ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
                 (outside `jit`) the cache has no room.
-            NotImplementedError: `rotary` or `decode` with `inputs_kv`, or `decode` with dropout.
+            NotImplementedError: `rotary` with `inputs_kv`, or `decode` with dropout; in
+                cross-attention with `decode`, a rule that depends on the places of queries.
         """
         check_fields(self)
         _check_both(inputs_q, inputs_kv)
-        if inputs_kv is not None and (self.rotary or self.decode):
-            word = "rotary" if self.rotary else "decode"
+        if inputs_kv is not None and self.rotary:
             raise NotImplementedError(
-                f"{word}=True is for self-attention: inputs_kv must be None, got shape "
+                f"rotary=True is for self-attention: inputs_kv must be None, got shape "
                 f"{inputs_kv.shape}."
             )
+        memory = Memory(self) if self.decode and Memory.serves(self, inputs_kv) else None
         if lengths is not None and not self.decode:
             raise ValueError("lengths is for decode=True; use masks.key_lengths(lengths) here.")
         if positions is not None:
@@ -268,22 +277,31 @@ class MultiHeadAttention(Named, nn.Module):
                 raise ValueError("positions need rotary=True: nothing else in the layer uses them.")
             positions = as_positions(positions, inputs_q.shape[:-2], inputs_q.shape[-2])
         rotate = self._rotation()
+        self._check_cache_length(sow_weights)
         _check_use_bias(self.use_bias)
-        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         head_dim, num_kv_heads = head_sizes(self, inputs_q.shape[-1])
         value_dim = head_dim if self.value_head_dim is None else self.value_head_dim
 
         def project(name, num_heads, head_dim, x):
             return self._dense_general((num_heads, head_dim), -1, name, self.kernel_init)(x)
 
+        def keys_and_values(x):
+            key = project("key", num_kv_heads, head_dim, x)  # [..., S, K, H]
+            value = project("value", num_kv_heads, value_dim, x)  # [..., S, K, V]
+            if self.qk_norm is not False:
+                key = self._by_part(self._norm("key_ln"), key)
+            return key, value
+
         query = project("query", self.num_heads, head_dim, inputs_q)  # [..., T, N, H]
-        key = project("key", num_kv_heads, head_dim, inputs_kv)  # [..., S, K, H]
-        value = project("value", num_kv_heads, value_dim, inputs_kv)  # [..., S, K, V]
         if self.qk_norm is not False:
             query = self._by_part(self._norm("query_ln"), query)
-            key = self._by_part(self._norm("key_ln"), key)
+        if memory is None:
+            key, value = keys_and_values(inputs_q if inputs_kv is None else inputs_kv)
+        else:
+            key, value = memory.read(inputs_kv, keys_and_values)
+            memory.check(mask, bias, lengths, inputs_q)
 
-        cache = Cache(self, key, value) if self.decode else None
+        cache = Cache(self, key, value) if self.decode and memory is None else None
         if self.rotary:
             # Keys are stored rotated, so a cached key is never turned again.
             if positions is None and cache is not None:
@@ -292,8 +310,7 @@ class MultiHeadAttention(Named, nn.Module):
             query, key = self._by_part(rotate, query), self._by_part(rotate, key)
         overflow = None
         if cache is not None:
-            mask, bias = cache.rules(mask, bias)
-            key, value, overflow = cache.append(key, value, lengths)
+            key, value, mask, bias, overflow = cache.extend(key, value, mask, bias, lengths)
 
         mixed = self._mix(query, key, value, mask, bias, deterministic, sow_weights)
         out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
@@ -349,6 +366,18 @@ class MultiHeadAttention(Named, nn.Module):
             )
         return self.qk_norm(name=name)
 
+    def _check_cache_length(self, sow_weights) -> None:
+        if self.cache_length is None:
+            return
+        as_size("cache_length", self.cache_length)
+        if not self.decode:
+            raise ValueError(f"cache_length is for decode=True, got {self.cache_length} without.")
+        if sow_weights is True:
+            raise NotImplementedError(
+                f"sow_weights=True has no cache_length={self.cache_length}: the keys of a cache "
+                "that rolls are not in their order."
+            )
+
     def _rotation(self) -> Callable[..., Array]:
         """`positions.rotary` with the settings of the layer."""
         settings = {}
@@ -402,7 +431,8 @@ def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
 
 def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
     """Head size and number of key/value heads, with their defaults filled in."""
-    for name in ("num_heads", "num_kv_heads", "head_dim", "value_head_dim", "out_features"):
+    sizes = "num_heads", "num_kv_heads", "num_value_heads", "head_dim", "value_head_dim"
+    for name in (*sizes, "out_features"):
         if getattr(layer, name, None) is not None:
             as_size(name, getattr(layer, name), maximum=2**31 - 1)
     if layer.head_dim is None and features % layer.num_heads:
