@@ -113,6 +113,8 @@ def settings_of(s):
         "chunk_size": st.sampled_from([1, 2, 64]),
         "lambda_full": st.one_of(st.just(0.3), arrays((N,))),
         "log_decay": st.one_of(st.none(), arrays((*B, S, K)).map(lambda x: -abs(x))),
+        "initial_state": st.none(),
+        "return_state": st.just(False),
         "beta": st.one_of(st.none(), arrays((*B, S, K)).map(lambda x: abs(x) / (1 + abs(x)))),
         "broadcast_dropout": st.booleans(),
         "dtype": st.sampled_from([None, *FLOATS, jnp.float32]),

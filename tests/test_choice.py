@@ -32,8 +32,8 @@ def test_the_explanation_is_what_happens():
         attend = functools.partial(dot_product_attention, mask=masks.causal())
         return str(jax.make_jaxpr(attend)(x, x, x))
 
-    assert "_attend" in names(LARGE)
-    assert "_attend" not in names(SMALL)
+    assert "name=attend" in names(LARGE)
+    assert "name=attend" not in names(SMALL)
 
 
 def test_costs_are_those_of_the_loops():
