@@ -89,8 +89,7 @@ class Request(NamedTuple):
     """The static settings of a call, beside shapes and rules.
 
     Attributes:
-        block_size: (queries, keys) in a tile; None: the plan's own.
-        scale: The factor of the logits.
+        block_size, scale: (queries, keys) in a tile, None is the plan's own; the logits' factor.
         precision, platform: The default precision and platform when the attention was called.
         peakless: The forward pass need not find the peaks.
     """
@@ -106,8 +105,7 @@ class Request(NamedTuple):
         S, K, _ = value.shape[-3:]
         inputs = jnp.result_type(query, key, value)
         sizes = (*batch, K), N // K, T, S, H
-        how = self.block_size, self.scale, inputs, self.platform, self.peakless
-        return make_plan(*sizes, mask, *how)
+        return make_plan(*sizes, mask, *self[:2], inputs, *self[3:])  # All but the precision.
 
 
 # The custom derivative ---------------------------------------------------------------------------
