@@ -205,12 +205,12 @@ def _visible_at(mask, t, s, T, S):
 
     def one(t, s):
         at = Tile(t, 1, s, 1, T, S)
-        return with_axes(mask.narrowed(at).tile(at))[..., 0, 0]
+        return _with_heads(mask.narrowed(at).tile(at))[..., 0, 0]
 
     return jnp.moveaxis(jax.vmap(one)(t, s), 0, -2)
 
 
-def with_axes(x):
+def _with_heads(x):
     """`[..., t, s]` with an axis of heads."""
     return x if x.ndim > 2 else x[None]
 
@@ -226,7 +226,7 @@ def _count(query, key, mask):
 
         def row(t):
             at = Tile(t, 1, 0, S, T, S)
-            return with_axes(mask.narrowed(at).tile(at))[..., 0, :].sum(-1)  # [..., N or 1]
+            return _with_heads(mask.narrowed(at).tile(at))[..., 0, :].sum(-1)  # [..., N or 1]
 
         found = lax.map(row, jnp.arange(T), batch_size=max(1, _LOGITS // S))
         found = jnp.moveaxis(found, 0, -2)

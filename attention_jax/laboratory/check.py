@@ -12,11 +12,11 @@ precision twice and three times the error of the formula as it is written down i
 status is 1 if a bound is broken.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
 from attention_jax.training.process import RunError
 
@@ -102,9 +102,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> Request:
     """Reads the flags, without importing jax."""
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(argv[0], __doc__)
     parser.add_argument("--shape", default="2,256,4,64", help="B,T,N,H (default %(default)s)")
     parser.add_argument("--keys", type=int, help="S; default T")
     parser.add_argument("--kv_heads", type=int, help="K, a divisor of N; default N")
@@ -152,11 +150,6 @@ def table(found: Mapping[str, Found]) -> list[str]:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
         lines.append("  ".join([name.ljust(widths[0]), *padded, last]).rstrip())
     return [*lines, "errors are multiples of their bounds: up to 1 is right"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
 
 
 def _request(options) -> Request:

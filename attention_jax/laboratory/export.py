@@ -7,19 +7,14 @@ best trial. Its newest checkpoint counts, also while the run goes on. FILE ends 
 names in it are the paths of the parameters, as `out.kernel`.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
+from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import CHECKPOINTS, local_path, locate
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,9 +23,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: The run has no parameters, or the file cannot be written, in a line.
     """
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(argv[0], __doc__)
     parser.add_argument("run", metavar="RUN", help="directory of a run, a sweep or a trial")
     parser.add_argument("file", metavar="FILE", help="file to write, or to write anew")
     try:

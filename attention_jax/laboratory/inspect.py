@@ -15,13 +15,13 @@ best trial; or one of Hugging Face, with `--tokens` or `--text`. It writes to `-
 A run keeps the newest `--config.checkpoint.keep` checkpoints.
 """
 
-import argparse
 import json
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import CHECKPOINTS, local_path, locate
 
@@ -31,20 +31,13 @@ ORDERS = 10  # Random ones.
 _PAGE_WEIGHTS = 4_000_000  # About 10 MB of page.
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def main(argv: Sequence[str]) -> None:
     """Does the command; `argv[0]` is its name.
 
     Raises:
         ConfigError: The model or the options are invalid, in a line.
     """
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(argv[0], __doc__)
     parser.add_argument("run", metavar="RUN", help="directory of a run, or one of Hugging Face")
     parser.add_argument("--out", default="inspect", help="directory to write to; default: inspect")
     parser.add_argument("--rows", type=int, help=f"rows of the run's task; default: {ROWS}")

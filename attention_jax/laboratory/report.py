@@ -11,7 +11,6 @@ reported as its trials. Runs that differ only in the seed are one line, with a m
 `{"64": 0.515, "128": 0.655}`; the table shows them beside ours.
 """
 
-import argparse
 import datetime
 import json
 import math
@@ -19,6 +18,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from attention_jax.laboratory.parser import Parser
 from attention_jax.laboratory.pictures import about, draw_against, draw_curves, draw_slices
 from attention_jax.laboratory.runs import (
     SEED,
@@ -112,20 +112,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 # The command -------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def main(argv: Sequence[str]) -> None:
     """Does the command; `argv[0]` is its name.
 
     Raises:
         ConfigError: The runs or the options are invalid, in a line.
     """
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = _Parser(argv[0], description=summary, epilog=rest, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(argv[0], __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one of a sweep")
     parser.add_argument("--out", help="directory to write to; default: show the table alone")
     parser.add_argument("--x", help="field to draw the metric against, as model.features")

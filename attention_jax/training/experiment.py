@@ -16,11 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
-from attention_jax.interop import weights
 from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import step as steps
-from attention_jax.training.build import Program, build, make_functions
+from attention_jax.training.build import build, make_functions
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.config import ConfigError, Target, check, slice_settings
 from attention_jax.training.files import is_weights, local_path
@@ -146,6 +144,8 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
     try:
         path = local_path(init_from, "it")
         if is_weights(path):
+            from attention_jax.interop import weights
+
             return fitted(weights.load(path), like, "the file")
         return restore_params(init_from, like=like)
     except (OSError, RuntimeError, ValueError) as error:
@@ -187,14 +187,17 @@ def _train(config, program, state, store, started, stop):
     with contextlib.closing(Console(epochs, first_epoch)) as console:
         run_epoch = FirstCall(program.epoch, "the training", console.busy)
         evaluate = FirstCall(program.evaluate, "the evaluation", console.busy)
-        watch = FirstCall(make_watch(config, program), "the heads", console.busy)
+        calls, watch = [run_epoch, evaluate], None
+        if config.eval.heads:
+            watch = FirstCall(make_watch(config), "the heads", console.busy)
+            calls.append(watch)
         for epoch in range(first_epoch + 1, epochs + 1):
             last = epoch == epochs
             state, metrics = run_epoch(state, program.rows)
             held_out = {}
             if last or epoch % config.eval.every_epochs == 0:
                 held_out = evaluate(state.params, program.rows)
-                if config.eval.heads:
+                if watch is not None:
                     held_out = held_out | watch(state.params)
             if target is not None and held_out:
                 # Wait for the devices here, so that no epoch runs after the target.
@@ -215,17 +218,19 @@ def _train(config, program, state, store, started, stop):
     done = (epoch - first_epoch - 1) * num_steps
     if done <= 0:
         return state, history, None
-    first_calls = sum(call.seconds or 0 for call in (run_epoch, evaluate, watch))
+    first_calls = sum(call.seconds for call in calls)
     return state, history, done / (time.perf_counter() - begun - first_calls)
 
 
-def make_watch(config: ConfigDict, program: Program) -> Callable[[PyTree], dict[str, Array]]:
+def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
     """The function `params -> metrics` of `config.eval.heads`: what each head does, and the norm of
     each part's gradient, on the first held-out batch.
 
     Their names are `entropy/blocks_0/1`, for head 1 of the first block, and
     `gradient_norm/blocks_0`.
     """
+    from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
+
     functions = make_functions(config)
 
     @jax.jit
