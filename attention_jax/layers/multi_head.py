@@ -151,7 +151,7 @@ class MultiHeadAttention(Named, nn.Module):
         qk_norm: Normalizes queries and keys over each head before they meet: "layer" (True is the
             same), "rms", or a function that makes a norm, as a `functools.partial` of one.
         rotary: Rotates queries and keys by their positions; self-attention only.
-        rotary_base: As `base` in `positions.rotary`. This and the next three need `rotary`.
+        rotary_base: As `base` in `positions.rotary`. All fields `rotary_...` need `rotary`.
         attention_fn: Any function with the arguments of `dot_product_attention`.
         dtype: The type to compute in; None takes that of inputs and parameters together.
         param_dtype: The type of the parameters.
