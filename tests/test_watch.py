@@ -1,5 +1,7 @@
 """What `config.eval.heads` logs is what the heads do."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def test_rows_hold_the_statistics_of_the_maps_and_the_gradients(config):
     result = experiment.run(config)
     found = build.make_functions(config)
     batch = found.held_out_batch()
-    maps = attention_maps(found.model, result.params, batch.inputs)
+    maps = jax.jit(partial(attention_maps, found.model))(result.params, batch.inputs)
     for block in (0, 1):
         weights = np.asarray(maps[f"blocks_{block}/attention"], np.float64)  # [B, N, T, S]
         entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1).mean((0, 2))
@@ -32,7 +34,7 @@ def test_rows_hold_the_statistics_of_the_maps_and_the_gradients(config):
             np.testing.assert_allclose(logged, entropy[head], rtol=1e-4)
             first = result.history[-1][f"eval_to_first/blocks_{block}/{head}"]
             np.testing.assert_allclose(first, weights[:, head, :, 0].mean(), rtol=1e-4)
-    gradients = jax.grad(lambda params: found.loss(params, batch))(result.params)
+    gradients = jax.jit(jax.grad(found.loss))(result.params, batch)
     for name, part in gradients.items():
         norm = np.sqrt(sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(part)))
         logged = result.history[-1][f"eval_gradient_norm/{name}"]
@@ -63,6 +65,7 @@ def test_a_head_that_ignores_its_input_is_told(config):
         **params,
         "blocks_0": {**params["blocks_0"], "attention": {**layer, "query": query}},
     }
-    lines = dead_heads(summarize(head_statistics(found.model, params, batch.inputs)))
+    statistics = jax.jit(partial(head_statistics, found.model))(params, batch.inputs)
+    lines = dead_heads(summarize(statistics))
     assert [line for line in lines if "uniform" in line] == [lines[0]]
     assert lines[0].startswith("blocks_0/attention head 0 is uniform")
