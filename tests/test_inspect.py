@@ -14,7 +14,8 @@ import pytest
 
 import attention_jax
 from attention_jax import analysis
-from attention_jax.laboratory import inspect
+from attention_jax.laboratory import findings, inspect
+from attention_jax.laboratory import subject as subjects
 from attention_jax.training import experiment
 from attention_jax.training.config import ConfigError, default_config
 
@@ -320,3 +321,20 @@ def test_a_curve_is_the_loop_over_closed_gates(run):
             assert value == pytest.approx(float(gated(gates)), abs=1e-6)
     with pytest.raises(ValueError, match=r"counts must be from 0 to 2, got \[3\]"):
         analysis.removal_curve(found.model, found.params, inputs, loss, orders, counts=[3])
+
+
+def test_heads_of_induction_are_removed_together_and_so_is_half_of_the_others(run, monkeypatch):
+    subject = subjects.of_run(run, 5)
+    arguments = subject.model, subject.params, subject.inputs
+    (path,) = analysis.heads_of(*arguments)
+    scored = lambda *args: {"induction_at_answers": {path: np.array([0.1, 0.9])}}
+    monkeypatch.setattr(findings, "_scores", scored)
+    found = findings.find(subject, points=2, orders=1, checkpoints=1)
+    gated = jax.jit(lambda gates: analysis.apply_with_gates(*arguments, {path: gates}))
+    left = [
+        float(subject.accuracy(gated(np.array(gates))).mean()) for gates in ([1.0, 0], [0, 1.0])
+    ]
+    assert list(found.groups.values()) == pytest.approx(left, abs=1e-6)
+    told = "\n".join(found.told(subject))
+    assert "without the 1 head whose induction at answers is at least 0.5" in told
+    assert "without 1 of the 1 others, the least important" in told

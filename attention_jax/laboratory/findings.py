@@ -11,10 +11,12 @@ from attention_jax import analysis
 from attention_jax.analysis.scores import KINDS
 from attention_jax.laboratory.report import markdown
 from attention_jax.laboratory.subject import Subject
+from attention_jax.training.experiment import count
 
 AT_ANSWERS = "induction_at_answers"
 PREFIX = "prefix_matching"
 _PAGE_ROWS = 4
+_HIGH = 0.5  # A score of induction that makes a head one of induction.
 _SCORED_ROWS = 32  # Maps of more rows would fill the memory of a large model.
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # By name and layer, `[N]`.
@@ -64,7 +66,9 @@ class Findings(NamedTuple):
         maps: Of the first rows, `[rows, N, T, S]` by layer.
         importance: `[N]` by layer.
         without: By measure ("loss", "accuracy") and layer `[N]`: what is left without each head.
-        curve: What is left as heads go. The last three are empty or None if no head has a gate.
+        curve: What is left as heads go.
+        groups: What is left without some heads, by a description of them. The last four are empty
+            or None if no head has a gate.
         by_step: The checkpoints, if there are several.
     """
 
@@ -74,6 +78,7 @@ class Findings(NamedTuple):
     importance: Mapping[str, np.ndarray]
     without: Mapping[str, Mapping[str, np.ndarray]]
     curve: Curve | None
+    groups: Mapping[str, float]
     by_step: Mapping[int, AtStep]
 
     def phase(self) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
@@ -108,6 +113,10 @@ class Findings(NamedTuple):
         for path, head in analysis.ranked(self.importance)[-1:]:
             best.append(f"- the most important: {path}, head {head}")
         lines = [f"{whole}.", "\n".join(best)] if best else [f"{whole}."]
+        if self.groups:
+            shown = "{:.1%}" if self.curve.measure == "accuracy" else "{:.4f}"
+            left = [f"- {name}: {shown.format(value)}" for name, value in self.groups.items()]
+            lines.append(f"The {self.curve.measure}\n" + "\n".join(left))
         return [*lines, markdown(self._table()), *_notes(subject, self)]
 
     def _table(self):
@@ -155,7 +164,7 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
     few = subject.inputs[:_PAGE_ROWS]
     maps = analysis.attention_maps(subject.model, subject.params, few, **subject.options)
     arguments = subject.model, subject.params, subject.inputs
-    importance, without, curve = {}, {}, None
+    importance, without, curve, groups = {}, {}, None, {}
     if analysis.heads_of(*arguments, **subject.options):  # Not in a layer of a single head.
         importance = analysis.importance(*arguments, subject.loss, **subject.options)
         measures = {"loss": subject.loss}
@@ -166,6 +175,7 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
             for name, measure in measures.items()
         }
         curve = _curve(arguments, subject, measures, importance, points, orders)
+        groups = _groups(arguments, subject, measures[curve.measure], importance, newest)
     steps = subject.steps[-1:] if checkpoints == 1 else evenly(subject.steps, checkpoints)
     by_step = {}
     if len(steps) > 1:
@@ -178,6 +188,7 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
         importance=jax.tree.map(np.asarray, importance),
         without=jax.tree.map(np.asarray, without),
         curve=curve,
+        groups=groups,
         by_step=by_step,
     )
 
@@ -263,3 +274,28 @@ def _curve(arguments, subject, measures, importance, points, orders):
         *arguments, measures[measure], [heads, *drawn], counts=counts.tolist(), **subject.options
     )
     return Curve((len(heads) - counts).tolist(), found[0], found[1:], measure)
+
+
+def _groups(arguments, subject, measure, importance, newest):
+    """What is left without the heads of induction, and without half of the others."""
+    name, scores = next(iter(newest.scores.items()), (None, {}))
+    ranked = analysis.ranked(importance)  # The least important first.
+    found = [(path, n) for path, n in ranked if path in scores and scores[path][n] >= _HIGH]
+    others = [head for head in ranked if head not in found]
+    if not (found and others):
+        return {}
+    half = (len(others) + 1) // 2
+    left = analysis.removal_curve(
+        *arguments,
+        measure,
+        [found + others, others + found],
+        counts=[len(found), half],
+        **subject.options,
+    )
+    kind = name.replace("_", " ")
+    return {
+        f"without the {count(len(found), 'head')} whose {kind} is at least {_HIGH}": float(
+            left[0, 0]
+        ),
+        f"without {half} of the {len(others)} others, the least important": float(left[1, 1]),
+    }

@@ -1,0 +1,83 @@
+"""How fast is the ablation of all heads in one program, beside a loop over the heads?
+
+    python benchmarks/heads.py
+
+Rounds alternate between `analysis.ablation` and a loop over one compiled forward pass, which takes
+the gates as arguments. Both are compiled before. Prints the median times, and the median ratio of a
+round with its range.
+"""
+
+import datetime
+import functools
+import os
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax import MLP, Block, MultiHeadAttention, SequenceModel, TokenEmbedding, masks
+from attention_jax.analysis import ablation, apply_with_gates, heads_of
+
+ROUNDS = 5
+# Layers, heads, width, vocabulary, rows, tokens.
+MODELS = {
+    "GPT-2": (12, 12, 768, 50_257, 1, 16),
+    "4 layers, width 64": (4, 8, 64, 64, 16, 64),
+    "4 layers, width 128": (4, 4, 128, 64, 16, 64),
+    "2 layers, width 64": (2, 2, 64, 256, 8, 64),
+}
+
+
+def loss(logits):
+    return (jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]).mean(-1)
+
+
+def compare(layers, heads, width, vocabulary, rows, length):
+    blocks = [Block(MultiHeadAttention(heads, rotary=True), MLP(4 * width)) for _ in range(layers)]
+    model = SequenceModel(TokenEmbedding(vocabulary, width), blocks, mask=masks.causal())
+    tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, vocabulary)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    counts = heads_of(model, params, tokens)
+    opened = {path: jnp.ones(count) for path, count in counts.items()}
+
+    @jax.jit
+    def forward(params, tokens, gates):
+        return loss(apply_with_gates(model, params, tokens, gates)).mean()
+
+    def loop():
+        found = {}
+        for path, count in counts.items():
+            without = (opened | {path: opened[path].at[n].set(0)} for n in range(count))
+            found[path] = jnp.stack([forward(params, tokens, gates) for gates in without])
+        return found
+
+    together = jax.jit(functools.partial(ablation, model, loss=loss))
+    program = lambda: together(params, tokens)
+    difference = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), program(), loop())
+    times = [(seconds(program), seconds(loop)) for _ in range(ROUNDS)]
+    return times, max(difference.values())
+
+
+def seconds(function):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def main():
+    print(f"{datetime.date.today()}, {os.cpu_count()} cores, jax {jax.__version__}")
+    for name, sizes in MODELS.items():
+        times, difference = compare(*sizes)
+        program, loop = (statistics.median(x) for x in zip(*times, strict=True))
+        ratios = sorted(y / x for x, y in times)
+        print(
+            f"{name}: program {program:.3f} s, loop {loop:.3f} s, ratio "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); largest "
+            f"difference of a loss {difference:.1e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
