@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from attention_jax.checks import (
     as_integers,
@@ -78,7 +79,12 @@ class TokenEmbedding(Embed):
 
     def attend(self, x: Array) -> Array:
         """`[..., D] -> [..., num_embeddings]`: logits in float32, the product of x and each row."""
-        return _capped(super().attend(x), self.softcap)
+        if not all(isinstance(n, int) and n == 1 for n in x.shape[:-1]):
+            return _capped(super().attend(x), self.softcap)
+        # A single vector, as in decoding. From `x @ table.T`, as above, XLA makes a slow loop.
+        x, table = self.promote_dtype(x, self.embedding, dtype=self.dtype, inexact=False)
+        logits = lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+        return _capped(logits, self.softcap)
 
 
 class VectorEmbedding(nn.Module):
