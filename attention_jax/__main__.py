@@ -28,6 +28,9 @@ def train(argv: list[str]) -> int:
             return
         try:
             # Imported after the flags, so that errors and --help do not wait for jax.
+            from attention_jax.training import hosts
+
+            hosts.join(command.hosts)  # Before anything uses jax.
             from attention_jax.training import experiment
         except ValueError as error:  # jax reads its JAX_ variables on import.
             raise ConfigError(f"in the environment: {error}.") from error
@@ -37,6 +40,7 @@ def train(argv: list[str]) -> int:
             sweep.run(command.config, command.sweep, command.workdir)
         else:
             experiment.run(command.config, command.workdir)
+        hosts.done()
 
     return process.do(argv[0], work)
 

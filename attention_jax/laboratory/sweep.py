@@ -23,7 +23,7 @@ from attention_jax.laboratory import pictures, report
 from attention_jax.laboratory.groups import build, first_trials
 from attention_jax.laboratory.runs import Run, is_loss, main_metric, slices
 from attention_jax.training import build as builder
-from attention_jax.training import experiment
+from attention_jax.training import experiment, hosts
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import trial_directory
 from attention_jax.training.launch import LAUNCHERS
@@ -89,6 +89,8 @@ def run(
     """
     if not axes:
         raise ConfigError("a sweep needs an axis: got none.")
+    if hosts.count() > 1:
+        raise ConfigError(f"a sweep is for one process: got {hosts.count()}.")
     configs = trials(config, axes)
     noted = ConfigDict(config.to_dict() | {"sweep": _nested(axes)})
     started = time.perf_counter()

@@ -350,10 +350,18 @@ def _open(directory: Path, keep: int, read_only: bool) -> "ocp.CheckpointManager
                 shutil.rmtree(unfinished)
             else:
                 unfinished.unlink()
+    alone = {}
+    if jax.process_count() > 1:  # Else orbax would wait for the other processes.
+        alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process_{jax.process_index()}",
+        )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
         create=False,
         read_only=read_only,
+        **alone,
     )
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "about"))
 

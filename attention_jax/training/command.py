@@ -30,6 +30,7 @@ from attention_jax.training.files import (
     read_config,
     trial_directory,
 )
+from attention_jax.training.hosts import AUTO, Hosts
 from attention_jax.training.rules import (
     FLAGS,
     OPTIONAL,
@@ -57,6 +58,11 @@ _HELP = {
     "seed": "of the parameters, the data and dropout",
     "init_from": "run, or file of weights, to take the first parameters from",
 }
+_HOSTS = {
+    "coordinator": "host:port of process 0, or auto: as Slurm, Open MPI or a TPU pod say",
+    "num_processes": "how many processes run this command together",
+    "process_id": "which one this is, from 0",
+}
 # The fields that flags set. --save_path and --workdir set no field: they name the run directory.
 _FIELDS = {flag: path for path, flag in FLAGS.items()}
 _QUESTIONS = (
@@ -72,11 +78,13 @@ class Command(NamedTuple):
         config: The config of the run, or the one that the trials of a sweep share.
         workdir: The run directory. None writes no files.
         sweep: The values of each swept field, by its path. Empty for a single run.
+        hosts: The processes that do it together.
     """
 
     config: ConfigDict
     workdir: str | None
     sweep: dict[str, list[Any]]
+    hosts: Hosts
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -93,6 +101,8 @@ def parse(argv: Sequence[str]) -> Command:
         flags.DEFINE_string(name, None, "", flag_values=values)
     flags.DEFINE_string("config", None, "", flag_values=values)
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
+    for name in _HOSTS:
+        flags.DEFINE_string(name, None, "", flag_values=values)
     flags.DEFINE_boolean("interactive", False, "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
     try:
@@ -103,6 +113,7 @@ def parse(argv: Sequence[str]) -> Command:
         print(_help(argv[0]), flush=True)
         raise SystemExit(0)
 
+    hosts = _hosts(**{name: values[name].value for name in _HOSTS})
     given = {name: values[name].value for name in _HELP if values[name].value is not None}
     places = {name: given.pop(name) for name in ("save_path", "workdir") if name in given}
     places = {_path(text, f"--{name}") for name, text in places.items()}
@@ -137,7 +148,44 @@ def parse(argv: Sequence[str]) -> Command:
         trials(config, sweep)
     else:
         check(config)
-    return Command(config, workdir, sweep)
+    if hosts.coordinator is not None:
+        _check_alone(config, sweep, values.interactive)
+    return Command(config, workdir, sweep, hosts)
+
+
+def _hosts(coordinator, num_processes, process_id):
+    """Reads the flags of a run of many processes."""
+    counts = {"num_processes": num_processes, "process_id": process_id}
+    if coordinator is None or coordinator == AUTO:
+        for name, text in counts.items():
+            if text is not None:
+                needs = "--coordinator=host:port" if coordinator is None else "no auto"
+                raise ConfigError(f"--{name} needs {needs}: got {shown(text)}.")
+        return Hosts(coordinator)
+    if not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[^\s]+\]:\d{1,5}", coordinator):
+        raise ConfigError(f"--coordinator must be host:port or auto: got {shown(coordinator)}.")
+    numbers = []
+    for name, text in counts.items():
+        if text is None:
+            raise ConfigError(f"--coordinator={coordinator} needs --{name}.")
+        if not re.fullmatch(r"\d{1,6}", text):
+            raise ConfigError(f"--{name} must be a number from 0 on: got {shown(text)}.")
+        numbers.append(int(text))
+    if numbers[1] >= numbers[0]:
+        raise ConfigError(
+            f"--process_id must be below --num_processes: got {numbers[1]} and {numbers[0]}."
+        )
+    return Hosts(coordinator, *numbers)
+
+
+def _check_alone(config, sweep, interactive):
+    """Refuses what a run of many processes cannot do."""
+    if sweep:
+        raise ConfigError("--sweep is for one process: got --coordinator.")
+    if interactive:
+        raise ConfigError("--interactive is for one process: got --coordinator.")
+    if config.launcher == "single":
+        raise ConfigError("--coordinator needs --launcher=pmap or --launcher=sharded: got single.")
 
 
 def _with_task(config, task):
@@ -267,7 +315,9 @@ def _override(config, arguments):
                 raise ConfigError(unknown(match[2], known))
         elif argument.startswith("-"):
             name = argument.lstrip("-").split("=")[0]
-            close = difflib.get_close_matches(name, [*_HELP, "config", "interactive", "sweep"], n=2)
+            close = difflib.get_close_matches(
+                name, [*_HELP, *_HOSTS, "config", "interactive", "sweep"], n=2
+            )
             hint = f" Did you mean {' or '.join(f'--{flag}' for flag in close)}?" if close else ""
             raise ConfigError(f"--{name} is unknown.{hint}")
 
@@ -323,6 +373,7 @@ def _help(program):
         default = defaults[_FIELDS[name]] if name in _FIELDS else ""
         default = "none" if default in ("", None) else default
         lines.append(f"  --{name:14} {words} (default {default})")
+    lines += [f"  --{name:14} {words}" for name, words in _HOSTS.items()]
     lines += [
         "  --sweep          field=value,value,...: all combinations at once; repeatable",
         "  --interactive    ask for each parameter",

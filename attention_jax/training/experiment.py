@@ -17,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from attention_jax.tasks.task import Task, about_held_out
+from attention_jax.training import hosts
 from attention_jax.training import step as steps
 from attention_jax.training.build import build, make_functions
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
@@ -86,7 +87,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     prepare()
     # Built before the directory is claimed, so that after an error a corrected config can use it.
     program = build(config)
-    return in_directory(workdir, config, lambda store: _run(config, program, store, started))
+    with hosts.together():
+        return in_directory(workdir, config, lambda store: _run(config, program, store, started))
 
 
 def in_directory(
@@ -98,9 +100,9 @@ def in_directory(
 
     A failure before the first step is written leaves the directory as it was.
     """
-    if workdir is None:
+    if workdir is None or not hosts.is_first():
         return work(NoDirectory())
-    with owned(workdir) as path:
+    with _told_to_all(), owned(workdir) as path:
         claim(path, config, versions())
         try:
             with contextlib.closing(RunDirectory(path, config)) as directory:
@@ -110,15 +112,22 @@ def in_directory(
                 clear(path)
 
 
+@contextlib.contextmanager
+def _told_to_all():
+    """Tells the other processes an error before the first step: they wait for the state."""
+    try:
+        yield
+    except RunError as error:
+        hosts.tell(error)
+        raise
+
+
 def _run(config, program, store, started):
     with StopSignals() as stop:
-        state = store.restore(program.init)
+        state = _begin(config, program, store)
         if store.result is not None:
             say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")
             return Result(state.params, store.result, list(store.rows))
-        if state is None:
-            with Busy(say)("compiling the start"):
-                state = _first_state(config, program)
         state = program.put_state(state)
         what = f"{config.model.name}, {num_params(state.params):,} parameters"
         announce(config, what, state.step.sharding.device_set, store.step)
@@ -128,9 +137,23 @@ def _run(config, program, store, started):
     return result
 
 
+def _begin(config, program, store):
+    """The state that the run begins with, which process 0 finds for all."""
+    state = store.restore(program.init) if hosts.is_first() else None
+    if state is None:
+        with Busy(say)("compiling the start"):
+            state = _first_state(config, program)
+    if hosts.is_first():
+        hosts.tell({"step": store.step, "rows": list(store.rows), "result": store.result})
+    else:
+        message = hosts.listen()
+        store.step, store.rows, store.result = (message[x] for x in ("step", "rows", "result"))
+    return hosts.share(state)
+
+
 def _first_state(config, program):
     state = program.init()
-    if config.init_from:
+    if config.init_from and hosts.is_first():
         state = state._replace(params=first_params(config.init_from, like=state.params))
     return state
 
@@ -206,13 +229,14 @@ def _train(config, program, state, store, started, stop):
             if waiting is not None:
                 record(*waiting)
             waiting = epoch, metrics, held_out, Finish((metrics, held_out))
-            if last or stop.number or epoch % config.checkpoint.every_epochs == 0:
+            stopped = hosts.largest(stop.number or 0)
+            if last or stopped or epoch % config.checkpoint.every_epochs == 0:
                 # `record` first: only a sound state whose rows are written may be saved.
                 record(*waiting)
                 waiting = None
                 store.save(state)
-            if stop.number and not last:
-                leave(stop.number, epoch * num_steps, store)
+            if stopped and not last:
+                leave(stopped, epoch * num_steps, store)
             if last:
                 break
     done = (epoch - first_epoch - 1) * num_steps

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,6 +51,11 @@ class Launcher(NamedTuple):
 
 def single() -> Launcher:
     """One device."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"config.launcher=single is for one process, not for {jax.process_count()}: take pmap "
+            "or sharded."
+        )
     device = jax.local_devices()[0]
 
     def compiled(function: Callable, *, donate: bool = False) -> Callable:
@@ -71,8 +77,10 @@ def single() -> Launcher:
 
 
 def pmapped() -> Launcher:
-    """One program per local device; sums meet in an explicit psum."""
-    devices = jax.local_devices()
+    """One program per device, of all processes; sums meet in an explicit psum."""
+    devices = jax.devices()
+    ours = [i for i, x in enumerate(devices) if x.process_index == jax.process_index()]
+    local = [devices[i] for i in ours]
 
     def compiled(function: Callable, *, donate: bool = False) -> Callable:
         # Axis None: the state is never stacked per device, so checkpoints and metrics look the same
@@ -87,7 +95,7 @@ def pmapped() -> Launcher:
         )
 
     # The sharding of pmap's results; with any other the second call would compile again.
-    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = jax.make_mesh((len(local),), (AXIS,), axis_types=(AxisType.Auto,), devices=local)
     replicated = NamedSharding(mesh, P())
     split = NamedSharding(mesh, P(AXIS))
 
@@ -96,7 +104,7 @@ def pmapped() -> Launcher:
 
     def put_batch(batch: PyTree) -> PyTree:
         check_split(batch, len(devices))
-        return jax.tree.map(deal, batch)
+        return jax.tree.map(lambda x: deal(x)[ours], batch)
 
     def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
         return jax.pmap(
@@ -162,7 +170,7 @@ def sharded() -> Launcher:
 
     return Launcher(
         compile=compiled,
-        put_state=lambda state: jax.device_put(state, replicated),
+        put_state=lambda state: _put(state, replicated),
         put_batch=put_batch,
         # Without this constraint the compiler may make the whole batch on every device.
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
@@ -178,6 +186,20 @@ LAUNCHERS: dict[str, Callable[[], Launcher]] = {
     "pmap": pmapped,
     "sharded": sharded,
 }
+
+
+def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """`jax.device_put`, also of PRNG keys to the devices of other processes, which it refuses."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(x):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(np.asarray(x), sharding)
+        data = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+    return jax.tree.map(put, tree)
 
 
 def _over_trials(function: Callable) -> Callable:

@@ -334,12 +334,16 @@ class RunDirectory:
 
 
 class NoDirectory:
-    """Replaces `RunDirectory` in a run that writes no files."""
+    """Replaces `RunDirectory` in a run that writes no files, and in all processes but the first.
 
-    path = None
-    rows: tuple[Row, ...] = ()
-    result = None
-    step = 0
+    Attributes are those of `RunDirectory`.
+    """
+
+    def __init__(self):
+        self.path = None
+        self.rows: list[Row] = []
+        self.result: dict[str, Any] | None = None
+        self.step = 0
 
     def restore(self, init: Callable[[], TrainState]) -> None:
         return None
