@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attention_jax.training.process import RunError
-from attention_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from attention_jax.types import PyTree
 
 AUTO = "auto"
 PERIOD, SILENCE = 1.0, 15.0  # Seconds between signs of life, and without one until we end.
@@ -136,7 +138,7 @@ def listen() -> dict[str, Any]:
     return message
 
 
-def share(state: PyTree) -> PyTree:
+def share(state: "PyTree") -> "PyTree":
     """The tree of process 0, in host memory, whose structure and shapes all processes know."""
     if count() == 1:
         return state
