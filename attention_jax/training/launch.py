@@ -79,7 +79,7 @@ def single() -> Launcher:
 def pmapped() -> Launcher:
     """One program per device, of all processes; sums meet in an explicit psum."""
     devices = jax.devices()
-    ours = [i for i, x in enumerate(devices) if x.process_index == jax.process_index()]
+    ours = np.flatnonzero([x.process_index == jax.process_index() for x in devices])
     local = [devices[i] for i in ours]
 
     def compiled(function: Callable, *, donate: bool = False) -> Callable:
