@@ -180,3 +180,63 @@ def test_sharded_batch_is_made_in_parts():
     assert B not in leading, "a device makes the whole batch"
     assert "all-gather" not in text
     assert "all-to-all" not in text
+
+
+MESHES = [
+    ({"data": 4, "model": 2}, {}),
+    ({"model": 8}, {"num_kv_heads": 1, "sinks": True, "mlp": "swiglu"}),
+    ({"model": 4}, {"num_kv_heads": 4, "positions": "relative", "mechanism": "sigmoid"}),
+    ({"data": 2, "model": 4}, {"remat": True, "positions": "alibi", "use_bias": False}),
+]
+
+
+@functools.cache
+def losses(launcher, mesh, model):
+    config = default_config("sort")
+    config.task.seq_length = 6
+    config.model.update({"features": 16, "num_heads": 8, "num_layers": 1} | dict(model))
+    config.optimizer.update(name="sgd", learning_rate=0.1)
+    config.train.update(batch_size=16, steps_per_epoch=10, epochs=1)
+    config.eval.num_batches = 1
+    config.launcher = launcher
+    config.mesh.update(dict(mesh))
+    result = experiment.run(config)
+    return result.history[-1]["loss"], result.metrics["eval_loss"], result.params
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [MESHES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[1:])],
+    ids=str,
+)
+def test_heads_and_hidden_features_may_be_split(mesh, model):
+    want = losses("single", (), tuple(model.items()))
+    found = losses("sharded", tuple(mesh.items()), tuple(model.items()))
+    assert found[:2] == pytest.approx(want[:2], rel=1e-5)
+    chex.assert_trees_all_close(found[2], want[2], rtol=1e-4, atol=1e-5)
+
+
+def test_each_device_holds_its_part_of_the_model():
+    config = default_config("sort")
+    config.model.update(features=16, num_heads=8, num_layers=1)
+    config.launcher, config.mesh.model = "sharded", 4
+    program = build.build(config)
+    state = program.put_state(jax.jit(program.init)())
+    for numbers in (state.params, optax.tree.get(state.opt_state, "mu")):
+        block = numbers["blocks_0"]
+        assert block["attention"]["query"]["kernel"].addressable_shards[0].data.shape == (16, 2, 2)
+        assert block["attention"]["out"]["kernel"].addressable_shards[0].data.shape == (2, 2, 16)
+        assert block["mlp"]["in"]["kernel"].addressable_shards[0].data.shape == (16, 16)
+        assert block["mlp_norm"]["scale"].addressable_shards[0].data.shape == (16,)
+    whole = program.get_state(state)
+    assert whole.params["blocks_0"]["mlp"]["in"]["kernel"].is_fully_replicated
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    config = default_config()
+    config.launcher, config.mesh.model = "sharded", 3
+    with pytest.raises(ValueError, match=r"config.mesh must fit the 8 devices: got model=3"):
+        experiment.run(config)
+    config.launcher = "pmap"
+    with pytest.raises(ValueError, match=r"config.mesh.model is for --launcher=sharded: got pmap"):
+        experiment.run(config)

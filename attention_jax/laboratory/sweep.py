@@ -26,7 +26,7 @@ from attention_jax.training import build as builder
 from attention_jax.training import experiment, hosts
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import trial_directory
-from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.launch import make_launcher
 from attention_jax.training.metrics import Busy, Console, JsonLines
 from attention_jax.training.process import StopSignals, prepare, say
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
@@ -96,7 +96,7 @@ def run(
     started = time.perf_counter()
     prepare()
     with builder.refusals():
-        launcher = LAUNCHERS[config.launcher]()
+        launcher = make_launcher(config)
         groups = build(configs, axes, launcher)
 
     def work(store):

@@ -17,7 +17,7 @@ from attention_jax.tasks.task import check_rows, check_task
 from attention_jax.training import own
 from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
-from attention_jax.training.launch import LAUNCHERS
+from attention_jax.training.launch import make_launcher
 from attention_jax.training.memory import check_memory
 from attention_jax.training.model import make_model
 from attention_jax.training.optimizer import make_optimizer, skipping
@@ -35,7 +35,7 @@ class Program(NamedTuple):
         task: The task to learn.
         target: Where to stop, or None.
         init: `() -> TrainState`.
-        put_state: Places a state on the devices.
+        put_state, get_state: Place a state on the devices, and make it whole for each process.
         epoch: `(state, rows) -> (state, metrics [steps_per_epoch])`; the argument `state` is
             donated.
         evaluate: `(params, rows) -> metrics` on the held-out batches.
@@ -47,6 +47,7 @@ class Program(NamedTuple):
     target: Target | None
     init: Callable[[], TrainState]
     put_state: Callable[[TrainState], TrainState]
+    get_state: Callable[[PyTree], PyTree]
     epoch: Callable[[TrainState, Array], tuple[TrainState, dict]]
     evaluate: Callable[[PyTree, Array], dict]
     baseline: Callable[[], Array]
@@ -114,7 +115,7 @@ def _line(text):
 
 def _build(config):
     check_fits(config)
-    launcher = LAUNCHERS[config.launcher]()
+    launcher = make_launcher(config)
     rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
     accumulate = config.optimizer.accumulate
     if rows.shape[-1] % accumulate:  # [B], or [devices, B / devices]
@@ -127,6 +128,7 @@ def _build(config):
         target=Target.parse(config.train.target),
         init=jax.jit(functions.init),
         put_state=launcher.put_state,
+        get_state=launcher.get_state,
         epoch=launcher.compile(functions.epoch, donate=True),
         evaluate=launcher.compile(functions.evaluate),
         baseline=jax.jit(functions.baseline),

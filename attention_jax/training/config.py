@@ -45,6 +45,9 @@ def refused(prefix: str = "") -> Iterator[None]:
 DEFAULTS = {
     "seed": 0,
     "launcher": "single",
+    # How sharded splits the devices: the rows of a batch (None: over all that are left), and the
+    # heads and hidden features of the model.
+    "mesh": {"data": None, "model": 1},
     "init_from": "",  # The run, or file of weights, to take the first parameters from.
     "task": {},  # The name of the task and its settings: TASKS.
     "model": {
@@ -191,8 +194,8 @@ def default_config(task: str = "teacher") -> ConfigDict:
 
 # Fields that no sweep can change, because the trials run side by side.
 SHARED = (
-    *("launcher", "task.name", "train.steps_per_epoch", "train.epochs", "train.target"),
-    *("eval.every_epochs", "eval.heads"),
+    *("launcher", "mesh.data", "mesh.model", "task.name"),
+    *("train.steps_per_epoch", "train.epochs", "train.target", "eval.every_epochs", "eval.heads"),
 )
 MAX_TRIALS = 10_000
 
@@ -282,6 +285,11 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             local_path(config.init_from, label("init_from"))
         except ValueError as error:
             yield "init_from", str(error)
+    if config.launcher != "sharded":
+        for name, value in config.mesh.items():
+            if value != DEFAULTS["mesh"][name]:
+                path = f"mesh.{name}"
+                yield path, f"config.{path} is for --launcher=sharded: got {config.launcher}."
     model, optimizer, train = config.model, config.optimizer, config.train
     try:
         Target.parse(train.target)

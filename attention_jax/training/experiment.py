@@ -234,7 +234,7 @@ def _train(config, program, state, store, started, stop):
                 # `record` first: only a sound state whose rows are written may be saved.
                 record(*waiting)
                 waiting = None
-                store.save(state)
+                store.save(program.get_state(state))
             if stopped and not last:
                 leave(stopped, epoch * num_steps, store)
             if last:
@@ -370,7 +370,7 @@ def _loss_first(metrics):
 
 def _summary(config, program, state, history, pace):
     """Prints and returns the result of a run at its end."""
-    params = jax.device_get(state.params)
+    params = jax.device_get(program.get_state(state.params))
     metrics = result_metrics(
         config, program.task, program.target, params, history, program.baseline(), pace
     )

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
+from attention_jax.training.partition import DATA, MODEL, shardings
 from attention_jax.types import PyTree
 
-AXIS = "data"
+AXIS = DATA
 
 
 class Launcher(NamedTuple):
@@ -27,6 +29,7 @@ class Launcher(NamedTuple):
             gives the memory of the first argument to the result: the caller must not use it again.
         put_state: Places a state where the compiled function wants it. Both states may share
             memory: once the result is donated, do not use the argument.
+        get_state: The state, or any part of it, so that each process can fetch the whole.
         put_batch: Places any tree of arrays `[B, ...]`, split over the devices. ValueError when B
             cannot be split.
         constrain: Called inside the function on a tree of `[B, ...]` made there: keeps it split.
@@ -41,6 +44,7 @@ class Launcher(NamedTuple):
 
     compile: Callable[..., Callable]
     put_state: Callable[[PyTree], PyTree]
+    get_state: Callable[[PyTree], PyTree]
     put_batch: Callable[[PyTree], PyTree]
     constrain: Callable[[PyTree], PyTree]
     axis_name: str | None
@@ -67,6 +71,7 @@ def single() -> Launcher:
     return Launcher(
         compile=compiled,
         put_state=lambda state: jax.device_put(state, device),
+        get_state=lambda state: state,
         put_batch=lambda batch: jax.device_put(batch, device),
         constrain=lambda batch: batch,
         axis_name=None,
@@ -126,6 +131,7 @@ def pmapped() -> Launcher:
     return Launcher(
         compile=compiled,
         put_state=lambda state: jax.device_put(state, replicated),
+        get_state=lambda state: state,
         put_batch=put_batch,
         constrain=lambda batch: batch,
         axis_name=AXIS,
@@ -135,25 +141,48 @@ def pmapped() -> Launcher:
     )
 
 
-def sharded() -> Launcher:
-    """One program over a mesh of all devices; the compiler adds the sums."""
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def sharded(data: int | None = None, model: int = 1) -> Launcher:
+    """One program over a mesh of all devices; the compiler adds the sums.
+
+    Args:
+        data: How many parts a batch is split into; None: as many as the devices allow.
+        model: How many devices split the heads and hidden features of each part: see `partition`.
+
+    Raises:
+        ValueError: The devices are not `data` times `model`.
+    """
+    devices = jax.device_count()
+    if devices % model or (data is not None and data * model != devices):
+        given = f"model={model}" if data is None else f"data={data}, model={model}"
+        raise ValueError(f"config.mesh must fit the {devices} devices: got {given}.")
+    mesh = jax.make_mesh(
+        (devices // model, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
     replicated = NamedSharding(mesh, P())
-    split = NamedSharding(mesh, P(AXIS))
+    split = NamedSharding(mesh, P(DATA))
+
+    def placed(tree: PyTree) -> PyTree:
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(tree, mesh))
 
     def compiled(function: Callable, *, donate: bool = False) -> Callable:
+        donated = 0 if donate else ()
+        if model > 1:  # The arguments say how they are split.
+            run = lambda state, batch: placed(function(state, batch))
+            return jax.jit(run, donate_argnums=donated)
         return jax.jit(
             function,
             in_shardings=(replicated, split),
             out_shardings=replicated,
-            donate_argnums=0 if donate else (),
+            donate_argnums=donated,
         )
 
     def put_batch(batch: PyTree) -> PyTree:
-        check_split(batch, mesh.size)
+        check_split(batch, mesh.shape[DATA])
         return jax.device_put(batch, split)
 
     def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
+        if model > 1:
+            raise ValueError(f"config.mesh.model must be 1 in a sweep: got {model}.")
         return jax.jit(
             _over_trials(function),
             in_shardings=(replicated, split, split),
@@ -165,12 +194,13 @@ def sharded() -> Launcher:
         check_split(trials, mesh.size, "a sweep of {} trials")
         return jax.device_put(trials, split)
 
-    # Gather first, because a process sees only the trials of its own devices.
-    gather = jax.jit(lambda trials: trials, out_shardings=replicated)
+    # Gather first, because a process sees only what its own devices hold.
+    gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     return Launcher(
         compile=compiled,
-        put_state=lambda state: _put(state, replicated),
+        put_state=lambda state: _put(state, shardings(state, mesh)),
+        get_state=gather if model > 1 else lambda state: state,
         put_batch=put_batch,
         # Without this constraint the compiler may make the whole batch on every device.
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
@@ -181,25 +211,30 @@ def sharded() -> Launcher:
     )
 
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {
+LAUNCHERS: dict[str, Callable[..., Launcher]] = {
     "single": single,
     "pmap": pmapped,
     "sharded": sharded,
 }
 
 
-def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+def make_launcher(config: ConfigDict) -> Launcher:
+    """The launcher that a config names."""
+    return LAUNCHERS[config.launcher](**(config.mesh if config.launcher == "sharded" else {}))
+
+
+def _put(tree: PyTree, shardings: PyTree) -> PyTree:
     """`jax.device_put`, also of PRNG keys to the devices of other processes, which it refuses."""
     if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
+        return jax.device_put(tree, shardings)
 
-    def put(x):
+    def put(x, sharding):
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.device_put(np.asarray(x), sharding)
         data = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, tree, shardings)
 
 
 def _over_trials(function: Callable) -> Callable:

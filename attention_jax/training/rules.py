@@ -81,10 +81,15 @@ def _one_of_or_path(*names):
 
 _RATE = _Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
 # Integers, or None.
-OPTIONAL = ("model.num_kv_heads", "model.head_dim", "model.window", "model.stride")
+OPTIONAL = (
+    *("model.num_kv_heads", "model.head_dim", "model.window", "model.stride"),
+    "mesh.data",
+)
 _RULES = {
     "seed": _Rule(lambda value: 0 <= value < 2**31, "must be in [0, 2**31)"),
     "launcher": _one_of("single", "pmap", "sharded"),
+    "mesh.data": _at_least(1),
+    "mesh.model": _at_least(1),
     "task.seq_length": _at_least(1),
     "model.name": _one_of(*words.ATTENTIONS),
     "model.mechanism": _one_of_or_path(*words.MECHANISMS),
@@ -127,6 +132,8 @@ _RULES = {
 # The largest integers, where the limit is below 32 bits. They are more than enough for training,
 # and small enough that the error can give the memory that they need.
 _MOST = {
+    "mesh.data": 2**20,
+    "mesh.model": 2**20,
     "model.num_layers": 1000,  # Each is traced and compiled.
     "model.features": 2**20,
     "model.num_heads": 2**20,
