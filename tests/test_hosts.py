@@ -43,7 +43,7 @@ class Job:
     """The processes of a run, which are killed at the end of the block."""
 
     def __init__(self, place, cache, launcher, processes, devices=1, *flags):
-        with socket.socket() as free:
+        with socket.socket() as free:  # The system chooses a port.
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         options = [
@@ -59,6 +59,7 @@ class Job:
             "XDG_CACHE_HOME": str(cache),
         }
         self.place = place
+        self.old = self.checkpoints()
         self.errors = [place.with_name(f"{place.name}_{i}.err") for i in range(processes)]
         self.processes = []
         for number, errors in enumerate(self.errors):
@@ -87,14 +88,21 @@ class Job:
             process.wait()
 
     def begun(self):
-        """Returns when a checkpoint is there."""
+        """Returns when there is a new checkpoint."""
         for _ in range(1000):
-            found = self.place / "checkpoints"
-            if found.is_dir() and any("tmp" not in path.name for path in found.iterdir()):
+            if self.checkpoints() - self.old:
                 return
             assert self.processes[0].poll() is None, self.errors[0].read_text()
             time.sleep(0.1)
         raise TimeoutError
+
+    def checkpoints(self):
+        found = self.place / "checkpoints"
+        return (
+            {path.name for path in found.iterdir() if "tmp" not in path.name}
+            if found.is_dir()
+            else set()
+        )
 
     def statuses(self, seconds):
         return [process.wait(seconds) for process in self.processes]
