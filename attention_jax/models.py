@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -152,7 +153,8 @@ class SequenceModel(nn.Module):
         head: The last layer, as `nn.Dense`, or `Unembedding` for logits. None: logits come from the
             table of `TokenEmbedding`; vectors stay as they are.
         dropout_rate: Dropout on the embedded inputs.
-        remat: Recomputes each block in the backward pass instead of storing its inner values.
+        remat: True recomputes each block in the backward pass instead of storing its inner values.
+            A policy of `jax.checkpoint_policies`, as `dots_saveable`, says which of them to store.
         embedding_norm: Makes a norm of the embedded inputs, behind their positions.
 
     Example:
@@ -175,7 +177,7 @@ class SequenceModel(nn.Module):
     norm: Callable[..., nn.Module] | None = nn.LayerNorm
     head: Layer | None = None
     dropout_rate: float | Array = 0.0
-    remat: bool = False
+    remat: Any = False
     embedding_norm: Callable[..., nn.Module] | None = None
 
     def __post_init__(self):
@@ -240,10 +242,11 @@ class SequenceModel(nn.Module):
         if self.bias is not None:
             bias = self.bias() if row is None else biases.placed(self.bias(), row)
         run = lambda block, *arguments: block(*arguments)
-        if self.remat:
+        if self.remat is not False:
             # Arguments 3 and 4, counted from `block`, decide which operations run, so they are
             # static.
-            run = nn.remat(run, static_argnums=(3, 4))
+            policy = None if self.remat is True else self.remat
+            run = nn.remat(run, static_argnums=(3, 4), policy=policy)
         for block, seen in zip(self.blocks, self._masks(mask, row, places), strict=True):
             x = run(block, x, seen, deterministic, sow_weights, lengths, bias, told)
         if output_positions is not None:
@@ -254,6 +257,11 @@ class SequenceModel(nn.Module):
     def _check_parts(self) -> None:
         """Raises an error for invalid parts."""
         check_fields(self)
+        if not (isinstance(self.remat, bool) or callable(self.remat)):
+            raise TypeError(
+                "remat must be True, False or a policy of jax.checkpoint_policies, got "
+                f"{told(self.remat)}."
+            )
         if not isinstance(self.blocks, Sequence):
             raise TypeError(
                 f"blocks must be a sequence of Blocks, got {type(self.blocks).__name__}."

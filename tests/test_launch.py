@@ -186,7 +186,7 @@ MESHES = [
     ({"data": 4, "model": 2}, {}),
     ({"model": 8}, {"num_kv_heads": 1, "sinks": True, "mlp": "swiglu"}),
     ({"model": 4}, {"num_kv_heads": 4, "positions": "relative", "mechanism": "sigmoid"}),
-    ({"data": 2, "model": 4}, {"remat": True, "positions": "alibi", "use_bias": False}),
+    ({"data": 2, "model": 4}, {"remat": "dots_saveable", "positions": "alibi", "use_bias": False}),
 ]
 
 

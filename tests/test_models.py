@@ -393,7 +393,7 @@ def test_a_block_that_is_there_twice_has_the_same_parameters():
         ({"norm": "rms"}, TypeError, "norm must be a function, got 'rms'"),
         ({"head": 5}, TypeError, "head must be a function, got 5"),
         ({"bias": "alibi"}, TypeError, "bias must be a function, got 'alibi'"),
-        ({"remat": 1}, TypeError, "remat must be True or False"),
+        ({"remat": 1}, TypeError, "remat must be True, False or a policy .* got 1"),
     ],
 )
 def test_what_is_no_part_is_refused(options, error, words):
@@ -476,10 +476,15 @@ def test_relative_positions_tell_future_distances_apart_where_there_is_a_future(
     assert abs(out - other).max() > 1e-3
 
 
-def test_rematerialisation_changes_memory_alone():
+@pytest.mark.parametrize(
+    "policy",
+    [True, pytest.param(jax.checkpoint_policies.dots_saveable, marks=pytest.mark.slow)],
+    ids=["True", "dots_saveable"],
+)
+def test_rematerialisation_changes_memory_alone(policy):
     options = {"causal": True, "positions": "relative", "dropout_rate": 0.2}
     plain = make_sequence_model(**{**SMALL, "num_layers": 1}, **options)
-    remat = plain.clone(remat=True)
+    remat = plain.clone(remat=policy)
     params = init(plain, VECTORS)
     assert jax.tree.structure(params) == jax.tree.structure(
         jax.eval_shape(remat.init, jax.random.key(0), VECTORS)["params"]
@@ -495,6 +500,22 @@ def test_rematerialisation_changes_memory_alone():
 
     for got, want in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads(plain)), strict=True):
         assert_close(got, want, 1e-5)
+
+
+def test_policies_store_less():
+    def stored(remat):
+        model = make_sequence_model(**SMALL, causal=True, remat=remat)
+        params = jax.eval_shape(model.init, jax.random.key(0), VECTORS)["params"]
+        run = lambda params: model.apply({"params": params}, VECTORS).sum()
+        residuals = jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
+        return sum(x.size for x in jax.tree.leaves(residuals))
+
+    sizes = [
+        stored(remat)
+        for remat in ("none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 1.5 * sizes[-1]
 
 
 def test_a_mask_hides_padding_from_every_layer():

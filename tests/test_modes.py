@@ -256,7 +256,7 @@ PIECES |= {
     "layer, gated_delta, decode": lambda: layer(
         GatedDeltaAttention(4, 2, num_value_heads=4, dtype=jnp.bfloat16, decode=True), INPUTS
     ),
-    "model": lambda: model(positions="rotary", causal=True, window=2, sinks=True, remat=True),
+    "model": lambda: model(positions="rotary", causal=True, window=2, sinks=True, remat="full"),
     "model, sinusoidal": lambda: model(positions="sinusoidal", norm="rms", dtype=jnp.bfloat16),
     "model, learned": lambda: model(positions="learned", max_length=6, tie_embedding=False),
     "model, alibi": lambda: model(positions="alibi", pattern="strided", stride=2, causal=True),

@@ -76,7 +76,7 @@ DEFAULTS = {
         "use_bias": True,
         "init_scale": 1.0,  # Of projections into the residual stream.
         "tie_embedding": True,
-        "remat": False,
+        "remat": "none",  # What the backward pass computes again.
         "dtype": "float32",  # Of the computation; parameters are always float32.
     },
     "optimizer": {

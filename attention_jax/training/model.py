@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -77,7 +78,7 @@ def make_sequence_model(
     qk_norm: bool = False,
     use_bias: bool = True,
     tie_embedding: bool = True,
-    remat: bool = False,
+    remat: str = "none",
     decode: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -114,7 +115,9 @@ def make_sequence_model(
         dropout_rate: Dropout on embeddings, on residual branches, and on attention weights where
             the mechanism has weights.
         tie_embedding: Logits come from the embedding table; else from a separate matrix.
-        remat: As in `SequenceModel`.
+        remat: What the backward pass recomputes: "none", "full" for each block whole, or what is
+            left by a policy of `jax.checkpoint_policies`: "dots_saveable" or
+            "dots_with_no_batch_dims_saveable".
         dtype, param_dtype: The types to compute in and to keep parameters in.
         stride: Of the patterns "strided" and "blocks".
         init_scale: Multiplies the initial kernels of projections whose output is added to the
@@ -132,6 +135,7 @@ def make_sequence_model(
         ("norm", norm, words.NORMS),
         ("pattern", pattern, words.PATTERNS),
         ("positions", positions, words.POSITIONS),
+        ("remat", remat, words.REMATS),
     ):
         check_word(name, word, tuple(known))
     make_layer = _mechanism(mechanism)
@@ -229,7 +233,7 @@ def make_sequence_model(
         norm=make_norm,
         head=head,
         dropout_rate=dropout_rate,
-        remat=remat,
+        remat=words.REMATS[remat](jax),
         **{field: placing},
     )
 

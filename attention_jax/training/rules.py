@@ -109,6 +109,7 @@ _RULES = {
     "model.short_conv": _at_least(0),
     "model.init_scale": _at_least(0),
     "model.dropout_rate": _RATE,
+    "model.remat": _one_of(*words.REMATS),
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _Rule(lambda value: value > 0, "must be above 0"),

@@ -55,6 +55,17 @@ MLPS = {
     "geglu": lambda: partial(attention_jax.GatedMLP, activation=attention_jax.MLP.activation),
 }
 
+# What is stored for the backward pass: all; the inputs of each block; or also some products in it.
+# The last two are names of `jax.checkpoint_policies`.
+REMATS = {
+    "none": lambda jax: False,
+    "full": lambda jax: True,
+    "dots_saveable": lambda jax: jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": lambda jax: (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
 # The names of flax.
 NORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "none": None}
 
