@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     )
     from attention_jax.functional.gated_delta import gated_delta_attention
     from attention_jax.functional.linear import linear_attention
+    from attention_jax.functional.parallel import (
+        device_positions,
+        ring_attention,
+        ulysses_attention,
+        unzigzag,
+        zigzag,
+    )
     from attention_jax.functional.sigmoid import sigmoid_attention
     from attention_jax.generation import generate
     from attention_jax.layers import (
@@ -50,6 +57,11 @@ _HOMES = {
     "sigmoid_attention": "attention_jax.functional.sigmoid",
     "differential_attention": "attention_jax.functional.differential",
     "gated_delta_attention": "attention_jax.functional.gated_delta",
+    "ring_attention": "attention_jax.functional.parallel",
+    "ulysses_attention": "attention_jax.functional.parallel",
+    "zigzag": "attention_jax.functional.parallel",
+    "unzigzag": "attention_jax.functional.parallel",
+    "device_positions": "attention_jax.functional.parallel",
     "AlibiBias": "attention_jax.layers",
     "DifferentialAttention": "attention_jax.layers",
     "GatedDeltaAttention": "attention_jax.layers",
@@ -93,6 +105,7 @@ __all__ = [
     "attention_weights",
     "biases",
     "decoding",
+    "device_positions",
     "differential_attention",
     "dot_product_attention",
     "explain",
@@ -102,7 +115,11 @@ __all__ = [
     "load",
     "masks",
     "positions",
+    "ring_attention",
     "sigmoid_attention",
+    "ulysses_attention",
+    "unzigzag",
+    "zigzag",
 ]
 __version__ = "0.1.0"
 

@@ -333,7 +333,8 @@ class SequenceModel(nn.Module):
             return new if positions is None else positions, positions, None, None
         standing, told = None, positions
         rotary = any(getattr(block.attention, "rotary", False) for block in self.blocks)
-        if mask is not None and (self._has_rules or self.positions is not None or rotary):
+        used = positions is None and (self.positions is not None or rotary)
+        if mask is not None and (self._has_rules or used):
             standing = mask.standing(length)
         if standing is not None:
             heads = getattr(self.blocks[0].attention, "num_heads", 1)

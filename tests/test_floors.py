@@ -172,6 +172,8 @@ FACE = {
         "dropout_rate=0.0 dropout_rng=None deterministic=False implementation=None "
         "block_size=None return_residual=False"
     ),
+    "ring_attention": "query key value bias=None mask=None * axis_name",
+    "ulysses_attention": "query key value bias=None mask=None * axis_name",
     "linear_attention": "query key value * mask=None",
     "masks.causal": "offset=0",
     "masks.window": "left right=0 offset=0",

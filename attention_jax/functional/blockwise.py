@@ -78,7 +78,7 @@ def blockwise_attention(
         peak, log_total = top, jnp.log(with_sinks)
     if options.rate is not None:
         out /= 1 - options.rate
-    out = out.astype(query.dtype)
+    out = out if options.wide else out.astype(query.dtype)
     if not options.residual:
         return out
     with jax.debug_infs(False):  # The -inf of an empty row is meant.

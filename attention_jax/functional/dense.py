@@ -44,7 +44,8 @@ def dense_attention(
     mixed = residual = None
     if value is not None:
         inputs = jnp.result_type(query, key, value)
-        mixed = mix(weights, value, options, inputs).astype(query.dtype)  # [..., T, N, V]
+        mixed = mix(weights, value, options, inputs)  # [..., T, N, V]
+        mixed = mixed if options.wide else mixed.astype(query.dtype)
     if options.residual:
         empty = total == 0
         with jax.debug_infs(False):  # The -inf of an empty row is meant.

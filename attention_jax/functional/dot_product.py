@@ -91,7 +91,7 @@ def dot_product_attention(
         sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks",
         section 3.3, with logits for keys as in gpt-oss. https://arxiv.org/abs/2309.17453
     """
-    call = _prepare(
+    call = prepare(
         query,
         key,
         value,
@@ -108,13 +108,14 @@ def dot_product_attention(
         return_residual=return_residual,
     )
     name, _, (query, key, value), options, block_size = call
-    compute = functools.partial(_compute, name, block_size)
+    run = functools.partial(compute, name, block_size)
     out, residual = attended(query), partition_of(query, *range(query.ndim - 1))
     results = (out, residual) if return_residual else out
-    return in_auto(compute, (query, key, value, options), results)
+    return in_auto(run, (query, key, value, options), results)
 
 
-def _compute(name, block_size, query, key, value, options):
+def compute(name, block_size, query, key, value, options):
+    """The attention by an implementation, for what `prepare` returned."""
     if name == "cudnn":
         return cudnn_attention(query, key, value, options)
     if name == "dense" or 0 in (*query.shape, *value.shape):
@@ -146,7 +147,7 @@ def explain(*arguments, **options) -> Choice:
     explained = []
 
     def look(arrays):
-        name, reason, (query, key, value), options, block_size = _prepare(**arrays, **numbers)
+        name, reason, (query, key, value), options, block_size = prepare(**arrays, **numbers)
         options.arrays(query, key)  # For its errors.
         explained.extend((name, reason, *map(jax.typeof, (query, key, value)), block_size))
 
@@ -156,7 +157,7 @@ def explain(*arguments, **options) -> Choice:
     return cost(*explained, None if mask is None else as_mask(mask), block_size)
 
 
-def _prepare(query, key, value, bias, mask, implementation, block_size, **others):
+def prepare(query, key, value, bias, mask, implementation, block_size, **others):
     """Checks everything and chooses.
 
     Returns:

@@ -482,8 +482,8 @@ class Placed(Mask):
             return None
         start, stop = known.seen  # A start of 0 is open to negative positions too.
         seen = (jnp.maximum(self.key_positions, 0) >= start) & (self.key_positions < stop)
-        seen = jnp.broadcast_to(seen.any(axis=tuple(range(seen.ndim - 1))), (at.S,))
-        index = jnp.arange(at.S, dtype=jnp.int32)
+        seen = jnp.broadcast_to(seen.any(axis=tuple(range(seen.ndim - 1))), (at.s_size,))
+        index = at.s_start + jnp.arange(at.s_size, dtype=jnp.int32)
         in_row = self.mask.bounds(at._replace(offset=0))
         stop = jnp.max(jnp.where(seen, index + 1, 0), initial=0)
         start = jnp.min(jnp.where(seen, index, stop), initial=at.S)

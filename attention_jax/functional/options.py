@@ -13,7 +13,7 @@ from attention_jax.checks import (
     known,
 )
 from attention_jax.functional.biases import Bias, as_bias
-from attention_jax.functional.dropout import Shared
+from attention_jax.functional.dropout import Part, Shared
 from attention_jax.functional.masks import Mask, as_mask
 from attention_jax.functional.tiles import Tile
 from attention_jax.types import Array
@@ -25,8 +25,9 @@ class Options(NamedTuple):
     Attributes:
         bias, mask, scale, softcap, sinks: As in `dot_product_attention`.
         rate: The dropout rate; None without dropout.
-        rng: The PRNG key of the dropout, or `dropout.Shared` of it.
+        rng: The PRNG key of the dropout, or `dropout.Shared` or `dropout.Part` of it.
         residual: Whether the logsumexp is wanted.
+        wide: The output stays in float32 at least, because it is a part of a sum.
     """
 
     bias: Bias | None = None
@@ -35,8 +36,9 @@ class Options(NamedTuple):
     softcap: float | Array | None = None
     sinks: Array | None = None
     rate: float | Array | None = None
-    rng: Array | Shared | None = None
+    rng: Array | Shared | Part | None = None
     residual: bool = False
+    wide: bool = False
 
     def arrays(self, query: Array, key: Array) -> tuple[Array | None, Array | None]:
         """Bias and mask as arrays that broadcast to `[..., N, T, S]`.
