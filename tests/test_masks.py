@@ -104,6 +104,36 @@ def test_what_a_pattern_says_of_a_block_of_queries_is_so(mask):
         assert visible[..., open_first:open_stop].all()
 
 
+def random_ids(seed, order):
+    ids = np.random.default_rng(seed).integers(0, 4, (2, 23))
+    return {"sorted": np.sort(ids), "mixed": ids, "one row": np.sort(ids)[0]}[order]
+
+
+@pytest.mark.parametrize("order", ["sorted", "mixed", "one row"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_segments_say_of_a_block_of_queries_is_so(seed, order):
+    key_ids = random_ids(seed, order)
+    query_ids = key_ids[..., 3:20]
+    mask, (T, S) = masks.segments(query_ids, key_ids), (17, 23)
+    visible = np.broadcast_to(oracles.segments(query_ids, key_ids), (2, 1, T, S))[:, 0]
+    for start, size in itertools.product(range(0, T, 3), [1, 2, 5]):
+        size = min(size, T - start)
+        keys = mask.bounds(Tile(start, size, 0, S, T, S))
+        block = visible[:, start : start + size].reshape(-1, S)
+        (first, stop), (open_first, open_stop) = (map(int, x) for x in (keys.seen, keys.open))
+        assert not block[:, :first].any()
+        assert not block[:, stop:].any()
+        assert block[:, open_first:open_stop].all()
+        if order == "one row" and size == 1:  # The bounds are exact.
+            assert (stop - first, open_stop - open_first) == (block[0].sum(), block[0].sum())
+
+
+def test_a_block_of_queries_goes_over_the_keys_of_its_documents_alone():
+    ids = np.arange(1024) // 64
+    bounds = [masks.segments(ids).bounds(Tile(i, 64, 0, 1024, 1024, 1024)) for i in (0, 512, 960)]
+    assert [tuple(map(int, x.seen)) for x in bounds] == [(0, 64), (512, 576), (960, 1024)]
+
+
 def test_a_block_of_its_own_is_seen_whole_and_nothing_else():
     # A path that skips what nobody sees, and does not mask what all see, needs no less than this.
     mask = masks.blocks(4)
