@@ -207,9 +207,15 @@ def test_what_is_said_wins_over_init_from(recall, tmp_path):
     # Of another task the vocabulary, which the embedding depends on, and nothing else.
     config = config_of(run, "--task=copy")
     assert config.model == recall.model
-    assert config.task.to_dict() == {"name": "copy", "vocab_size": 64, "seq_length": 32}
+    assert config.task.to_dict() == {
+        "name": "copy",
+        "vocab_size": 64,
+        "seq_length": 32,
+        "pack": "",
+    }
     assert config_of(run, "--task=induction").task.seq_length == 64
-    assert config_of(run, "--task=teacher").task.to_dict() == {"name": "teacher", "seq_length": 10}
+    teacher = {"name": "teacher", "seq_length": 10, "pack": ""}
+    assert config_of(run, "--task=teacher").task.to_dict() == teacher
     # A file says what differs from the defaults.
     file = write_config(tmp_path / "x.py", "config.model.features = 8", "config.model.window = 4")
     config = config_of(run, f"--config={file}:recall")
@@ -376,7 +382,10 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         ),
         (["--config.model.positions=rotary", "--embed_dim=24"], ["rotary", "even", "got 3"]),
         (["--config.eval.slices=20 20"], ["config.eval.slices", "20 twice"]),
-        (["--config.eval.slices=vocab_size=9"], ["slices", "of teacher (seq_length)", "got 'vo"]),
+        (
+            ["--config.eval.slices=vocab_size=9"],
+            ["slices", "of teacher (pack, seq_length)", "got 'vo"],
+        ),
         (["--config.eval.slices=20,seq_length=30"], ["slices", "each once", "'seq_length=30'"]),
         (["--config.eval.slices=name=copy"], ["slices", "got 'name=copy'"]),
         (["--config.eval.slices=long"], ["slices", "seq_length must be an integer: got 'long'"]),

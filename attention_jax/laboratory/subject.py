@@ -13,6 +13,7 @@ from flax import linen as nn
 from attention_jax.interop import huggingface
 from attention_jax.training.checkpoint import checkpoint_steps, restore_params
 from attention_jax.training.loading import load
+from attention_jax.training.model import row_mask
 from attention_jax.types import Array, Batch, PyTree
 
 # A held-out key of its own, so that no row was drawn in training.
@@ -87,6 +88,7 @@ def of_run(place: Path, rows: int) -> Subject:
     else:
         np.logical_or.at(queries, (np.arange(rows)[:, None], np.asarray(batch.positions)), weights)
     is_tokens = run.task.vocab_size is not None
+    mask = row_mask(run.task)
     try:
         steps = checkpoint_steps(place)
     except FileNotFoundError:
@@ -97,7 +99,7 @@ def of_run(place: Path, rows: int) -> Subject:
         model=run.model,
         params=run.params,
         inputs=batch.inputs,
-        options={} if run.task.mask is None else {"mask": run.task.mask},
+        options={} if mask is None else {"mask": mask},
         vocab_size=run.task.vocab_size,
         words=np.asarray(batch.inputs).astype(str).tolist() if is_tokens else None,
         queries=queries,

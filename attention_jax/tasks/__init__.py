@@ -13,6 +13,7 @@ from attention_jax.tasks import (
     recall,
     teacher,
 )
+from attention_jax.tasks.packing import packed
 from attention_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -35,4 +36,4 @@ TASKS: dict[str, Callable[..., Task]] = {
     "listops": listops.listops,
 }
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["TASKS", "Task", "packed"]

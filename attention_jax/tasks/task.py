@@ -30,6 +30,8 @@ class Task(NamedTuple):
         held_out: Describes the held-out rows in words.
         num_rows: How many different rows `sample` can draw. None if they are infinitely many or not
             counted.
+        documents: `[T]` integers: to which document of the row each position belongs. Documents do
+            not see one another. None: the row is one.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Task(NamedTuple):
     sample_held_out: Callable[[Array, Array], Batch] | None = None
     held_out: str = "fresh rows of the same distribution"
     num_rows: int | None = None
+    documents: np.ndarray | None = None
 
 
 def check_task(name: str, task: Task, seq_length: int) -> None:
@@ -70,6 +73,10 @@ def check_task(name: str, task: Task, seq_length: int) -> None:
     if task.mask is not None and np.shape(task.mask) != (seq_length, seq_length):
         raise ValueError(
             f"{name}: mask must be [T, T], T={seq_length}, got shape {np.shape(task.mask)}."
+        )
+    if task.documents is not None and np.shape(task.documents) != (seq_length,):
+        raise ValueError(
+            f"{name}: documents must be [T], T={seq_length}, got shape {np.shape(task.documents)}."
         )
     B, T = 2, seq_length
     rng, rows = jax.random.key(0), jax.ShapeDtypeStruct((B,), np.int32)

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from attention_jax.checks import jax_defaults
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task
+from attention_jax.tasks.packing import packed
 from attention_jax.tasks.task import check_rows, check_task
 from attention_jax.training import own
 from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
 from attention_jax.training.launch import make_launcher
 from attention_jax.training.memory import check_memory
-from attention_jax.training.model import make_model
+from attention_jax.training.model import make_model, row_mask
 from attention_jax.training.optimizer import make_optimizer, skipping
 from attention_jax.training.rules import label
 from attention_jax.types import Array, Batch, PyTree, TrainState
@@ -195,7 +196,7 @@ def make_functions(
                 {"params": params},
                 batch.inputs,
                 output_positions=batch.positions,
-                mask=task.mask,
+                mask=row_mask(task),
                 deterministic=rng is None,
                 rngs=None if rng is None else {"dropout": rng},
             )
@@ -229,7 +230,7 @@ def make_functions(
                 stream(_PARAMS),
                 example.inputs,
                 output_positions=example.positions,
-                mask=task.mask,
+                mask=row_mask(task),
             )
         params = variables["params"]
         return TrainState(jnp.int32(0), params, optimizer.init(params), stream(_DROPOUT))
@@ -299,6 +300,8 @@ def make_task(config: ConfigDict, **traced: Any) -> Task:
     """
     settings = config.task.to_dict()
     name = settings.pop("name")
+    if name in TASKS and (pack := settings.pop("pack")):
+        return packed([make_task(part, **traced) for part in _documents(config, pack)])
     if name not in TASKS:
         task = own.find(name, label("task.name"))(**settings | traced)
         check_task(f"{label('task.name')}={name}", task, config.task.seq_length)
@@ -307,6 +310,25 @@ def make_task(config: ConfigDict, **traced: Any) -> Task:
         heads = config.model.num_heads if config.model.name == "multihead" else 1
         settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}
     return TASKS[name](**settings | traced)
+
+
+def _documents(config: ConfigDict, pack: str) -> Iterator[ConfigDict]:
+    """The config of each document that `config.task.pack` names by its length."""
+    if config.model.short_conv:
+        raise NotImplementedError(
+            f"config.task.pack has no short_conv={config.model.short_conv}: a convolution would "
+            f"cross the documents, got {pack!r}."
+        )
+    lengths = [int(n) if n.isascii() and n.isdigit() else 0 for n in pack.split("+")]
+    if 0 in lengths or sum(lengths) != config.task.seq_length:
+        raise ValueError(
+            "config.task.pack must be lengths that add up to seq_length="
+            f"{config.task.seq_length}, as 16+32+64: got {pack!r}."
+        )
+    for length in lengths:
+        part = ConfigDict(config.to_dict())
+        part.task.update({"pack": "", "seq_length": length})
+        yield part
 
 
 def make_slices(

@@ -186,6 +186,9 @@ def default_config(task: str = "teacher") -> ConfigDict:
     for section, fields in changes.items():
         config[section].update(fields)
     config.task.name = task
+    if task in TASKS:
+        # Lengths of the documents in a row, "16+32" say, which add up to seq_length; "": one.
+        config.task.pack = ""
     for path in OPTIONAL:
         section, _, field = path.partition(".")
         config[section][field] = placeholder(int)

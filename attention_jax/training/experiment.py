@@ -24,6 +24,7 @@ from attention_jax.training.checkpoint import fingerprint, fitted, restore_param
 from attention_jax.training.config import ConfigError, Target, check, slice_settings
 from attention_jax.training.files import is_weights, local_path
 from attention_jax.training.metrics import Busy, Console, metrics_line
+from attention_jax.training.model import row_mask
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
 from attention_jax.training.run_directory import (
     NoDirectory,
@@ -260,7 +261,8 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
     @jax.jit
     def watch(params: PyTree) -> dict[str, Array]:
         batch = functions.held_out_batch()
-        options = {} if functions.task.mask is None else {"mask": functions.task.mask}
+        mask = row_mask(functions.task)
+        options = {} if mask is None else {"mask": mask}
         found = head_statistics(functions.model, params, batch.inputs, **options)
         metrics = {
             f"{name}/{path.removesuffix('/attention')}/{head}": value

@@ -17,7 +17,7 @@ from attention_jax.training.build import make_task
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import check, default_config, flatten, set_field
 from attention_jax.training.files import local_path, locate, read_config, trial_directory
-from attention_jax.training.model import make_model
+from attention_jax.training.model import make_model, row_mask
 from attention_jax.training.rules import fault, shown
 from attention_jax.types import Array, PyTree
 
@@ -60,11 +60,11 @@ class Run(NamedTuple):
                     f"inputs must be tokens below {self.task.vocab_size}, got "
                     f"{inputs.min()} to {inputs.max()}."
                 )
-        mask = self.task.mask
+        mask = row_mask(self.task)
         T = inputs.shape[-1 if self.task.vocab_size else -2]
-        if mask is not None and mask.shape[-1] != T:
+        if mask is not None and mask.size()[-1] != T:
             raise ValueError(
-                f"inputs must have the {mask.shape[-1]} positions of the task {self.task.name}, "
+                f"inputs must have the {mask.size()[-1]} positions of the task {self.task.name}, "
                 f"which has a mask of its own; got shape {inputs.shape}."
             )
         return _apply(self.model, self.params, inputs, mask)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,13 @@ from attention_jax.tasks import Task
 from attention_jax.training import own, words
 from attention_jax.training.config import slice_settings
 from attention_jax.types import Array
+
+
+def row_mask(task: Task) -> masks.Mask | None:
+    """Which positions of a task's row may attend to which; the model's own masks come on top."""
+    rules = [] if task.documents is None else [masks.segments(task.documents)]
+    rules += [] if task.mask is None else [masks.dense(task.mask)]
+    return functools.reduce(operator.and_, rules) if rules else None
 
 
 def make_model(config: ConfigDict, task: Task, **traced: Any) -> SequenceModel:
