@@ -85,8 +85,8 @@ def ring_attention(
         NotImplementedError: implementation="cudnn".
 
     Reference:
-        Liu et al. 2023, https://arxiv.org/abs/2310.01889; zig-zag order: Brandon et al. 2023,
-        "Striped Attention", section 3 on balance. https://arxiv.org/abs/2311.09431
+        Liu et al. 2023, https://arxiv.org/abs/2310.01889. Zig-zag order: Llama Team 2024, "The
+        Llama 3 Herd of Models", section 3.3.2. https://arxiv.org/abs/2407.21783
     """
     check_word("order", order, ORDERS)
     size = _axis_size("ring_attention", axis_name)
