@@ -186,6 +186,9 @@ MESHES = [
     ({"data": 4, "model": 2}, {}),
     ({"model": 8}, {"num_kv_heads": 1, "sinks": True, "mlp": "swiglu"}),
     ({"model": 4}, {"num_kv_heads": 4, "positions": "relative", "mechanism": "sigmoid"}),
+    ({"data": 2, "sequence": 4}, {}),
+    ({"model": 2, "sequence": 2}, {"num_kv_heads": 2, "sinks": True, "positions": "alibi"}),
+    ({"sequence": 2}, {"window": 3, "positions": "relative", "softcap": 5.0, "remat": "full"}),
     ({"data": 2, "model": 4}, {"remat": "dots_saveable", "positions": "alibi", "use_bias": False}),
 ]
 
@@ -193,7 +196,7 @@ MESHES = [
 @functools.cache
 def losses(launcher, mesh, model):
     config = default_config("sort")
-    config.task.seq_length = 6
+    config.task.seq_length = 8
     config.model.update({"features": 16, "num_heads": 8, "num_layers": 1} | dict(model))
     config.optimizer.update(name="sgd", learning_rate=0.1)
     config.train.update(batch_size=16, steps_per_epoch=10, epochs=1)
@@ -206,10 +209,13 @@ def losses(launcher, mesh, model):
 
 @pytest.mark.parametrize(
     ("mesh", "model"),
-    [MESHES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[1:])],
+    [
+        pytest.param(*case, marks=[] if number in (0, 3) else pytest.mark.slow)
+        for number, case in enumerate(MESHES)
+    ],
     ids=str,
 )
-def test_heads_and_hidden_features_may_be_split(mesh, model):
+def test_heads_hidden_features_and_sequences_may_be_split(mesh, model):
     want = losses("single", (), tuple(model.items()))
     found = losses("sharded", tuple(mesh.items()), tuple(model.items()))
     assert found[:2] == pytest.approx(want[:2], rel=1e-5)
@@ -235,7 +241,9 @@ def test_each_device_holds_its_part_of_the_model():
 def test_a_mesh_that_does_not_fit_is_refused():
     config = default_config()
     config.launcher, config.mesh.model = "sharded", 3
-    with pytest.raises(ValueError, match=r"config.mesh must fit the 8 devices: got model=3"):
+    with pytest.raises(
+        ValueError, match=r"config.mesh must fit the 8 devices: got data=None, model=3"
+    ):
         experiment.run(config)
     config.launcher = "pmap"
     with pytest.raises(ValueError, match=r"config.mesh.model is for --launcher=sharded: got pmap"):

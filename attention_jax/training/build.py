@@ -123,7 +123,12 @@ def _build(config):
         raise ValueError(
             f"{rows.shape[-1]} rows (per device) cannot be accumulated in {accumulate} parts."
         )
-    functions = make_functions(config, axis_name=launcher.axis_name, constrain=launcher.constrain)
+    functions = make_functions(
+        config,
+        axis_name=launcher.axis_name,
+        constrain=launcher.constrain,
+        attention_fn=launcher.attention_fn,
+    )
     return Program(
         task=functions.task,
         target=Target.parse(config.train.target),
@@ -157,6 +162,7 @@ def make_functions(
     *,
     axis_name: str | None = None,
     constrain: Callable[[Batch], Batch] = lambda batch: batch,
+    attention_fn: Callable | None = None,
 ) -> Functions:
     """Makes the functions of a run from its config.
 
@@ -165,7 +171,7 @@ def make_functions(
         traced: Values that replace those of the config, by the path of the field. They may be
             arrays in a function that jax traces, so that one program serves many. They are the
             seed, numbers of the optimizer and of the model; and `task.*`, arguments of the task.
-        axis_name, constrain: Of the launcher.
+        axis_name, constrain, attention_fn: Of the launcher.
 
     Raises:
         ValueError, TypeError, NotImplementedError: The task, the model or the optimizer does not
@@ -181,7 +187,8 @@ def make_functions(
     task = make_task(config, **of("task"))
     slices = make_slices(config, task, **of("task"))
     parts = [task, *make_slices(config, task, "train", **of("task")).values()]
-    model = make_model(config, task, **of("model"))
+    function = {} if attention_fn is None else {"mechanism": attention_fn}
+    model = make_model(config, task, **of("model"), **function)
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
     accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")

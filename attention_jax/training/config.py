@@ -46,8 +46,8 @@ DEFAULTS = {
     "seed": 0,
     "launcher": "single",
     # How sharded splits the devices: the rows of a batch (None: over all that are left), and the
-    # heads and hidden features of the model.
-    "mesh": {"data": None, "model": 1},
+    # heads and hidden features of the model; and the tokens of a row, by ring attention.
+    "mesh": {"data": None, "model": 1, "sequence": 1},
     "init_from": "",  # The run, or file of weights, to take the first parameters from.
     "task": {},  # The name of the task and its settings: TASKS.
     "model": {
@@ -197,7 +197,7 @@ def default_config(task: str = "teacher") -> ConfigDict:
 
 # Fields that no sweep can change, because the trials run side by side.
 SHARED = (
-    *("launcher", "mesh.data", "mesh.model", "task.name"),
+    *("launcher", "mesh.data", "mesh.model", "mesh.sequence", "task.name"),
     *("train.steps_per_epoch", "train.epochs", "train.target", "eval.every_epochs", "eval.heads"),
 )
 MAX_TRIALS = 10_000
@@ -293,6 +293,12 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             if value != DEFAULTS["mesh"][name]:
                 path = f"mesh.{name}"
                 yield path, f"config.{path} is for --launcher=sharded: got {config.launcher}."
+    if config.mesh.sequence > 1:
+        for name, only in (("mechanism", "dot_product"), ("name", "multihead")):
+            if config.model[name] != only:
+                path = f"config.model.{name}"
+                words = f"config.mesh.sequence is for {path}={only}: got {config.model[name]}."
+                yield "mesh.sequence", words
     model, optimizer, train = config.model, config.optimizer, config.train
     try:
         Target.parse(train.target)

@@ -4,17 +4,19 @@ A launcher runs an unchanged `(state, batch) -> (state, metrics)` on the devices
 look the same under each launcher, so any launcher can continue from a checkpoint.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from attention_jax.training.partition import DATA, MODEL, shardings
+from attention_jax.functional.parallel import ring_attention
+from attention_jax.training.partition import DATA, MODEL, SEQUENCE, shardings
 from attention_jax.types import PyTree
 
 AXIS = DATA
@@ -34,6 +36,7 @@ class Launcher(NamedTuple):
             cannot be split.
         constrain: Called inside the function on a tree of `[B, ...]` made there: keeps it split.
         axis_name: For `make_train_step` and `make_eval_step`.
+        attention_fn: What stands for `dot_product_attention` in the model; None: itself.
         compile_trials: `(function, *, donate=False) -> function` for a function of one trial,
             `(shared, state, settings) -> results`. The result takes many trials at once: `shared`
             is the same for all, and each device gets whole trials. `donate` applies to `state`.
@@ -48,6 +51,7 @@ class Launcher(NamedTuple):
     put_batch: Callable[[PyTree], PyTree]
     constrain: Callable[[PyTree], PyTree]
     axis_name: str | None
+    attention_fn: Callable | None
     compile_trials: Callable[..., Callable]
     put_trials: Callable[[PyTree], PyTree]
     get_trials: Callable[[PyTree], PyTree]
@@ -75,6 +79,7 @@ def single() -> Launcher:
         put_batch=lambda batch: jax.device_put(batch, device),
         constrain=lambda batch: batch,
         axis_name=None,
+        attention_fn=None,
         compile_trials=compiled_trials,
         put_trials=lambda trials: jax.device_put(trials, device),
         get_trials=jax.device_get,
@@ -135,28 +140,32 @@ def pmapped() -> Launcher:
         put_batch=put_batch,
         constrain=lambda batch: batch,
         axis_name=AXIS,
+        attention_fn=None,
         compile_trials=compiled_trials,
         put_trials=put_trials,
         get_trials=get_trials,
     )
 
 
-def sharded(data: int | None = None, model: int = 1) -> Launcher:
+def sharded(data: int | None = None, model: int = 1, sequence: int = 1) -> Launcher:
     """One program over a mesh of all devices; the compiler adds the sums.
 
     Args:
         data: How many parts a batch is split into; None: as many as the devices allow.
         model: How many devices split the heads and hidden features of each part: see `partition`.
+        sequence: How many devices split the sequence of each part, by ring attention.
 
     Raises:
-        ValueError: The devices are not `data` times `model`.
+        ValueError: The devices are not the product of the three.
     """
-    devices = jax.device_count()
-    if devices % model or (data is not None and data * model != devices):
-        given = f"model={model}" if data is None else f"data={data}, model={model}"
+    devices, shared = jax.device_count(), model * sequence
+    if devices % shared or (data is not None and data * shared != devices):
+        given = f"data={data}, model={model}, sequence={sequence}"
         raise ValueError(f"config.mesh must fit the {devices} devices: got {given}.")
     mesh = jax.make_mesh(
-        (devices // model, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto)
+        (devices // shared, sequence, model),
+        (DATA, SEQUENCE, MODEL),
+        axis_types=(AxisType.Auto,) * 3,
     )
     replicated = NamedSharding(mesh, P())
     split = NamedSharding(mesh, P(DATA))
@@ -166,7 +175,7 @@ def sharded(data: int | None = None, model: int = 1) -> Launcher:
 
     def compiled(function: Callable, *, donate: bool = False) -> Callable:
         donated = 0 if donate else ()
-        if model > 1:  # The arguments say how they are split.
+        if shared > 1:  # The arguments say how they are split.
             run = lambda state, batch: placed(function(state, batch))
             return jax.jit(run, donate_argnums=donated)
         return jax.jit(
@@ -181,8 +190,10 @@ def sharded(data: int | None = None, model: int = 1) -> Launcher:
         return jax.device_put(batch, split)
 
     def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
-        if model > 1:
-            raise ValueError(f"config.mesh.model must be 1 in a sweep: got {model}.")
+        if shared > 1:
+            raise ValueError(
+                f"config.mesh.model and sequence must be 1 in a sweep: got {model} and {sequence}."
+            )
         return jax.jit(
             _over_trials(function),
             in_shardings=(replicated, split, split),
@@ -205,10 +216,35 @@ def sharded(data: int | None = None, model: int = 1) -> Launcher:
         # Without this constraint the compiler may make the whole batch on every device.
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
         axis_name=None,
+        attention_fn=functools.partial(_in_ring, mesh) if sequence > 1 else None,
         compile_trials=compiled_trials,
         put_trials=put_trials,
         get_trials=lambda trials: jax.device_get(gather(trials)),
     )
+
+
+def _in_ring(mesh: Mesh, query, key, value, bias=None, mask=None, **options):
+    """`dot_product_attention` by `ring_attention`, where the program sees whole sequences."""
+    for name, x in (("query", query), ("key", key)):
+        if x.shape[-3] % mesh.shape[SEQUENCE]:
+            raise ValueError(
+                f"config.mesh.sequence={mesh.shape[SEQUENCE]} must divide the length: "
+                f"got {name} {x.shape}."
+            )
+    split = P(*[None] * (query.ndim - 3), SEQUENCE)
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    others = {name: x for name, x in options.items() if name not in arrays}
+
+    def part(query, key, value, bias, mask, arrays):
+        return ring_attention(query, key, value, bias, mask, axis_name=SEQUENCE, **arrays, **others)
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(split, split, split, P(), P(), P()),
+        out_specs=split,
+        axis_names={SEQUENCE},
+    )(query, key, value, bias, mask, arrays)
 
 
 LAUNCHERS: dict[str, Callable[..., Launcher]] = {

@@ -90,6 +90,7 @@ _RULES = {
     "launcher": _one_of("single", "pmap", "sharded"),
     "mesh.data": _at_least(1),
     "mesh.model": _at_least(1),
+    "mesh.sequence": _at_least(1),
     "task.seq_length": _at_least(1),
     "model.name": _one_of(*words.ATTENTIONS),
     "model.mechanism": _one_of_or_path(*words.MECHANISMS),
@@ -135,6 +136,7 @@ _RULES = {
 _MOST = {
     "mesh.data": 2**20,
     "mesh.model": 2**20,
+    "mesh.sequence": 2**20,
     "model.num_layers": 1000,  # Each is traced and compiled.
     "model.features": 2**20,
     "model.num_heads": 2**20,
