@@ -238,6 +238,21 @@ def test_each_device_holds_its_part_of_the_model():
     assert whole.params["blocks_0"]["mlp"]["in"]["kernel"].is_fully_replicated
 
 
+@pytest.mark.slow
+def test_a_long_sequence_is_gathered_nowhere():
+    config = default_config("copy")
+    config.task.seq_length = 2048
+    config.model.update(features=32, num_heads=4, num_layers=1)
+    config.train.update(batch_size=8, steps_per_epoch=1)
+    config.launcher = "sharded"
+    config.mesh.update(data=2, sequence=2, model=2)
+    program = build.build(config)
+    state = program.put_state(jax.jit(program.init)())
+    compiled = program.epoch.lower(state, program.rows).compile().as_text()
+    assert "collective-permute" in compiled
+    assert not re.search(r"\[\d+,2048,[\d,]+\]\S* all-gather\(", compiled)
+
+
 def test_a_mesh_that_does_not_fit_is_refused():
     config = default_config()
     config.launcher, config.mesh.model = "sharded", 3

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from attention_jax.functional.parallel import ring_attention
 from attention_jax.training.partition import DATA, MODEL, SEQUENCE, shardings
+from attention_jax.training.sequence import attend_in_ring
 from attention_jax.types import PyTree
 
 AXIS = DATA
@@ -216,35 +216,11 @@ def sharded(data: int | None = None, model: int = 1, sequence: int = 1) -> Launc
         # Without this constraint the compiler may make the whole batch on every device.
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, split),
         axis_name=None,
-        attention_fn=functools.partial(_in_ring, mesh) if sequence > 1 else None,
+        attention_fn=functools.partial(attend_in_ring, mesh) if sequence > 1 else None,
         compile_trials=compiled_trials,
         put_trials=put_trials,
         get_trials=lambda trials: jax.device_get(gather(trials)),
     )
-
-
-def _in_ring(mesh: Mesh, query, key, value, bias=None, mask=None, **options):
-    """`dot_product_attention` by `ring_attention`, where the program sees whole sequences."""
-    for name, x in (("query", query), ("key", key)):
-        if x.shape[-3] % mesh.shape[SEQUENCE]:
-            raise ValueError(
-                f"config.mesh.sequence={mesh.shape[SEQUENCE]} must divide the length: "
-                f"got {name} {x.shape}."
-            )
-    split = P(*[None] * (query.ndim - 3), SEQUENCE)
-    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
-    others = {name: x for name, x in options.items() if name not in arrays}
-
-    def part(query, key, value, bias, mask, arrays):
-        return ring_attention(query, key, value, bias, mask, axis_name=SEQUENCE, **arrays, **others)
-
-    return jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=(split, split, split, P(), P(), P()),
-        out_specs=split,
-        axis_names={SEQUENCE},
-    )(query, key, value, bias, mask, arrays)
 
 
 LAUNCHERS: dict[str, Callable[..., Launcher]] = {
