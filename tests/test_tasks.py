@@ -54,6 +54,7 @@ CASES = {
         {"seq_length": 19, "max_depth": 4, "max_args": 3, "expand_rate": 0.6},
         {"seq_length": 40},
     ],
+    "text": [{"seq_length": 6}],
 }
 SMALL = {name: cases[-1] for name, cases in CASES.items()}
 NUM_ROWS = 8_000  # Enough for the statistics; the same everywhere, so each task compiles once.
@@ -83,7 +84,7 @@ def draw(name, seed=7, backwards=False, **settings):
 # Of these the different rows are not counted.
 UNCOUNTED = {
     *("teacher", "recall", "compositional_recall", "forgetting_recall"),
-    *("in_context_recall", "noisy_recall", "fuzzy_recall", "listops"),
+    *("in_context_recall", "noisy_recall", "fuzzy_recall", "listops", "text"),
 }
 
 
@@ -126,8 +127,8 @@ def test_every_task_has_a_row_here_and_a_rule():
     assert CASES.keys() == TASKS.keys()
     page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
     assert not [name for name in TASKS if f"| `{name}` |" not in page], "a row in docs/tasks.md"
-    # These two are tested below: what they ask for stands in no row.
-    assert TASK_RULES.keys() == TASKS.keys() - {"teacher", "memorization"}
+    # These are tested below, and in test_text.py: what they ask for stands in no row.
+    assert TASK_RULES.keys() == TASKS.keys() - {"teacher", "memorization", "text"}
 
 
 @every_task
@@ -140,7 +141,10 @@ def test_task_says_what_it_makes(name):
         P = batch.targets.shape[1]
         assert task.inputs is None
         assert batch.inputs.shape == (B, T)
-        assert batch.inputs.dtype == batch.targets.dtype == batch.positions.dtype == np.int32
+        assert batch.inputs.dtype == batch.targets.dtype == np.int32
+        if batch.positions is None:  # Every position has a label.
+            batch = batch._replace(positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)))
+        assert batch.positions.dtype == np.int32
         assert batch.positions.shape == batch.weights.shape == (B, P)
         assert (np.diff(np.sort(batch.positions)) > 0).all(), "a position labelled twice"
         for tokens in (batch.inputs, batch.targets):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from attention_jax.tasks import Task
 from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import build as builder
 from attention_jax.training.config import Target, flatten
-from attention_jax.training.experiment import first_params
+from attention_jax.training.experiment import check_vocabulary, first_params
 from attention_jax.training.launch import Launcher
 from attention_jax.training.step import all_finite
 from attention_jax.types import Array, PyTree, TrainState
@@ -36,6 +37,7 @@ class Group(NamedTuple):
         numbers: The numbers of these trials in the sweep.
         name: Tells the program from those of other groups; "" if it is the only one.
         config: The config of the first trial.
+        task: Its task.
         settings: The traced values, `[trials, ...]` each, on the devices.
         init: `(None, None, settings) -> state`, where the state is `(params, opt_state)`.
         epoch: `(step, state, (settings, active)) -> (state, active, metrics)`. An inactive trial
@@ -49,6 +51,7 @@ class Group(NamedTuple):
     numbers: list[int]
     name: str
     config: ConfigDict
+    task: Task
     settings: PyTree
     init: Callable
     epoch: Callable
@@ -129,6 +132,7 @@ def _build(numbers, name, configs, traced, launcher):
         numbers=numbers,
         name=name,
         config=config,
+        task=builder.make_task(config),
         settings=launcher.put_trials(given),
         init=launcher.compile_trials(init),
         epoch=launcher.compile_trials(epoch, donate=True),
@@ -152,4 +156,5 @@ def first_trials(group: Group) -> PyTree:
         found = first_params(init_from, like=like)
         spread = lambda x, old: jax.device_put(np.broadcast_to(x, old.shape), old.sharding)
         params = jax.tree.map(spread, found, params)
+        check_vocabulary(init_from, group.task)
     return params, opt_state

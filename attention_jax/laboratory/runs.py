@@ -104,10 +104,11 @@ def _rows(text):
 
 
 def main_metric(runs: Iterable[Run]) -> str:
-    """`eval_accuracy` if every complete run has one, else `eval_loss`."""
+    """`eval_accuracy` if every complete run has one and none is of text, else `eval_loss`."""
     results = [run.result for run in runs if run.result and "diverged_step" not in run.result]
     has_accuracy = results and all("eval_accuracy" in result for result in results)
-    return "eval_accuracy" if has_accuracy else "eval_loss"
+    of_text = any("eval_loss_in_bits_per_character" in result for result in results)
+    return "eval_accuracy" if has_accuracy and not of_text else "eval_loss"
 
 
 def is_loss(metric: str) -> bool:

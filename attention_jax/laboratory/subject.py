@@ -101,14 +101,23 @@ def of_run(place: Path, rows: int) -> Subject:
         inputs=batch.inputs,
         options={} if mask is None else {"mask": mask},
         vocab_size=run.task.vocab_size,
-        words=np.asarray(batch.inputs).astype(str).tolist() if is_tokens else None,
+        words=_words(run, np.asarray(batch.inputs)) if is_tokens else None,
         queries=queries,
         answers=functools.partial(_tokens if is_tokens else _vectors, batch),
-        guess=_guess(run, batch) if is_tokens else None,
+        guess=_guess(run, batch) if is_tokens and run.task.text is None else None,
         steps=steps,
         restore=functools.partial(restore_params, place, run.params),
         length=min(T, MAX_LENGTH),
     )
+
+
+def _words(run, tokens):
+    """The tokens as labels: of text, what they stand for, with white space made visible."""
+    if run.task.text is None:
+        return tokens.astype(str).tolist()
+    decode = run.task.text.vocabulary.decode
+    name = lambda token: decode([token]).replace("\n", "\\n").replace(" ", "␣")
+    return [[name(token) for token in row] for row in tokens.tolist()]
 
 
 def _guess(run, batch):

@@ -25,7 +25,7 @@ from attention_jax.laboratory.runs import Run, is_loss, main_metric, slices
 from attention_jax.training import build as builder
 from attention_jax.training import experiment, hosts
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
-from attention_jax.training.files import trial_directory
+from attention_jax.training.files import VOCABULARY, trial_directory
 from attention_jax.training.launch import make_launcher
 from attention_jax.training.metrics import Busy, Console, JsonLines
 from attention_jax.training.process import StopSignals, prepare, say
@@ -102,7 +102,8 @@ def run(
     def work(store):
         return _run(config, configs, axes, launcher, groups, store, started)
 
-    return experiment.in_directory(workdir, noted, work)
+    tasks = [group.task for group in groups]
+    return experiment.in_directory(workdir, noted, work, tasks)
 
 
 def _nested(axes):
@@ -122,7 +123,7 @@ def _run(config, configs, axes, launcher, groups, store, started):
     target = Target.parse(config.train.target)
     with StopSignals() as stop, ExitStack() as files:
         state = store.restore(lambda: _like(groups))
-        log = _Log(configs, axes, state, directory, files)
+        log = _Log(configs, axes, groups, state, directory, files)
         if store.result is not None:
             if len(store.result.get("trials") or ()) != len(configs):
                 raise ConfigError(f"{directory / 'result.json'} is not of this sweep.")
@@ -208,12 +209,13 @@ class _Log:
         diverged, reached: As in `SweepState`.
     """
 
-    def __init__(self, configs, axes, state, directory, files):
+    def __init__(self, configs, axes, groups, state, directory, files):
         self.configs, self.axes = configs, axes
         none = np.zeros(len(configs), np.int32)
         self.diverged = none.copy() if state is None else np.array(state.diverged)
         self.reached = none.copy() if state is None else np.array(state.reached)
         self.directory = directory
+        texts = {number: x.task.text for x in groups for number in x.numbers}
         self.histories: list[list] = [[] for _ in configs]
         self._lines = []
         if directory is None:
@@ -227,6 +229,8 @@ class _Log:
             with refused(), reported(place):
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / "config.json", {"config": config.to_dict()})
+                if texts[number] is not None:
+                    write_json(place / VOCABULARY, texts[number].to_dict())
                 lines = JsonLines(place / "metrics.jsonl", int(self.reached[number] or last))
             self._lines.append(files.enter_context(closing(lines)))
             self.histories[number] = lines.rows
@@ -388,7 +392,6 @@ def _summary(configs, axes, target, launcher, groups, params, log, step):
     results = [{} for _ in configs]
     for group in groups:
         baselines = launcher.get_trials(group.baseline(None, None, group.settings))
-        task = builder.make_task(group.config)
         for i, number in enumerate(group.numbers):
             history = log.histories[number]
             swept = {path: flatten(configs[number])[path] for path in axes}
@@ -396,7 +399,7 @@ def _summary(configs, axes, target, launcher, groups, params, log, step):
             try:
                 if not log.diverged[number]:
                     found = experiment.result_metrics(
-                        configs[number], task, target, params[number], history, baselines[i]
+                        configs[number], group.task, target, params[number], history, baselines[i]
                     )
                     del found["steps_per_second"]  # Other trials shared its time.
             except experiment.Diverged:

@@ -1,4 +1,4 @@
-"""Synthetic tasks whose batches are made on the device, under jit, from `(rng, rows)` alone."""
+"""Tasks whose batches are made on the device, under jit, from `(rng, rows)` alone."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from attention_jax.tasks import (
     memorization,
     recall,
     teacher,
+    text,
 )
 from attention_jax.tasks.packing import packed
 from attention_jax.tasks.task import Task
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "parity": circuits.parity,
     "majority": circuits.majority,
     "listops": listops.listops,
+    "text": text.text,
 }
 
 __all__ = ["TASKS", "Task", "packed"]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from attention_jax.checks import as_rng, jax_defaults
+from attention_jax.tasks.vocabulary import Text
 from attention_jax.types import Array, Batch, PyTree
 
 
@@ -32,6 +33,7 @@ class Task(NamedTuple):
             counted.
         documents: `[T]` integers: to which document of the row each position belongs. Documents do
             not see one another. None: the row is one.
+        text: How text becomes its tokens. None: its tokens are of no text.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Task(NamedTuple):
     held_out: str = "fresh rows of the same distribution"
     num_rows: int | None = None
     documents: np.ndarray | None = None
+    text: Text | None = None
 
 
 def check_task(name: str, task: Task, seq_length: int) -> None:

@@ -1,6 +1,7 @@
 """Makes the values that a config names: task, model, optimizer, and the functions of a run."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -262,6 +263,9 @@ def make_functions(
             )(params, rows)
 
         metrics = held_out(task)
+        if task.text is not None:
+            bits = metrics["loss"] * (task.text.tokens_per_character / math.log(2))
+            metrics["loss_in_bits_per_character"] = bits
         for name, other in slices.items():
             found = held_out(other)
             metrics |= {f"{metric}@{name}": found[metric] for metric in found if metric != "weight"}
@@ -359,4 +363,8 @@ def make_slices(
                 f"config.{section}.slices: {name}: the vocabulary must stay as it is: got "
                 f"{slices[name].vocab_size} tokens for {task.vocab_size}."
             )
+        if task.text is not None and (
+            slices[name].text.vocabulary.to_dict() != task.text.vocabulary.to_dict()
+        ):
+            raise ValueError(f"config.{section}.slices: {name}: its text has other characters.")
     return slices

@@ -156,6 +156,21 @@ TASKS = {
     "parity": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
     "majority": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
     "listops": _token_task(_WITH_MLP, seq_length=128, max_depth=10, max_args=10, expand_rate=0.25),
+    "text": {
+        "task": {"seq_length": 64, "path": "", "tokens": "characters", "lines": False},
+        "model": _TRANSFORMER
+        | {"features": 128, "num_layers": 4, "num_heads": 4, "mlp_ratio": 4.0, "use_bias": False},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+        },
+        "train": {"batch_size": 16, "steps_per_epoch": 100, "epochs": 20},
+        "eval": {"num_batches": 32, "every_epochs": 5},
+    },
 }
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -22,7 +22,8 @@ from attention_jax.training import step as steps
 from attention_jax.training.build import build, make_functions
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.config import ConfigError, Target, check, slice_settings
-from attention_jax.training.files import is_weights, local_path
+from attention_jax.training.files import VOCABULARY, is_weights, local_path
+from attention_jax.training.loading import kept_text
 from attention_jax.training.metrics import Busy, Console, metrics_line
 from attention_jax.training.model import row_mask
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
@@ -88,29 +89,41 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     prepare()
     # Built before the directory is claimed, so that after an error a corrected config can use it.
     program = build(config)
+    work = lambda store: _run(config, program, store, started)
     with hosts.together():
-        return in_directory(workdir, config, lambda store: _run(config, program, store, started))
+        return in_directory(workdir, config, work, [program.task])
 
 
 def in_directory(
     workdir: str | os.PathLike | None,
     config: ConfigDict,
     work: Callable[[RunDirectory | NoDirectory], Any],
+    tasks: Sequence[Task],
 ) -> Any:
     """Runs `work` in a run directory that is claimed for the config, or without one.
 
-    A failure before the first step is written leaves the directory as it was.
+    A failure before the first step is written leaves the directory as it was. A directory is
+    refused if a file that one of the tasks reads has changed.
     """
     if workdir is None or not hosts.is_first():
         return work(NoDirectory())
     with _told_to_all(), owned(workdir) as path:
-        claim(path, config, versions())
+        claim(path, config, versions(), files_of(tasks))
         try:
             with contextlib.closing(RunDirectory(path, config)) as directory:
                 return work(directory)
         finally:
             if not is_begun(path):
                 clear(path)
+
+
+def files_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """The hashes of the files that tasks read, by their names."""
+    files: dict[str, list[str]] = {}
+    for task in tasks:
+        for name, value in ({} if task.text is None else task.text.settings()).items():
+            files.setdefault(name, []).append(value)
+    return {name: " ".join(found) for name, found in files.items()}
 
 
 @contextlib.contextmanager
@@ -124,6 +137,8 @@ def _told_to_all():
 
 
 def _run(config, program, store, started):
+    if program.task.text is not None:
+        store.keep(VOCABULARY, program.task.text.to_dict())
     with StopSignals() as stop:
         state = _begin(config, program, store)
         if store.result is not None:
@@ -144,10 +159,14 @@ def _begin(config, program, store):
     if state is None:
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
+    files = files_of([program.task])
     if hosts.is_first():
-        hosts.tell({"step": store.step, "rows": list(store.rows), "result": store.result})
+        message = {"step": store.step, "rows": list(store.rows), "result": store.result}
+        hosts.tell(message | {"files": files})
     else:
         message = hosts.listen()
+        if message["files"] != files:
+            raise ConfigError("config.task.path must be the same file as that of process 0.")
         store.step, store.rows, store.result = (message[x] for x in ("step", "rows", "result"))
     return hosts.share(state)
 
@@ -156,6 +175,7 @@ def _first_state(config, program):
     state = program.init()
     if config.init_from and hosts.is_first():
         state = state._replace(params=first_params(config.init_from, like=state.params))
+        check_vocabulary(config.init_from, program.task)
     return state
 
 
@@ -174,6 +194,22 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
         return restore_params(init_from, like=like)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--init_from={init_from}: {error}") from error
+
+
+def check_vocabulary(init_from: str, task: Task) -> None:
+    """Raises ConfigError if the tokens of `--init_from` are of other text than those of the task.
+
+    A file of weights says nothing of its tokens.
+    """
+    path = local_path(init_from, "it")
+    if task.text is None or is_weights(path):
+        return
+    theirs = kept_text(path)
+    if theirs is not None and theirs.vocabulary.to_dict() != task.text.vocabulary.to_dict():
+        raise ConfigError(
+            f"--init_from={init_from}: its tokens stand for other characters than those of "
+            f"{task.text.name}. With --config.task.tokens=bytes they are the same for all texts."
+        )
 
 
 def _train(config, program, state, store, started, stop):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
+VOCABULARY, SAMPLES = "vocabulary.json", "samples.txt"  # Of a task of text.
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # Files of parameters alone.
 
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.

@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.checks import as_array, as_integers, as_size
 from attention_jax.models import SequenceModel
-from attention_jax.tasks import Task
+from attention_jax.tasks import Task, text
+from attention_jax.tasks.vocabulary import Text, Vocabulary
 from attention_jax.training.build import make_task
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import check, default_config, flatten, set_field
-from attention_jax.training.files import local_path, locate, read_config, trial_directory
+from attention_jax.training.files import (
+    VOCABULARY,
+    local_path,
+    locate,
+    read_config,
+    read_json,
+    trial_directory,
+)
 from attention_jax.training.model import make_model, row_mask
 from attention_jax.training.rules import fault, shown
 from attention_jax.types import Array, PyTree
@@ -36,6 +45,28 @@ class Run(NamedTuple):
     params: PyTree
     config: ConfigDict
     task: Task
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of a text, `[T]` int32, of a run of text.
+
+        Raises:
+            ValueError: The run is of no text, or its text has not all of these characters.
+        """
+        return self._vocabulary.encode(text)
+
+    def decode(self, tokens: Array) -> str:
+        """The text of tokens `[T]`, of a run of text.
+
+        Raises:
+            ValueError: The run is of no text.
+        """
+        return self._vocabulary.decode(np.asarray(tokens).tolist())
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        if self.task.text is None:
+            raise ValueError(f"the tokens of the task {self.task.name} are of no text.")
+        return self.task.text.vocabulary
 
     def predict(self, inputs: Array) -> Array:
         """The model's outputs for a batch or for one row.
@@ -93,11 +124,30 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     place, trial = locate(local_path(run, "run"))
     where = place if trial is None else trial_directory(place, trial)
     config = _config(read_config(where), where)
-    task = make_task(config)
+    kept = kept_text(where)
+    if kept is None:
+        task = make_task(config)
+    else:
+        settings = {name: x for name, x in config.task.items() if name != "name"}
+        task = text.kept_text(kept, **settings)
     model = make_model(config, task)
-    sample = lambda: task.sample(jax.random.key(0), jnp.arange(1)).inputs
-    like = jax.eval_shape(model.init, jax.random.key(0), jax.eval_shape(sample))["params"]
+    T = config.task.seq_length
+    inputs = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    if task.vocab_size is None:
+        inputs = jax.ShapeDtypeStruct((1, T, task.inputs), jnp.float32)
+    like = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     return Run(model, restore_params(run, like, step), config, task)
+
+
+def kept_text(run: Path) -> Text | None:
+    """What a run of text has kept of its text; None for another run, or none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    place, trial = locate(run)
+    found = read_json((place if trial is None else trial_directory(place, trial)) / VOCABULARY)
+    return None if found is None else Text.from_dict(found)
 
 
 def _config(found: Mapping[str, Any], where: Path) -> ConfigDict:

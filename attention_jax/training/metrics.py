@@ -34,6 +34,7 @@ _LABELS = {
     "skipped": "skipped",
     "eval_loss": "held-out loss",
     "eval_accuracy": "held-out accuracy",
+    "eval_loss_in_bits_per_character": "bits per character",
     "active": "active trials",
     "best_loss": "best loss",
     "best_accuracy": "best accuracy",

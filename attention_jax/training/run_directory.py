@@ -5,6 +5,8 @@
                           JAX that decide its numbers
         checkpoints/      the newest complete one is what the next process continues from
         metrics.jsonl     one object per logged step
+        vocabulary.json   of a task of text: how its tokens become text
+        samples.txt       of a task of text: what the model writes at each evaluation
         tensorboard/      event files, when tensorboardX is there
         result.json       written last, when the run is complete
 
@@ -19,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,7 +30,15 @@ from ml_collections import ConfigDict
 
 from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, flatten, refused
-from attention_jax.training.files import CHECKPOINTS, TRIALS, local_path, read_config, read_json
+from attention_jax.training.files import (
+    CHECKPOINTS,
+    SAMPLES,
+    TRIALS,
+    VOCABULARY,
+    local_path,
+    read_config,
+    read_json,
+)
 from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
 from attention_jax.training.process import RunError
 from attention_jax.types import TrainState
@@ -35,6 +46,7 @@ from attention_jax.types import TrainState
 LOCK = ".lock"  # Exists while a process owns the directory.
 WRITTEN = (
     *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
+    *(VOCABULARY, f"{VOCABULARY}.tmp", SAMPLES),
     *(TRIALS, "sweep.png", "sweep.svg", "result.json", "result.json.tmp"),
 )
 MAX_TRIES = 100  # Tries to make and lock a directory.
@@ -129,17 +141,29 @@ def _try(action, path):
         action(path)
 
 
-def claim(path: Path, config: ConfigDict, versions: Mapping[str, str]) -> None:
+def claim(
+    path: Path,
+    config: ConfigDict,
+    versions: Mapping[str, str],
+    others: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes config and settings to a fresh directory; in a used one, checks that they are the
     same.
 
     A directory is also fresh if its run was killed before it wrote anything of a step.
 
+    Args:
+        path: The directory.
+        config: Of the run.
+        versions: Of the packages.
+        others: What else decides its numbers, as the files that it reads.
+
     Raises:
         ConfigError: The directory holds another run (the line names the first fields that differ)
             or other files, or it cannot be written.
     """
-    file, settings = path / "config.json", {name: getattr(jax.config, name) for name in SETTINGS}
+    file = path / "config.json"
+    settings = {name: getattr(jax.config, name) for name in SETTINGS} | dict(others)
     with refused():
         theirs = settings | _noted(path) if os.path.lexists(file) else None
     if theirs is None:
@@ -294,6 +318,12 @@ class RunDirectory:
         self.result = result
         return state
 
+    def keep(self, name: str, value: dict[str, Any]) -> None:
+        """Writes a file of JSON, unless a process before this one has."""
+        if not (self.path / name).exists():
+            with reported(self.path):
+                write_json(self.path / name, value)
+
     def write(self, row: Row) -> None:
         with reported(self.path):
             self._lines.write(row)
@@ -347,6 +377,9 @@ class NoDirectory:
 
     def restore(self, init: Callable[[], TrainState]) -> None:
         return None
+
+    def keep(self, name: str, value: dict[str, Any]) -> None:
+        pass
 
     def write(self, row: Row) -> None:
         pass

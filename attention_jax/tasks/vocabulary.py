@@ -1,0 +1,169 @@
+"""Text as tokens and back: characters, bytes, or the tokens of a `tokenizer.json`."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Characters:
+    """A token for each character.
+
+    Attributes:
+        letters: The characters; the token of each is its place.
+    """
+
+    def __init__(self, letters: str):
+        self.letters = letters
+        self._places = {letter: place for place, letter in enumerate(letters)}
+
+    @property
+    def size(self) -> int:
+        return len(self.letters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """`[T]` int32; ValueError names the characters that there are not."""
+        try:
+            return np.array([self._places[letter] for letter in text], np.int32)
+        except KeyError:
+            strange = "".join(dict.fromkeys(x for x in text if x not in self._places))
+            raise ValueError(
+                f"the text must be of the {self.size} characters that training has seen: got "
+                f"{strange[:20]!r}."
+            ) from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.letters[token] for token in tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tokens": "characters", "letters": self.letters}
+
+
+class Bytes:
+    """A token for each byte of UTF-8."""
+
+    size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        return bytes(tokens).decode(errors="replace")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tokens": "bytes"}
+
+
+class Tokenizer:
+    """The tokens of the library `tokenizers`.
+
+    Args:
+        definition: The contents of a `tokenizer.json`.
+
+    Raises:
+        ModuleNotFoundError: The library is not installed.
+        ValueError: The contents are broken.
+    """
+
+    def __init__(self, definition: str):
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "a tokenizer.json needs the library tokenizers: "
+                "pip install 'attention-jax[huggingface]'.",
+                name="tokenizers",
+            ) from error
+        self.definition = definition
+        try:
+            self._coder = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # The library raises bare Exceptions.
+            raise ValueError(f"the tokenizer.json is broken: {error}.") from error
+
+    @property
+    def size(self) -> int:
+        return self._coder.get_vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._coder.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._coder.decode(list(tokens), skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tokens": "tokenizer", "definition": self.definition}
+
+
+Vocabulary = Characters | Bytes | Tokenizer
+
+
+class Text(NamedTuple):
+    """What a task of text says about its tokens.
+
+    Attributes:
+        name: Of the file, for people.
+        vocabulary: Turns text into tokens and back.
+        sha256: Of the bytes of the file.
+        tokens_per_character: In the whole file.
+        lines: Whether a row is a line: the token of the newline begins it and ends it.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    sha256: str
+    tokens_per_character: float
+    lines: bool
+
+    def settings(self) -> dict[str, str]:
+        """What else decides the numbers of a run: the hashes of the files that it reads."""
+        found = {"the sha256 of config.task.path": self.sha256}
+        if isinstance(self.vocabulary, Tokenizer):
+            definition = self.vocabulary.definition.encode()
+            found["the sha256 of config.task.tokens"] = hashlib.sha256(definition).hexdigest()
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; `from_dict` reads it."""
+        return self._asdict() | {"vocabulary": self.vocabulary.to_dict()}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Text":
+        """Raises ValueError unless `to_dict` has made it."""
+        try:
+            words = dict(found["vocabulary"])
+            make = {"characters": Characters, "bytes": Bytes, "tokenizer": Tokenizer}
+            vocabulary = make[words.pop("tokens")](*words.values())
+            return cls(**dict(found) | {"vocabulary": vocabulary})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the vocabulary of the run cannot be read: {error!r}.") from error
+
+
+def make_vocabulary(tokens: str, text: str) -> Vocabulary:
+    """The vocabulary that a setting names.
+
+    Args:
+        tokens: "characters", "bytes", or the path of a `tokenizer.json`.
+        text: Whose characters count.
+
+    Raises:
+        ValueError: The setting is another, or the file is missing or broken.
+        ModuleNotFoundError: The library `tokenizers` is not installed.
+    """
+    if tokens == "characters":
+        return Characters("".join(sorted(set(text))))
+    if tokens == "bytes":
+        return Bytes()
+    if not tokens.endswith(".json"):
+        raise ValueError(
+            f"tokens of text must be characters, bytes or the path of a tokenizer.json: got "
+            f"{tokens!r}."
+        )
+    try:
+        return Tokenizer(Path(tokens).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"tokens of text: {tokens} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"tokens of text: {tokens}: {error}") from error

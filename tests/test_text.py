@@ -1,0 +1,229 @@
+"""Promises of text of one's own: rows, vocabularies, what a run keeps, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import attention_jax
+from attention_jax.tasks import TASKS
+from attention_jax.tasks.vocabulary import Bytes, Characters, Text
+from attention_jax.training import experiment
+from attention_jax.training.build import build
+from attention_jax.training.config import ConfigError, default_config
+
+POEM = "".join(f"line {i} of the poem, née {i * i}\n" for i in range(60))
+NAMES = "".join(f"{'abcdefgh'[i % 8] * (1 + i % 5)}{i}\n\n" for i in range(50))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "poem.txt").write_text(POEM, encoding="utf-8")
+    (folder / "names.txt").write_text(NAMES.rstrip("\n"), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER), encoding="utf-8")
+    return folder
+
+
+WORDS = {"[UNK]": 0, "line": 1, "of": 2, "the": 3, "poem": 4}
+TOKENIZER = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "[UNK]"},
+}
+
+
+def rows(sample, number=500):
+    return jax.tree.map(np.asarray, jax.jit(sample)(jax.random.key(0), np.arange(number)))
+
+
+@pytest.mark.parametrize("tokens", ["characters", "bytes"])
+def test_rows_are_windows_and_the_last_tenth_is_held_out(files, tokens):
+    task = TASKS["text"](path=str(files / "poem.txt"), seq_length=9, tokens=tokens)
+    whole = POEM if tokens == "characters" else POEM.encode()
+    cut = int(0.9 * len(whole))
+    decode = task.text.vocabulary.decode
+    for sample, part in ((task.sample, whole[:cut]), (task.sample_held_out, whole[cut:])):
+        batch = rows(sample, 4000)
+        assert (batch.weights == 1).all()
+        assert batch.positions is None
+        np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        found = np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
+        if tokens == "characters":
+            found = {decode(row) for row in found.tolist()}
+        else:
+            found = {bytes(row) for row in found.tolist()}
+        windows = {part[i : i + 10] for i in range(len(part) - 9)}
+        assert found <= windows
+        # The first and the last window are drawn too, as any other.
+        few = len(windows) < 200
+        assert not few or found == windows
+
+
+def test_a_line_is_a_row_and_its_padding_has_no_weight(files):
+    task = TASKS["text"](path=str(files / "names.txt"), seq_length=8, lines=True)
+    names = [name for name in NAMES.split("\n") if name]
+    decode, found = task.text.vocabulary.decode, []
+    for sample, part in ((task.sample, names[:45]), (task.sample_held_out, names[45:])):
+        batch = rows(sample)
+        for inputs, targets, weights in zip(*batch[:3], strict=True):
+            length = int(weights.sum())
+            assert (weights[:length] == 1).all()
+            assert decode(inputs[:length].tolist())[0] == "\n"
+            found.append(decode(targets[:length].tolist()))
+            assert decode(inputs[1:length].tolist()) + "\n" == found[-1]
+        assert {name.removesuffix("\n") for name in found} == set(part)
+        found.clear()
+
+
+def test_the_default_text_comes_with_python():
+    from pydoc_data.topics import topics
+
+    task = TASKS["text"]()
+    assert task.text.name == "pydoc_data.topics"
+    assert task.vocab_size == len(set("\n\n".join(topics.values())))
+
+
+def test_the_baseline_is_the_share_of_each_token(files):
+    task = TASKS["text"](path=str(files / "poem.txt"), seq_length=9)
+    batch = rows(task.sample_held_out, 50)
+    part = POEM[: int(0.9 * len(POEM))]
+    losses = []
+    for target in task.text.vocabulary.decode(batch.targets.ravel().tolist()):
+        losses.append(-math.log((part.count(target) + 1) / (len(part) + task.vocab_size)))
+    assert float(task.baseline[1](batch)) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [Characters("\n abé日"), Bytes()], ids=["letters", "bytes"])
+def test_a_vocabulary_gives_the_text_back_and_can_be_kept(vocabulary):
+    text = "a b\né日 ba"
+    tokens = vocabulary.encode(text)
+    assert tokens.dtype == np.int32
+    assert tokens.max() < vocabulary.size
+    assert vocabulary.decode(tokens.tolist()) == text
+    kept = Text("a.txt", vocabulary, "0", 1.0, False)
+    again = Text.from_dict(json.loads(json.dumps(kept.to_dict())))
+    assert again.vocabulary.encode(text).tolist() == tokens.tolist()
+    with pytest.raises(ValueError, match="cannot be read"):
+        Text.from_dict({"name": "a.txt"})
+
+
+def test_a_character_that_training_has_not_seen_is_named():
+    with pytest.raises(ValueError, match="got 'xy'"):
+        Characters("ab").encode("axbyx")
+
+
+def test_a_tokenizer_of_a_file_makes_the_tokens(files):
+    pytest.importorskip("tokenizers")
+    task = TASKS["text"](
+        path=str(files / "poem.txt"), tokens=str(files / "tokenizer.json"), seq_length=3
+    )
+    assert task.vocab_size == len(WORDS)
+    assert task.text.vocabulary.encode("line of poem").tolist() == [1, 2, 4]
+    assert task.text.tokens_per_character < 0.5
+    again = Text.from_dict(task.text.to_dict())
+    assert again.vocabulary.decode([1, 2]) == "line of"
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "words"),
+    [
+        (None, {}, "cannot be read: No such file"),
+        (b"", {}, "is empty"),
+        (b"abc\0def" * 100, {}, "is no text in UTF-8, at byte 3"),
+        (b"ab\xff" * 100, {}, "is no text in UTF-8, at byte 2"),
+        (b"a" * 30, {}, "is too short: of its 30 tokens the last 3 are held out"),
+        (b"a" * 30, {"lines": True}, "has only one line"),
+        (b"a\n" * 30 + b"abcdefgh\n", {"lines": True}, "8 + 1 tokens: got 8"),
+        (b"a" * 300, {"tokens": "words"}, "must be characters, bytes or the path"),
+        (b"a" * 300, {"tokens": "no.json"}, "no.json cannot be read"),
+    ],
+)
+def test_a_text_that_cannot_be_learnt_is_refused_in_a_line(tmp_path, content, settings, words):
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        TASKS["text"](path=str(path), seq_length=8, **settings)
+    assert words in str(error.value)
+    config = small(path)
+    config.task.update(settings)
+    with pytest.raises(ConfigError):
+        build(config)
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+def small(path):
+    config = default_config("text")
+    config.task.update({"path": str(path), "seq_length": 8})
+    config.model.update({"features": 16, "num_layers": 1, "num_heads": 2})
+    config.train.update({"batch_size": 4, "steps_per_epoch": 4, "epochs": 2})
+    config.eval.update({"num_batches": 2, "every_epochs": 1})
+    config.checkpoint.every_epochs = 1
+    config.optimizer.warmup_steps = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(files):
+    directory = files / "run"
+    result = experiment.run(small(files / "poem.txt"), directory)
+    return directory, result
+
+
+def test_a_run_says_bits_per_character(trained):
+    metrics = trained[1].metrics
+    bits = metrics["eval_loss_in_bits_per_character"]
+    assert bits == pytest.approx(metrics["eval_loss"] / math.log(2), rel=1e-5)
+    assert metrics["held_out"] == "windows of the last tenth of poem.txt"
+
+
+def test_a_run_turns_text_into_tokens_and_back_without_its_file(trained, files):
+    path = files / "poem.txt"
+    run = attention_jax.load(trained[0])
+    assert run.decode(run.encode("the poem, née")) == "the poem, née"
+    want = rows(TASKS["text"](path=str(path), seq_length=8).sample_held_out, 3)
+    jax.tree.map(np.testing.assert_array_equal, rows(run.task.sample_held_out, 3), want)
+    try:
+        path.rename(files / "moved.txt")
+        run = attention_jax.load(trained[0])
+        assert run.decode(run.encode("the poem")) == "the poem"
+        with pytest.raises(ValueError, match=r"poem\.txt cannot be read"):
+            run.task.sample(jax.random.key(0), np.arange(1))
+        path.write_text(POEM + "more", encoding="utf-8")
+        run = attention_jax.load(trained[0])
+        with pytest.raises(ValueError, match="has changed since the run was made"):
+            run.task.sample(jax.random.key(0), np.arange(1))
+        with pytest.raises(ConfigError, match=r"sha256 of config\.task\.path is '"):
+            experiment.run(small(path), trained[0])
+    finally:
+        (files / "moved.txt").replace(path)
+
+
+def test_other_tasks_have_no_text(tmp_path):
+    config = default_config("copy")
+    run = attention_jax.training.loading.Run(None, None, config, TASKS["copy"]())
+    with pytest.raises(ValueError, match="copy are of no text"):
+        run.encode("a")
+
+
+def test_parameters_of_other_characters_are_refused(trained, files):
+    other = files / "other.txt"
+    other.write_text(POEM.replace("é", "ö"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"other characters than those of other\.txt"):
+        experiment.check_vocabulary(str(trained[0]), TASKS["text"](path=str(other)))
+    experiment.check_vocabulary(
+        str(trained[0]), TASKS["text"](path=str(files / "poem.txt"), seq_length=4)
+    )
+    assert Path(trained[0], "vocabulary.json").exists()
