@@ -1,9 +1,11 @@
 """Tokens from a model with a cache."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attention_jax.checks import as_integers, as_rng, as_size, check_number, jax_defaults, known
@@ -21,6 +23,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     rng: Array | None = None,
+    lengths: Array | None = None,
+    context: int | None = None,
 ) -> Array:
     """Continues sequences of tokens.
 
@@ -36,7 +40,12 @@ def generate(
         top_k: Draws from the k most likely tokens only.
         top_p: Draws from the most likely tokens whose probabilities reach this sum.
         rng: The key of the draws. The draw of a row depends on the key, its place in the batch and
-            its place in the sequence.
+            its place among the new tokens.
+        lengths: How many tokens of each row are its prompt, `[...]` integers of 1 to T; what
+            stands behind them is not read. None: all T.
+        context: The most tokens that the model sees at once, as the length that it was trained on.
+            When they are full, the last half stays and is read anew, so a text may be of any
+            length. Of a longer prompt the end counts. None: the model sees the whole text.
 
     Returns:
         `[..., num_tokens]` int32.
@@ -44,11 +53,56 @@ def generate(
     Raises:
         ValueError: A value is out of its range, or the model has too few positions.
         TypeError: An argument has the wrong type.
-        NotImplementedError: A layer of the model has no cache.
+        NotImplementedError: A layer of the model has no cache, or its cache takes no `lengths`.
 
     Reference:
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1 (top-p).
         https://arxiv.org/abs/1904.09751
+    """
+    found = stream(
+        model,
+        params,
+        tokens,
+        num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        rng=rng,
+        lengths=lengths,
+        context=context,
+        chunk=max(1, num_tokens) if isinstance(num_tokens, int) else 1,
+    )
+    empty = jnp.zeros((*np.shape(tokens)[:-1], 0), jnp.int32)
+    return jnp.concatenate([empty, *found], axis=-1)
+
+
+def stream(
+    model: SequenceModel,
+    params: PyTree,
+    tokens: Array,
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    rng: Array | None = None,
+    lengths: Array | None = None,
+    context: int | None = None,
+    chunk: int = 1,
+) -> Iterator[Array]:
+    """As `generate`, but each part of the new tokens comes when it is made.
+
+    Args:
+        model, params, tokens, num_tokens, temperature, top_k, top_p, rng, lengths, context: As in
+            `generate`.
+        chunk: The most tokens in a part. The first part is one token.
+
+    Returns:
+        An iterator over `[..., n]` int32; all parts together are the `num_tokens`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As `generate`, before the first part is asked
+            for.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
@@ -56,6 +110,35 @@ def generate(
     if tokens.shape[-1] == 0:
         raise ValueError(f"tokens must be [..., T] with T at least 1, got shape {tokens.shape}.")
     num_tokens = as_size("num_tokens", num_tokens, minimum=0)
+    chunk = as_size("chunk", chunk)
+    settings, rng = _settings(temperature, top_k, top_p, rng)
+    if lengths is not None:
+        lengths = as_integers("lengths", lengths).astype(jnp.int32)
+        if lengths.shape != tokens.shape[:-1]:
+            raise ValueError(
+                f"lengths must have the batch axes {tokens.shape[:-1]} of tokens, got shape "
+                f"{lengths.shape}."
+            )
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= tokens.shape[-1]:
+            raise ValueError(
+                f"lengths must lie in [1, T] with T={tokens.shape[-1]}, got {lengths.tolist()}."
+            )
+    longest = getattr(model.positions, "max_length", None)
+    if context is not None:
+        context = as_size("context", context, minimum=2)
+        if longest is not None and context > longest:
+            raise ValueError(f"context must be at most the model's {longest} positions: {context}.")
+    elif longest is not None and tokens.shape[-1] + num_tokens > longest:
+        raise ValueError(
+            f"tokens and num_tokens must fit the model's {longest} positions, got "
+            f"{tokens.shape[-1]} + {num_tokens}. With context={longest} the text may be longer."
+        )
+    model = decoding(model, rolling=True)
+    return _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, chunk)
+
+
+def _settings(temperature, top_k, top_p, rng) -> tuple[tuple | None, Array | None]:
+    """What decides a draw, and its key; None takes the likeliest token."""
     check_number("temperature", temperature)
     if known(temperature) is None:
         raise TypeError("temperature must be known before the program runs, got a traced number.")
@@ -67,67 +150,113 @@ def generate(
         check_number("top_p", top_p)
         if not 0 < known(top_p) <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}.")
-    is_greedy = known(temperature) == 0
-    if is_greedy:
+    if known(temperature) == 0:
         if top_k is not None or top_p is not None:
             raise ValueError("temperature=0 takes the likeliest token: leave top_k and top_p out.")
-    elif rng is None:
+        return None, None
+    if rng is None:
         raise ValueError("rng must be given, as jax.random.key(0); temperature=0 needs none.")
-    else:
-        rng = as_rng("rng", rng)
-    longest = getattr(model.positions, "max_length", None)
-    length = tokens.shape[-1] + num_tokens
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"tokens and num_tokens must fit the model's {longest} positions, got "
-            f"{tokens.shape[-1]} + {num_tokens}."
+    return (float(temperature), top_k, top_p), as_rng("rng", rng)
+
+
+def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, chunk):
+    """The new tokens, part by part."""
+    made = 0  # How many tokens are made.
+    while made < num_tokens:
+        T = tokens.shape[-1]
+        if context is not None and T > context:
+            tokens, lengths = _last(tokens, lengths, context)
+            T = context
+        room = num_tokens - made if context is None else min(num_tokens - made, context + 1 - T)
+        # The last new token is not read. Sliding texts have one capacity, so they compile once.
+        capacity = T + num_tokens if context is None else context
+        cache, token = _prefill(
+            model, capacity, settings, params, tokens, lengths, rng, np.int32(made)
         )
-    if num_tokens == 0:
-        return jnp.zeros((*tokens.shape[:-1], 0), jnp.int32)
-    model = decoding(model, rolling=True)
-    settings = (None if is_greedy else (float(temperature), top_k, top_p),)
-    cache, logits = _prefill(model, length, params, tokens)
-    first, rng = _draw(logits, rng, *settings), rng
-    rest = _continue(model, num_tokens - 1, *settings, params, cache, first, rng)
-    return jnp.concatenate([first[..., None], rest], axis=-1)
+        seen = [tokens, token[..., None]]
+        yield seen[-1]
+        made, room = made + 1, room - 1
+        while room:
+            count = min(chunk, room)
+            numbers = np.int32(made), np.int32(count)
+            size = min(chunk, capacity)
+            cache, token, found = _continue(
+                model, size, settings, params, cache, token, rng, *numbers
+            )
+            found = found[..., :count]
+            seen.append(found)
+            yield found
+            made, room = made + count, room - count
+        if made < num_tokens:
+            tokens, lengths = _joined(seen, lengths)
+            tokens, lengths = _last(tokens, lengths, max(1, context // 2))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-@jax_defaults()
-def _prefill(model, length, params, tokens):
-    """The cache of the prompts, with room for `length` tokens, and the logits of what follows."""
-    batch = tokens.shape[:-1]
-    whole = jax.ShapeDtypeStruct((*batch, length), jnp.int32)
-    like = jax.eval_shape(model.init, jax.random.key(0), whole)["cache"]
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    last = jnp.full((*batch, 1), tokens.shape[-1] - 1, jnp.int32)
-    logits, variables = model.apply(
-        {"params": params, "cache": cache}, tokens, output_positions=last, mutable=["cache"]
-    )
-    return variables["cache"], logits[..., 0, :]
+def _joined(parts, lengths):
+    """Prompts and what follows each, as rows that are padded at their ends."""
+    prompt, *new = (np.asarray(part) for part in parts)
+    new = np.concatenate(new, axis=-1)
+    if lengths is None:
+        return np.concatenate([prompt, new], axis=-1), None
+    row = np.concatenate([prompt, np.zeros_like(new)], axis=-1)
+    places = np.asarray(lengths)[..., None] + np.arange(new.shape[-1])
+    np.put_along_axis(row, places, new, axis=-1)
+    return row, np.asarray(lengths) + new.shape[-1]
+
+
+def _last(tokens, lengths, count):
+    """The last `count` tokens of each row, or all of a row that has fewer."""
+    tokens = np.asarray(tokens)
+    if lengths is None:
+        return tokens[..., -count:], None
+    lengths = np.asarray(lengths)
+    begin = np.maximum(lengths - count, 0)[..., None]
+    places = np.minimum(begin + np.arange(count), tokens.shape[-1] - 1)
+    return np.take_along_axis(tokens, places, axis=-1), np.minimum(lengths, count)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @jax_defaults()
-def _continue(model, num_tokens, settings, params, cache, token, rng):
-    """`[..., num_tokens]`: those that follow `token`."""
+def _prefill(model, capacity, settings, params, tokens, lengths, rng, index):
+    """The cache of the prompts, with room for `capacity` tokens, and what follows them."""
+    batch, T = tokens.shape[:-1], tokens.shape[-1]
+    whole = jax.ShapeDtypeStruct((*batch, capacity), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), whole)["cache"]
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    last = jnp.full(batch, T, jnp.int32) if lengths is None else lengths
+    options = {} if lengths is None else {"lengths": lengths}
+    logits, variables = model.apply(
+        {"params": params, "cache": cache},
+        tokens,
+        output_positions=last[..., None] - 1,
+        mutable=["cache"],
+        **options,
+    )
+    return variables["cache"], _choose(logits[..., 0, :], rng, index, settings)
 
-    def step(carry, index):
-        cache, token = carry
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@jax_defaults()
+def _continue(model, size, settings, params, cache, token, rng, index, count):
+    """The next `count` tokens: the cache, the last of them, and all, `[..., size]`.
+
+    `count` is at most `size`, and no part of the program, so that a shorter last part needs no
+    program of its own.
+    """
+
+    def step(carry):
+        i, cache, token, found = carry
         logits, variables = model.apply(
             {"params": params, "cache": cache}, token[..., None], mutable=["cache"]
         )
-        token = _choose(logits[..., 0, :], rng, index, settings)
-        return (variables["cache"], token), token
+        token = _choose(logits[..., 0, :], rng, index + i, settings)
+        found = lax.dynamic_update_index_in_dim(found, token, i, axis=0)
+        return i + 1, variables["cache"], token, found
 
-    _, found = lax.scan(step, (cache, token), jnp.arange(1, num_tokens + 1))
-    return jnp.moveaxis(found, 0, -1)
-
-
-@functools.partial(jax.jit, static_argnums=(2,))
-@jax_defaults()
-def _draw(logits, rng, settings):
-    return _choose(logits, rng, 0, settings)
+    found = jnp.zeros((size, *token.shape), jnp.int32)
+    carry = (jnp.int32(0), cache, token, found)
+    _, cache, token, found = lax.while_loop(lambda carry: carry[0] < count, step, carry)
+    return cache, token, jnp.moveaxis(found, 0, -1)
 
 
 def _choose(logits: Array, rng: Array | None, index: Array, settings: tuple | None) -> Array:

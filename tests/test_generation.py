@@ -19,6 +19,8 @@ from attention_jax import (
     generation,
     masks,
 )
+from attention_jax.generation import stream
+from attention_jax.training.model import make_sequence_model
 
 VOCABULARY, LENGTH = 11, 12
 sharp = functools.partial(TokenEmbedding, embedding_init=nn.initializers.normal(1.0))
@@ -139,6 +141,10 @@ def test_no_tokens_are_none(model, params, tokens):
         ({"tokens": np.zeros((2, 0), int)}, ValueError, "tokens"),
         ({"tokens": np.zeros((2, 3))}, TypeError, "tokens"),
         ({"model": nn.Dense(3)}, TypeError, "model"),
+        ({"lengths": [4, 4]}, ValueError, "lengths must have the batch axes"),
+        ({"lengths": [4, 0, 1]}, ValueError, r"lengths must lie in \[1, T\]"),
+        ({"lengths": [4, 5, 1]}, ValueError, r"lengths must lie in \[1, T\]"),
+        ({"context": 1}, ValueError, "context"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(model, params, tokens, change, error, words):
@@ -156,3 +162,108 @@ def test_a_model_without_positions_or_a_cache_for_them_is_refused(model, params,
     )
     with pytest.raises(NotImplementedError, match="SingleHeadAttention has no cache"):
         generate(other, params, tokens, 2, temperature=0)
+
+
+MODELS = {
+    "none": {"positions": "none"},
+    "rotary, grouped": {"positions": "rotary", "num_kv_heads": 2},
+    "learned": {"positions": "learned", "max_length": LENGTH},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "alibi": {"positions": "alibi"},
+    "relative, one key head": {"positions": "relative", "num_kv_heads": 1},
+    "window": {"positions": "rotary", "window": 3},
+    "window and alibi": {"positions": "alibi", "window": 2},
+}
+
+
+def whole(model, params):
+    """The logits of every token, without a cache, of rows padded to one length."""
+    apply = jax.jit(functools.partial(model.apply, {"params": params}))
+    return lambda row: np.asarray(apply(np.pad(row, (0, LENGTH - len(row)))))[: len(row)]
+
+
+OFTEN = {"rotary, grouped", "learned", "window and alibi"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name, settings in MODELS.items()
+    ],
+)
+def test_prompts_of_different_lengths_continue_as_the_whole_row_says(settings):
+    model = make_sequence_model(8, 1, num_heads=4, vocab_size=VOCABULARY, causal=True, **settings)
+    model = model.clone(embedding=sharp(VOCABULARY, 8))
+    rng = np.random.default_rng(1)
+    prompts, lengths = rng.integers(0, VOCABULARY, (3, 5)), np.array([5, 2, 3])
+    params = jax.jit(model.init)(jax.random.key(0), prompts)["params"]
+    found = generate(model, params, prompts, 7, temperature=0, lengths=lengths)
+    logits = whole(model, params)
+    for prompt, length, new in zip(prompts, lengths, np.asarray(found), strict=True):
+        row = prompt[:length]
+        for token in new:
+            assert token == logits(row)[-1].argmax()
+            row = np.append(row, token)
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 2, 1]], ids=["equal", "other lengths"])
+def test_a_text_longer_than_the_context_goes_on_from_its_last_half(model, params, tokens, lengths):
+    context, number = 6, 17
+    found = np.asarray(
+        generate(model, params, tokens, number, temperature=0, context=context, lengths=lengths)
+    )
+    logits = whole(model, params)
+    full = lengths or [4, 4, 4]
+    for prompt, length, new in zip(tokens, full, found, strict=True):
+        row, longest = prompt[:length], max(full)
+        for token in new:
+            if longest > context:  # All rows slide when the longest is full.
+                row, longest = row[-(context // 2) :], context // 2
+            assert token == logits(row)[-1].argmax()
+            row, longest = np.append(row, token), longest + 1
+
+
+def test_of_a_longer_prompt_the_end_counts(model, params, tokens):
+    long = np.concatenate([tokens, tokens[:, ::-1]], axis=1)
+    found = generate(model, params, long, 9, temperature=0, context=5)
+    np.testing.assert_array_equal(
+        found, generate(model, params, long[:, -5:], 9, temperature=0, context=5)
+    )
+
+
+def test_a_stream_gives_the_same_tokens_in_parts(model, params, tokens):
+    settings = {"temperature": 2.0, "top_k": 5, "rng": jax.random.key(3), "context": 7}
+    want = np.asarray(generate(model, params, tokens, 20, **settings))
+    parts = list(stream(model, params, tokens, 20, chunk=3, **settings))
+    assert all(part.shape[-1] <= 3 for part in parts)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=-1), want)
+
+
+def test_a_longer_text_compiles_nothing(model, params, tokens):
+    settings = {"temperature": 0, "context": 6}
+    generate(model, params, tokens, 20, **settings)
+    compiled = generation._continue._cache_size(), generation._prefill._cache_size()
+    generate(model, params, tokens, 47, **settings)
+    assert compiled == (generation._continue._cache_size(), generation._prefill._cache_size())
+
+
+def test_draws_with_top_k_and_top_p_follow_the_probabilities_that_are_left(model, params, tokens):
+    """Chi-squared, with a limit of five standard deviations."""
+    logits = whole(model, params)(tokens[0])[-1] / 2.0
+    p = np.exp(logits - logits.max())
+    order = np.argsort(-p)[:6]
+    kept = p[order] / p[order].sum()
+    kept = np.where(np.cumsum(kept) - kept < 0.9, kept, 0)
+    want = np.zeros(VOCABULARY)
+    want[order] = kept / kept.sum()
+    rows = np.tile(tokens[:1], (4000, 1))
+    drawn = generate(
+        model, params, rows, 1, temperature=2.0, top_k=6, top_p=0.9, rng=jax.random.key(5)
+    )
+    counts = np.bincount(np.asarray(drawn)[:, 0], minlength=VOCABULARY)
+    seen = want > 0
+    assert counts[~seen].sum() == 0
+    expected = 4000 * want[seen]
+    freedom = seen.sum() - 1
+    assert ((counts[seen] - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
