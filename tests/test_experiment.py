@@ -22,7 +22,7 @@ import pytest
 
 from attention_jax.interop import weights
 from attention_jax.laboratory import export, runs
-from attention_jax.training import build, experiment, metrics
+from attention_jax.training import build, clock, experiment, metrics
 from attention_jax.training.checkpoint import fingerprint
 from attention_jax.training.config import ConfigError, RunError, default_config
 from attention_jax.training.metrics import Console, JsonLines, TensorBoard
@@ -410,7 +410,8 @@ def test_the_pace_is_that_of_the_epochs_after_the_first(monkeypatch, capsys):
         return program._replace(epoch=epoch, evaluate=evaluate)
 
     monkeypatch.setattr(experiment, "build", build)
-    monkeypatch.setattr(experiment, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in (experiment, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     result = experiment.run(tiny())
     # Epochs 2 to 6, of three steps and one second each, and the second evaluation.
     np.testing.assert_allclose(result.metrics["steps_per_second"], 15 / (5 + 2), rtol=1e-3)

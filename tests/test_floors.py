@@ -27,6 +27,7 @@ FLOORS = [
     {"layers"},
     {"models"},
     {"generation", "analysis", "interop", "training"},
+    {"training.watch"},
     {"training.experiment"},
     {"laboratory"},
     {"__main__"},

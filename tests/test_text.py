@@ -2,18 +2,25 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import attention_jax
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text
-from attention_jax.training import experiment
+from attention_jax.training import budget, experiment
 from attention_jax.training.build import build
+from attention_jax.training.command import parse
 from attention_jax.training.config import ConfigError, default_config
+from attention_jax.training.loading import check_vocabulary
+from attention_jax.training.metrics import Samples
+from attention_jax.training.optimizer import budget_end, make_optimizer, with_budget
+from attention_jax.training.watch import make_sampler
 
 POEM = "".join(f"line {i} of the poem, née {i * i}\n" for i in range(60))
 NAMES = "".join(f"{'abcdefgh'[i % 8] * (1 + i % 5)}{i}\n\n" for i in range(50))
@@ -169,7 +176,7 @@ def small(path):
     config.task.update({"path": str(path), "seq_length": 8})
     config.model.update({"features": 16, "num_layers": 1, "num_heads": 2})
     config.train.update({"batch_size": 4, "steps_per_epoch": 4, "epochs": 2})
-    config.eval.update({"num_batches": 2, "every_epochs": 1})
+    config.eval.update({"num_batches": 2, "every_epochs": 1, "sample": 30})
     config.checkpoint.every_epochs = 1
     config.optimizer.warmup_steps = 2
     return config
@@ -222,8 +229,115 @@ def test_parameters_of_other_characters_are_refused(trained, files):
     other = files / "other.txt"
     other.write_text(POEM.replace("é", "ö"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"other characters than those of other\.txt"):
-        experiment.check_vocabulary(str(trained[0]), TASKS["text"](path=str(other)))
-    experiment.check_vocabulary(
-        str(trained[0]), TASKS["text"](path=str(files / "poem.txt"), seq_length=4)
-    )
+        check_vocabulary(str(trained[0]), TASKS["text"](path=str(other)))
+    check_vocabulary(str(trained[0]), TASKS["text"](path=str(files / "poem.txt"), seq_length=4))
     assert Path(trained[0], "vocabulary.json").exists()
+
+
+def test_a_run_keeps_what_its_model_wrote(trained):
+    directory, result = trained
+    steps, texts = [], []
+    for line in (directory / "samples.txt").read_text(encoding="utf-8").split("\n")[:-1]:
+        if line.startswith("step "):
+            steps.append(int(line.removeprefix("step ")))
+            texts.append([])
+        else:
+            assert line.startswith("    ")
+            texts[-1].append(line[4:])
+    assert steps == [row["step"] for row in result.history if "eval_loss" in row]
+    assert all(len("\n".join(text)) == 30 for text in texts)
+    assert set("".join("\n".join(text) for text in texts)) <= set(POEM)
+
+
+def test_samples_of_steps_that_are_done_again_are_dropped(tmp_path):
+    file = tmp_path / "samples.txt"
+    for last, steps in ((0, (5, 10)), (5, (10, 15)), (12, ())):
+        samples = Samples(file, last)
+        for step in steps:
+            samples.write(step, f"written at {last}\nstep 99\n")
+        samples.close()
+    body = "\n    written at {}\n    step 99\n    \n"
+    assert file.read_text() == "step 5" + body.format(0) + "step 10" + body.format(5)
+    Samples(tmp_path / "none.txt", 3).close()
+    assert not (tmp_path / "none.txt").exists()
+
+
+def test_lines_are_written_line_by_line(files):
+    config = small(files / "names.txt")
+    config.task.lines, config.eval.sample = True, 24
+    sample = make_sampler(config)
+    params = build(config).init().params
+    text = sample(params, 3)
+    assert text.count("\n") == 24 // 8 - 1
+    assert text == sample(params, 3)
+    assert text != sample(params, 4)
+
+
+# Minutes -----------------------------------------------------------------------------------------
+
+
+def test_the_minutes_decide_the_steps_once_and_a_resumed_run_is_the_same(files, tmp_path):
+    config = small(files / "poem.txt")
+    config.train.minutes, config.checkpoint.keep, config.eval.sample = 0.01, 5, 0
+    config.eval.every_epochs = 50
+    result = experiment.run(config, tmp_path / "run")
+    noted = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    epochs = noted["train"]["epochs"]
+    assert result.metrics["step"] == 4 * epochs
+    assert epochs == 3  # Two to measure, and one at least, because this time is over.
+    # Killed after the checkpoint of the decision; and before it.
+    for kept in (8, 4):
+        again = tmp_path / f"from {kept}"
+        shutil.copytree(tmp_path / "run", again)
+        (again / "result.json").unlink()
+        for place in (again / "checkpoints").iterdir():
+            if int(place.name) > kept:
+                shutil.rmtree(place)
+        resumed = experiment.run(config, again)
+        same = resumed.metrics["fingerprint"] == result.metrics["fingerprint"]
+        assert same if kept == 8 else resumed.metrics["step"] >= 12
+    assert "nothing" not in str(experiment.run(config, tmp_path / "run").metrics)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "evaluation", "fits"), [(0.5, 0.0, 98 * 2), (0.5, 0.5, 160), (1000.0, 0.0, 1)]
+)
+def test_as_many_epochs_are_left_as_fit(monkeypatch, epoch, evaluation, fits):
+    now = [20.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+
+    def evaluate():
+        now[0] += evaluation
+
+    config = default_config("text")
+    config.train.minutes = 2.0
+    config.eval.every_epochs = 5
+    found = budget.epochs_that_fit(config, 7, 0.0, epoch, evaluate)
+    assert found == 7 + fits
+
+
+def test_the_learning_rate_falls_to_0_at_the_end_of_the_budget():
+    optimizer = make_optimizer(
+        "sgd", learning_rate=1.0, schedule="cosine", warmup_steps=2, budget=True
+    )
+    params = jnp.zeros(())
+    state, rates = optimizer.init(params), []
+    assert budget_end(state) is None
+    for step in range(10):
+        if step == 4:
+            state = with_budget(state, 4, 10)
+            assert budget_end(state) == 10
+        update, state = optimizer.update(jnp.ones(()), state, params)
+        rates.append(-float(update))
+    fall = 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6))
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, *fall], rtol=1e-6)
+
+
+def test_two_budgets_and_a_budget_of_a_sweep_are_refused():
+    with pytest.raises(ConfigError, match=r"--minutes=1\.0 and --epochs=3 are two budgets"):
+        parse(["train.py", "--minutes=1", "--epochs=3"])
+    with pytest.raises(ConfigError, match="for single runs, not for sweeps"):
+        parse(["train.py", "--minutes=1", "--sweep=seed=0,1"])
+    with pytest.raises(ConfigError, match=r"config\.eval\.sample is for the task text"):
+        parse(["train.py", "--config.eval.sample=10"])
+    assert parse(["train.py", "--minutes=1"]).config.train.minutes == 1.0

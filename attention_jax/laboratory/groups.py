@@ -12,8 +12,9 @@ from attention_jax.tasks import Task
 from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import build as builder
 from attention_jax.training.config import Target, flatten
-from attention_jax.training.experiment import check_vocabulary, first_params
+from attention_jax.training.experiment import first_params
 from attention_jax.training.launch import Launcher
+from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.step import all_finite
 from attention_jax.types import Array, PyTree, TrainState
 

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from attention_jax.checks import jax_defaults
 from attention_jax.models import SequenceModel
-from attention_jax.tasks import TASKS, Task
+from attention_jax.tasks import TASKS, Task, text
 from attention_jax.tasks.packing import packed
 from attention_jax.tasks.task import check_rows, check_task
+from attention_jax.tasks.vocabulary import Text
 from attention_jax.training import own
 from attention_jax.training import step as steps
 from attention_jax.training.config import ConfigError, Target, slice_settings
@@ -193,7 +194,9 @@ def make_functions(
     num_steps = config.train.steps_per_epoch
     settings = config.optimizer.to_dict() | of("optimizer")
     accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
-    optimizer = make_optimizer(**settings, total_steps=num_steps * config.train.epochs)
+    budget = config.train.minutes > 0
+    length = {"budget": True} if budget else {"total_steps": num_steps * config.train.epochs}
+    optimizer = make_optimizer(**settings, **length)
     if max_skipped:
         optimizer = skipping(optimizer)
     seed = traced.get("seed", config.seed)
@@ -303,8 +306,13 @@ def make_functions(
     )
 
 
-def make_task(config: ConfigDict, **traced: Any) -> Task:
+def make_task(config: ConfigDict, kept: Text | None = None, **traced: Any) -> Task:
     """The task that `config.task` names; the teacher is as wide as its student.
+
+    Args:
+        config: Checked.
+        kept: What a run of text has kept of its file, which is then read for batches only.
+        traced: Arguments of the task that replace those of the config.
 
     Raises:
         ValueError, TypeError: A task of one's own cannot be imported, or is not what `Task` says.
@@ -312,11 +320,13 @@ def make_task(config: ConfigDict, **traced: Any) -> Task:
     settings = config.task.to_dict()
     name = settings.pop("name")
     if name in TASKS and (pack := settings.pop("pack")):
-        return packed([make_task(part, **traced) for part in _documents(config, pack)])
+        return packed([make_task(part, kept, **traced) for part in _documents(config, pack)])
     if name not in TASKS:
         task = own.find(name, label("task.name"))(**settings | traced)
         check_task(f"{label('task.name')}={name}", task, config.task.seq_length)
         return task
+    if kept is not None:
+        return text.kept_text(kept, **settings)
     if name == "teacher":
         heads = config.model.num_heads if config.model.name == "multihead" else 1
         settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}

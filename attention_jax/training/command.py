@@ -50,6 +50,7 @@ _HELP = {
     "batch_size": "sequences in a step, over all devices",
     "seq_length": "positions in a sequence",
     "epochs": "times config.train.steps_per_epoch steps",
+    "minutes": "a budget instead of epochs: what it holds is found at the start",
     "target": "stop at a held-out metric, as accuracy=0.99 or loss=1e-3",
     "save_path": "run directory; rerun the command to resume; none: write nothing",
     "workdir": "the same as --save_path",
@@ -137,6 +138,12 @@ def parse(argv: Sequence[str]) -> Command:
         if path in overridden and overridden[path] != value:
             raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
         set_field(config, path, value)
+    said = {_FIELDS[name] for name in given} | overridden.keys()
+    if config.train.minutes and {"train.minutes", "train.epochs"} <= said:
+        raise ConfigError(
+            f"--minutes={config.train.minutes} and --epochs={config.train.epochs} are two budgets: "
+            "give one."
+        )
     sweep = _axes(values.sweep, config)
     for path in sweep:
         if path in overridden or path in {_FIELDS[name] for name in given}:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from attention_jax.training import own
+from attention_jax.training.defaults import DEFAULTS, TASKS, token_task
 from attention_jax.training.files import local_path
 from attention_jax.training.process import RunError
 from attention_jax.training.rules import MOST_32_BITS, OPTIONAL, fault, label, read, shown, unknown
@@ -42,138 +43,6 @@ def refused(prefix: str = "") -> Iterator[None]:
         raise ConfigError(f"{prefix}{error}") from error
 
 
-DEFAULTS = {
-    "seed": 0,
-    "launcher": "single",
-    # How sharded splits the devices: the rows of a batch (None: over all that are left), and the
-    # heads and hidden features of the model; and the tokens of a row, by ring attention.
-    "mesh": {"data": None, "model": 1, "sequence": 1},
-    "init_from": "",  # The run, or file of weights, to take the first parameters from.
-    "task": {},  # The name of the task and its settings: TASKS.
-    "model": {
-        # One bare attention layer, as the project began: no norm, no residual, no positions.
-        "name": "multihead",
-        "features": 64,
-        "num_layers": 1,
-        "mechanism": "dot_product",
-        "num_heads": 8,  # Of multihead; selfhead has one.
-        "num_kv_heads": None,  # None: as many as num_heads.
-        "head_dim": None,  # None: features / num_heads.
-        "mlp_ratio": 0.0,  # 0: no MLP.
-        "mlp": "gelu",
-        "norm": "none",
-        "residual": False,
-        "positions": "none",
-        "causal": False,
-        "window": None,  # None: no limit.
-        "pattern": "full",
-        "stride": None,  # Of the patterns strided and blocks.
-        "dropout_rate": 0.0,
-        "qk_norm": False,
-        "softcap": 0.0,  # 0: off.
-        "sinks": False,
-        "short_conv": 0,  # Width of the convolution before each attention; 0: none.
-        "use_bias": True,
-        "init_scale": 1.0,  # Of projections into the residual stream.
-        "tie_embedding": True,
-        "remat": "none",  # What the backward pass computes again.
-        "dtype": "float32",  # Of the computation; parameters are always float32.
-    },
-    "optimizer": {
-        "name": "adam",
-        "learning_rate": 1e-3,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "decay": "matrices",  # Which parameters shrink: matrices, or all.
-        "clip_norm": 0.0,  # 0: off.
-        "momentum": 0.0,
-        "accumulate": 1,
-        "max_skipped": 0,  # Steps in a row that may be skipped because they are not finite.
-    },
-    # target: stop when it is reached, "accuracy=0.99" say; "": never. See Target.
-    # slices: the task with other settings, trained on or evaluated beside it: slice_settings.
-    "train": {"batch_size": 32, "steps_per_epoch": 32, "epochs": 100, "slices": "", "target": ""},
-    # heads: also statistics of each head on the first held-out batch.
-    "eval": {"num_batches": 8, "every_epochs": 10, "slices": "", "heads": False},
-    "checkpoint": {"every_epochs": 10, "keep": 2},
-}
-
-# Tasks of tokens need a model with positions and two layers: one bare layer stays at chance
-# (https://arxiv.org/abs/2408.14332 says why).
-_TRANSFORMER = {
-    "num_layers": 2,
-    "num_heads": 2,
-    "norm": "layer",
-    "residual": True,
-    "positions": "rotary",
-    "causal": True,
-}
-_WITH_MLP = _TRANSFORMER | {"mlp_ratio": 4.0}  # For tasks that compute with tokens.
-
-
-def _token_task(model=_TRANSFORMER, epochs=20, **task):
-    return {
-        "task": task,
-        "model": model,
-        "optimizer": {"name": "adamw", "learning_rate": 2e-3},
-        "train": {"batch_size": 64, "steps_per_epoch": 100, "epochs": epochs},
-    }
-
-
-_QUESTIONS_OF_RECALL = {"power": 0.01, "random_non_queries": False}
-
-# The defaults that each task changes. `task` lists all its settings.
-TASKS = {
-    "teacher": {"task": {"seq_length": 10}},
-    "recall": _token_task(
-        seq_length=64, vocab_size=256, num_pairs=4, num_passes=1, **_QUESTIONS_OF_RECALL
-    ),
-    "compositional_recall": _token_task(
-        seq_length=64, vocab_size=256, num_pairs=4, **_QUESTIONS_OF_RECALL
-    ),
-    "forgetting_recall": _token_task(
-        seq_length=64, vocab_size=256, num_pairs=8, num_updates=4, **_QUESTIONS_OF_RECALL
-    ),
-    "in_context_recall": _token_task(seq_length=128, vocab_size=16),
-    "noisy_recall": _token_task(seq_length=128, vocab_size=32, noise_vocab_size=16, noise_rate=0.2),
-    "fuzzy_recall": _token_task(
-        seq_length=128,
-        vocab_size=16,
-        min_key_length=1,
-        max_key_length=3,
-        min_value_length=1,
-        max_value_length=3,
-    ),
-    "induction": _token_task(seq_length=64, vocab_size=16),
-    "memorization": _token_task(_WITH_MLP, seq_length=32, vocab_size=256, seed=0),
-    "copy": _token_task(epochs=6, seq_length=32, vocab_size=16),
-    "reverse": _token_task(seq_length=32, vocab_size=16),
-    "sort": _token_task(_WITH_MLP, seq_length=32, vocab_size=16),
-    "selective_copy": _token_task(seq_length=256, vocab_size=16, num_tokens=16),
-    # All questions look alike and see two tokens; only absolute positions tell them apart.
-    "compression": _token_task(_WITH_MLP | {"positions": "learned"}, seq_length=63, vocab_size=16),
-    "parity": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
-    "majority": _token_task(_WITH_MLP, seq_length=32, cumulative=False),
-    "listops": _token_task(_WITH_MLP, seq_length=128, max_depth=10, max_args=10, expand_rate=0.25),
-    "text": {
-        "task": {"seq_length": 64, "path": "", "tokens": "characters", "lines": False},
-        "model": _TRANSFORMER
-        | {"features": 128, "num_layers": 4, "num_heads": 4, "mlp_ratio": 4.0, "use_bias": False},
-        "optimizer": {
-            "name": "adamw",
-            "learning_rate": 2e-3,
-            "schedule": "cosine",
-            "warmup_steps": 100,
-            "weight_decay": 0.1,
-            "clip_norm": 1.0,
-        },
-        "train": {"batch_size": 16, "steps_per_epoch": 100, "epochs": 20},
-        "eval": {"num_batches": 32, "every_epochs": 5},
-    },
-}
-
-
 def default_config(task: str = "teacher") -> ConfigDict:
     """The default config of `task`: DEFAULTS, changed by TASKS.
 
@@ -191,7 +60,7 @@ def default_config(task: str = "teacher") -> ConfigDict:
         changes = TASKS[task]
     elif own.is_path(task):
         try:
-            changes = _token_task() | {"task": own.task_settings(task, label("task.name"))}
+            changes = token_task() | {"task": own.task_settings(task, label("task.name"))}
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
     else:
@@ -213,7 +82,8 @@ def default_config(task: str = "teacher") -> ConfigDict:
 # Fields that no sweep can change, because the trials run side by side.
 SHARED = (
     *("launcher", "mesh.data", "mesh.model", "mesh.sequence", "task.name"),
-    *("train.steps_per_epoch", "train.epochs", "train.target", "eval.every_epochs", "eval.heads"),
+    *("train.steps_per_epoch", "train.epochs", "train.minutes", "train.target"),
+    *("eval.every_epochs", "eval.heads", "eval.sample"),
 )
 MAX_TRIALS = 10_000
 
@@ -369,7 +239,13 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             f"{label('train.epochs')} times config.train.steps_per_epoch must be at most "
             f"{MOST_32_BITS} steps: got {total_steps}.",
         )
-    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= total_steps:
+    if config.eval.sample and config.task.name != "text":
+        yield (
+            "eval.sample",
+            f"config.eval.sample is for the task text: got {config.eval.sample}.",
+        )
+    is_open = train.minutes > 0
+    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= total_steps and not is_open:
         yield (
             "optimizer.warmup_steps",
             "config.optimizer.warmup_steps must leave the cosine some of the steps: "
@@ -459,6 +335,11 @@ def trials(config: ConfigDict, axes: Mapping[str, Sequence[Any]]) -> list[Config
             )
     if config.eval.heads:
         raise ConfigError("config.eval.heads is for single runs, not for sweeps: got True.")
+    if config.train.minutes:
+        raise ConfigError(
+            f"{label('train.minutes')} is for single runs, not for sweeps: got "
+            f"{config.train.minutes}."
+        )
     if (count := math.prod(len(values) for values in axes.values())) > MAX_TRIALS:
         raise ConfigError(f"--sweep must come to at most {MAX_TRIALS} trials: got {count}.")
     found = []

@@ -8,7 +8,6 @@
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -17,16 +16,18 @@ import jax
 from ml_collections import ConfigDict
 
 from attention_jax.tasks.task import Task, about_held_out
-from attention_jax.training import hosts
+from attention_jax.training import budget, hosts
 from attention_jax.training import step as steps
-from attention_jax.training.build import build, make_functions
+from attention_jax.training.build import build
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
-from attention_jax.training.config import ConfigError, Target, check, slice_settings
+from attention_jax.training.clock import Finish, FirstCall
+from attention_jax.training.config import ConfigError, Target, check, refused, slice_settings
 from attention_jax.training.files import VOCABULARY, is_weights, local_path
-from attention_jax.training.loading import kept_text
+from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.metrics import Busy, Console, metrics_line
-from attention_jax.training.model import row_mask
+from attention_jax.training.optimizer import budget_end, with_budget
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
+from attention_jax.training.rules import MOST_32_BITS, label
 from attention_jax.training.run_directory import (
     NoDirectory,
     RunDirectory,
@@ -35,6 +36,7 @@ from attention_jax.training.run_directory import (
     is_begun,
     owned,
 )
+from attention_jax.training.watch import make_sampler, make_watch
 from attention_jax.types import Array, PyTree
 
 
@@ -87,6 +89,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     check(config)
     started = time.perf_counter()
     prepare()
+    if config.train.minutes:
+        if hosts.count() > 1:
+            raise ConfigError(
+                f"{label('train.minutes')} is for one process, not for {hosts.count()}: their "
+                "clocks differ. Take --epochs."
+            )
+        with refused():
+            path = None if workdir is None else local_path(workdir, "the run directory (--workdir)")
+            config = budget.noted(config, path)
     # Built before the directory is claimed, so that after an error a corrected config can use it.
     program = build(config)
     work = lambda store: _run(config, program, store, started)
@@ -196,22 +207,6 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
         raise ConfigError(f"--init_from={init_from}: {error}") from error
 
 
-def check_vocabulary(init_from: str, task: Task) -> None:
-    """Raises ConfigError if the tokens of `--init_from` are of other text than those of the task.
-
-    A file of weights says nothing of its tokens.
-    """
-    path = local_path(init_from, "it")
-    if task.text is None or is_weights(path):
-        return
-    theirs = kept_text(path)
-    if theirs is not None and theirs.vocabulary.to_dict() != task.text.vocabulary.to_dict():
-        raise ConfigError(
-            f"--init_from={init_from}: its tokens stand for other characters than those of "
-            f"{task.text.name}. With --config.task.tokens=bytes they are the same for all texts."
-        )
-
-
 def _train(config, program, state, store, started, stop):
     """Runs the remaining epochs; returns the state, all rows, and the steps per second.
 
@@ -219,6 +214,10 @@ def _train(config, program, state, store, started, stop):
     other.
     """
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
+    is_open = bool(config.train.minutes)  # Whether the number of epochs is still to be found.
+    if is_open and (end := budget_end(state.opt_state)) is not None:
+        is_open, config.train.epochs = False, end // num_steps
+    epochs = MOST_32_BITS // num_steps if is_open else config.train.epochs
     first_epoch = store.step // num_steps
     history = list(store.rows)
     if history:
@@ -227,7 +226,7 @@ def _train(config, program, state, store, started, stop):
     if is_at(target, history):  # The process died before it wrote its result.
         return state, history, None
 
-    def record(epoch, metrics, held_out, finish):
+    def record(epoch, metrics, held_out, written, finish):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
         metrics, held_out = jax.device_get((metrics, held_out))
         first_step = (epoch - 1) * num_steps + 1
@@ -241,37 +240,71 @@ def _train(config, program, state, store, started, stop):
                 row["seconds"] = round(finish.time() - started, 3)
             history.append(row)
             store.write(row)
-            console.write(row)
+            console.write(row, written if row["step"] == epoch * num_steps else None)
+        if written is not None:
+            store.write_sample(epoch * num_steps, written)
 
     begun, waiting, epoch = time.perf_counter(), None, first_epoch
-    with contextlib.closing(Console(epochs, first_epoch)) as console:
+    with contextlib.closing(Console(None if is_open else epochs, first_epoch)) as console:
         run_epoch = FirstCall(program.epoch, "the training", console.busy)
         evaluate = FirstCall(program.evaluate, "the evaluation", console.busy)
-        calls, watch = [run_epoch, evaluate], None
+        watch = sample = None
         if config.eval.heads:
             watch = FirstCall(make_watch(config), "the heads", console.busy)
-            calls.append(watch)
-        for epoch in range(first_epoch + 1, epochs + 1):
-            last = epoch == epochs
+        if config.eval.sample:
+            sample = FirstCall(make_sampler(config), "the samples", console.busy)
+        calls = [x for x in (run_epoch, evaluate, watch, sample) if x is not None]
+
+        def look(state, step):
+            """What an evaluation finds, and what the model writes."""
+            held_out = evaluate(state.params, program.rows)
+            if watch is not None:
+                held_out = held_out | watch(state.params)
+            if sample is None:
+                return held_out, None
+            # One process writes, on a device of its own, however the parameters are split.
+            params = jax.device_get(program.get_state(state.params))
+            return held_out, sample(params, step) if hosts.is_first() else None
+
+        while epoch < epochs:
+            epoch, epoch_begun = epoch + 1, time.perf_counter()
             state, metrics = run_epoch(state, program.rows)
-            held_out = {}
+            decides = is_open and epoch == first_epoch + budget.FIRST
+            if decides:
+                jax.block_until_ready(state)
+                now = time.perf_counter()
+                epochs = budget.epochs_that_fit(
+                    config,
+                    epoch,
+                    started,
+                    now - epoch_begun,
+                    lambda: jax.block_until_ready(look(state, 0)),  # noqa: B023
+                )
+                is_open, config.train.epochs = False, epochs
+                console.set_epochs(epochs)
+                ends = epoch * num_steps, epochs * num_steps
+                state = state._replace(opt_state=with_budget(state.opt_state, *ends))
+                state = program.put_state(state)
+            last, held_out, written = epoch == epochs, {}, None
             if last or epoch % config.eval.every_epochs == 0:
-                held_out = evaluate(state.params, program.rows)
-                if watch is not None:
-                    held_out = held_out | watch(state.params)
+                held_out, written = look(state, epoch * num_steps)
             if target is not None and held_out:
                 # Wait for the devices here, so that no epoch runs after the target.
                 last = last or target.is_reached(jax.device_get(held_out))
             # Written one epoch late, so that the devices work while the host writes.
             if waiting is not None:
                 record(*waiting)
-            waiting = epoch, metrics, held_out, Finish((metrics, held_out))
+            waiting = epoch, metrics, held_out, written, Finish((metrics, held_out))
+            saves = epoch % config.checkpoint.every_epochs == 0 or decides
             stopped = hosts.largest(stop.number or 0)
-            if last or stopped or epoch % config.checkpoint.every_epochs == 0:
+            if last or stopped or saves:
                 # `record` first: only a sound state whose rows are written may be saved.
                 record(*waiting)
                 waiting = None
                 store.save(program.get_state(state))
+            if decides:  # The checkpoint is the one that counts: a config without it is undone.
+                store.wait()
+                store.renew(config)
             if stopped and not last:
                 leave(stopped, epoch * num_steps, store)
             if last:
@@ -281,36 +314,6 @@ def _train(config, program, state, store, started, stop):
         return state, history, None
     first_calls = sum(call.seconds for call in calls)
     return state, history, done / (time.perf_counter() - begun - first_calls)
-
-
-def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
-    """The function `params -> metrics` of `config.eval.heads`: what each head does, and the norm of
-    each part's gradient, on the first held-out batch.
-
-    Their names are `entropy/blocks_0/1`, for head 1 of the first block, and
-    `gradient_norm/blocks_0`.
-    """
-    from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
-
-    functions = make_functions(config)
-
-    @jax.jit
-    def watch(params: PyTree) -> dict[str, Array]:
-        batch = functions.held_out_batch()
-        mask = row_mask(functions.task)
-        options = {} if mask is None else {"mask": mask}
-        found = head_statistics(functions.model, params, batch.inputs, **options)
-        metrics = {
-            f"{name}/{path.removesuffix('/attention')}/{head}": value
-            for path, summary in summarize(found).items()
-            for name, values in summary.items()
-            for head, value in enumerate(values)
-        }
-        gradients = jax.grad(lambda params: functions.loss(params, batch))(params)
-        norms = gradient_norms(gradients).items()
-        return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
-
-    return watch
 
 
 def leave(number: int, step: int, store: RunDirectory | NoDirectory) -> NoReturn:
@@ -325,47 +328,6 @@ def is_at(target: Target | None, history: list[dict[str, Any]]) -> bool:
     if target is None or not history or f"eval_{target.metric}" not in history[-1]:
         return False
     return target.is_reached({target.metric: history[-1][f"eval_{target.metric}"]})
-
-
-class Finish:
-    """Notes the time at which arrays are ready, while the host does other work."""
-
-    def __init__(self, arrays: PyTree):
-        self._thread = threading.Thread(target=self._wait, args=(arrays,), daemon=True)
-        self._thread.start()
-
-    def _wait(self, arrays: PyTree) -> None:
-        with contextlib.suppress(Exception):  # Fetching the arrays raises it again.
-            jax.block_until_ready(arrays)
-        self._time = time.perf_counter()
-
-    def time(self) -> float:
-        """The time by `time.perf_counter`; waits for the arrays."""
-        self._thread.join()
-        return self._time
-
-
-class FirstCall:
-    """A compiled function that measures its first call, with compilation.
-
-    That call waits for the devices before and after, so that its time holds no other work. It says
-    that it compiles if that takes long.
-    """
-
-    def __init__(self, function: Callable, what: str, busy: Busy):
-        self._function, self._what, self._busy = function, what, busy
-        self.seconds: float | None = None
-
-    def __call__(self, *arguments):
-        if self.seconds is not None:
-            return self._function(*arguments)
-        jax.block_until_ready(arguments)
-        called = time.perf_counter()
-        with self._busy(f"compiling {self._what}"):
-            result = self._function(*arguments)
-        jax.block_until_ready(result)
-        self.seconds = time.perf_counter() - called
-        return result
 
 
 def check_metrics(metrics: Mapping[str, Any], step: int, prefix: str = "") -> None:
@@ -502,9 +464,12 @@ def announce(config: ConfigDict, what: str, devices: Collection[jax.Device], ste
     # A step takes a batch of the task and one of each slice.
     num_sequences = train.batch_size * (1 + len(slice_settings(config, "train")))
     platform = next(iter(devices)).platform
+    length = count(train.epochs, "epoch")
+    if train.minutes:
+        length = f"{count(f'{train.minutes:g}', 'minute')}, in epochs"
     say(
         f"{config.task.name}: {what}; "
-        f"{count(train.epochs, 'epoch')} of {count(train.steps_per_epoch, 'step')} of "
+        f"{length} of {count(train.steps_per_epoch, 'step')} of "
         f"{count(num_sequences, 'sequence')}; "
         f"{config.launcher} on {count(len(devices), f'{platform} device')}",
         *([f"continuing after step {step}"] if step else []),
@@ -517,7 +482,7 @@ def count(number, thing):
     >>> count(1, "epoch"), count(2, "epoch")
     ('1 epoch', '2 epochs')
     """
-    return f"{number} {thing}{'s' * (number != 1)}"
+    return f"{number} {thing}{'s' * (str(number) != '1')}"
 
 
 def num_params(params):

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 
 from attention_jax.checks import as_array, as_integers, as_size
 from attention_jax.models import SequenceModel
-from attention_jax.tasks import Task, text
+from attention_jax.tasks import Task
 from attention_jax.tasks.vocabulary import Text, Vocabulary
 from attention_jax.training.build import make_task
 from attention_jax.training.checkpoint import restore_params
-from attention_jax.training.config import check, default_config, flatten, set_field
+from attention_jax.training.config import ConfigError, check, default_config, flatten, set_field
 from attention_jax.training.files import (
     VOCABULARY,
+    is_weights,
     local_path,
     locate,
     read_config,
@@ -124,12 +125,7 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     place, trial = locate(local_path(run, "run"))
     where = place if trial is None else trial_directory(place, trial)
     config = _config(read_config(where), where)
-    kept = kept_text(where)
-    if kept is None:
-        task = make_task(config)
-    else:
-        settings = {name: x for name, x in config.task.items() if name != "name"}
-        task = text.kept_text(kept, **settings)
+    task = make_task(config, kept_text(where))
     model = make_model(config, task)
     T = config.task.seq_length
     inputs = jax.ShapeDtypeStruct((1, T), jnp.int32)
@@ -148,6 +144,22 @@ def kept_text(run: Path) -> Text | None:
     place, trial = locate(run)
     found = read_json((place if trial is None else trial_directory(place, trial)) / VOCABULARY)
     return None if found is None else Text.from_dict(found)
+
+
+def check_vocabulary(init_from: str, task: Task) -> None:
+    """Raises ConfigError if the tokens of `--init_from` are of other text than those of the task.
+
+    A file of weights says nothing of its tokens.
+    """
+    path = local_path(init_from, "it")
+    if task.text is None or is_weights(path):
+        return
+    theirs = kept_text(path)
+    if theirs is not None and theirs.vocabulary.to_dict() != task.text.vocabulary.to_dict():
+        raise ConfigError(
+            f"--init_from={init_from}: its tokens stand for other characters than those of "
+            f"{task.text.name}. With --config.task.tokens=bytes they are the same for all texts."
+        )
 
 
 def _config(found: Mapping[str, Any], where: Path) -> ConfigDict:

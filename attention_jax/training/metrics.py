@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -133,6 +134,50 @@ def _row(line):
     return row if all(isinstance(value, int | float) for value in row.values()) else None
 
 
+class Samples:
+    """The texts that a model has written while it trained, to be read by people.
+
+    A line `step 500` comes before each text, whose lines begin with four spaces. Opening the file
+    for a run that continues after `last_step` drops all later texts.
+    """
+
+    _STEP = re.compile(rb"step (\d+)\n?")
+
+    def __init__(self, path: Path, last_step: int = 0):
+        self._file = None
+        self._path = path
+        if path.exists():
+            self._open()
+            size = 0
+            for line in self._file:
+                found = self._STEP.fullmatch(line)
+                if found and int(found[1]) > last_step:
+                    break
+                size += len(line)
+            self._file.truncate(size)
+
+    def write(self, step: int, text: str) -> None:
+        if self._file is None:
+            self._open()
+        shown = "".join(f"    {line}\n" for line in text.split("\n"))
+        self._file.write(f"step {step}\n{shown}".encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the texts are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # As in `JsonLines`.
+                self._file.close()
+
+    def _open(self):
+        self._file = open(self._path, "a+b")  # noqa: SIM115 - `close` closes it.
+        self._file.seek(0)
+
+
 class TensorBoard:
     """Event files, if tensorboardX is installed; otherwise it prints one note."""
 
@@ -224,14 +269,20 @@ class Console:
 
     There are about ten lines a run, and more if ten seconds would pass without one.
 
+    Args:
+        epochs: Of the run. None: `set_epochs` will say; the lines then tell how long it takes too.
+        first_epoch: Epochs done before.
+        stream: None for stdout.
+
     Attributes:
         busy: Names long work between rows.
     """
 
-    def __init__(self, epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
+    def __init__(self, epochs: int | None, first_epoch: int = 0, stream: TextIO | None = None):
         self._stream = sys.stdout if stream is None else stream
-        self._epochs = epochs
-        self._interval = max(1, epochs // 10)
+        self._epochs, self._interval = 0, 1
+        self._shows_left = epochs is None
+        self._begun = None  # The first epoch after their number was known, and its time.
         self._next = PATIENCE  # The second at which the next line is due, in any epoch.
         self._bar = None
         self.busy = Busy(self._note)
@@ -241,23 +292,56 @@ class Console:
             self._bar = tqdm(
                 total=epochs, initial=first_epoch, unit="epoch", file=self._stream, leave=False
             )
+        if epochs is not None:
+            self.set_epochs(epochs)
 
-    def write(self, row: Row) -> None:
-        epoch, seconds = row["epoch"], row.get("seconds")
+    def set_epochs(self, epochs: int) -> None:
+        """Says how many epochs there are."""
+        self._epochs, self._interval = epochs, max(1, epochs // 10)
         if self._bar is not None:
+            self._bar.total = epochs
+
+    def write(self, row: Row, text: str | None = None) -> None:
+        """Shows a row, and below it the text that the model has written."""
+        epoch, seconds = row["epoch"], row.get("seconds")
+        shown = None if text is None else textwrap.indent(text, "    | ", lambda line: True)
+        if self._bar is not None:
+            if shown is not None:
+                self._bar.write(shown, file=self._stream)
             self._bar.set_postfix_str(metrics_line(row), refresh=False)
             self._bar.update(epoch - self._bar.n)
             self.busy.since = time.monotonic()
             return
         is_due = row["step"] == 1 or epoch % self._interval == 0 or epoch == self._epochs
-        if is_due or (seconds is not None and seconds >= self._next):
+        if is_due or shown is not None or (seconds is not None and seconds >= self._next):
             width = len(str(self._epochs))
-            counters = f"epoch {epoch:{width}}/{self._epochs}  step {row['step']:<6}"
+            of = f"{epoch:{width}}/{self._epochs}" if self._epochs else f"{epoch}"
+            counters = f"epoch {of}  step {row['step']:<6}"
             clock = " " * 8 if seconds is None else f"{seconds:6.1f} s"
-            print(f"{counters} {clock}  {metrics_line(row)}", file=self._stream, flush=True)
+            clock += self._left(epoch, seconds)
+            line = f"{counters} {clock}  {metrics_line(row)}"
+            print(
+                *([line] if shown is None else [line, shown]),
+                sep="\n",
+                file=self._stream,
+                flush=True,
+            )
             self.busy.since = time.monotonic()
             if seconds is not None:
                 self._next = seconds + PATIENCE
+
+    def _left(self, epoch, seconds):
+        """How long the rest of a run with a budget takes, at the speed so far."""
+        if not (self._shows_left and self._epochs and seconds is not None):
+            return ""
+        if self._begun is None:
+            self._begun = epoch, seconds
+            return ""
+        first, begun = self._begun
+        if epoch == first or epoch == self._epochs:
+            return ""
+        left = round((seconds - begun) / (epoch - first) * (self._epochs - epoch))
+        return f", {left // 60}:{left % 60:02} left"
 
     def _note(self, text):
         if self._bar is not None:

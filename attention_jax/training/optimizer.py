@@ -1,5 +1,6 @@
 """Learning rates, optimizers, and those that skip bad steps."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ def make_schedule(
     *,
     schedule: str = "constant",
     warmup_steps: int | Array = 0,
-    total_steps: int | None = None,
+    total_steps: int | Array | None = None,
+    begin: int | Array = 0,
 ) -> optax.Schedule:
     """Learning rate as a function of the step.
 
@@ -27,7 +29,8 @@ def make_schedule(
     Args:
         learning_rate, warmup_steps: May be traced, and are then not checked.
         schedule: `"constant"` or `"cosine"`.
-        total_steps: Where a cosine ends.
+        total_steps: Where a cosine ends; may be traced.
+        begin: The cosine begins behind the warmup, and not before this step. May be traced.
 
     Raises:
         ValueError: An unknown schedule, a negative number, or a cosine without room to fall.
@@ -40,7 +43,8 @@ def make_schedule(
             f"{warmup_steps}."
         )
     if schedule == "cosine" and (
-        total_steps is None or not _holds(warmup_steps, lambda x: x < total_steps)
+        total_steps is None
+        or not (_is_traced(total_steps) or _holds(warmup_steps, lambda x: x < total_steps))
     ):
         raise ValueError(
             f"a cosine needs total_steps > warmup_steps: got {total_steps=}, {warmup_steps=}."
@@ -50,7 +54,8 @@ def make_schedule(
         warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
         if schedule == "constant":
             return learning_rate * warmup
-        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        first = jnp.maximum(warmup_steps, begin)
+        progress = jnp.clip((step - first) / jnp.maximum(total_steps - first, 1), 0.0, 1.0)
         return learning_rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
     return rate
@@ -63,6 +68,7 @@ def make_optimizer(
     schedule: str = "constant",
     warmup_steps: int | Array = 0,
     total_steps: int | None = None,
+    budget: bool = False,
     weight_decay: float | Array = 0.0,
     decay: str = "matrices",
     clip_norm: float | Array = 0.0,
@@ -74,6 +80,8 @@ def make_optimizer(
         name: `"adam"`, `"adamw"` or `"sgd"`.
         learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`. These and the
             numbers below may be traced, so that many trials are one program.
+        budget: Keeps `total_steps` in the state, where `with_budget` puts it later, so that it is
+            no part of the program. Until then a cosine does not begin.
         weight_decay: Shrinks parameters by this fraction of the learning rate per step; adamw and
             sgd only.
         decay: Which parameters shrink: `"matrices"`, see `is_matrix`, or `"all"`.
@@ -102,9 +110,13 @@ def make_optimizer(
         raise ValueError(f"adam has no weight_decay, use adamw: got {weight_decay=}.")
     if has_momentum and name != "sgd":
         raise ValueError(f"momentum belongs to sgd, {name} has its own: got {momentum=}.")
-    rate = make_schedule(
-        learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    make_rate = functools.partial(
+        make_schedule, learning_rate, schedule=schedule, warmup_steps=warmup_steps
     )
+    if budget:
+        step_size = scale_by_budget(make_rate)
+    else:
+        step_size = optax.scale_by_learning_rate(make_rate(total_steps=total_steps))
     if name == "sgd":
         direction = optax.trace(momentum) if has_momentum else optax.identity()
     else:
@@ -118,8 +130,62 @@ def make_optimizer(
         clip,
         direction,
         optax.add_decayed_weights(weight_decay, mask) if has_decay else optax.identity(),
-        optax.scale_by_learning_rate(rate),
+        step_size,
     )
+
+
+class BudgetState(NamedTuple):
+    """The state of `scale_by_budget`.
+
+    Attributes:
+        count: Steps done, int32 scalar.
+        begin, end: Between which steps a cosine falls, int32 scalars; the largest numbers until
+            the end is known.
+    """
+
+    count: Array
+    begin: Array
+    end: Array
+
+
+_OPEN = 2**31 - 1
+
+
+def scale_by_budget(
+    make_rate: Callable[..., optax.Schedule],
+) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, with the steps of the schedule in its state.
+
+    Args:
+        make_rate: `make_schedule`, to be called with `total_steps` and `begin`.
+    """
+
+    def init(params: PyTree) -> BudgetState:
+        return BudgetState(jnp.int32(0), jnp.int32(_OPEN), jnp.int32(_OPEN))
+
+    def update(
+        updates: PyTree, state: BudgetState, params: PyTree | None = None
+    ) -> tuple[PyTree, BudgetState]:
+        rate = make_rate(total_steps=state.end, begin=state.begin)(state.count)
+        updates = jax.tree.map(lambda x: x * jnp.asarray(-rate, x.dtype), updates)
+        return updates, state._replace(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def budget_end(opt_state: PyTree) -> int | None:
+    """Where the schedule of an optimizer with a budget ends; None if this is open."""
+    is_budget = lambda x: isinstance(x, BudgetState)
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_budget) if is_budget(x)]
+    end = int(states[0].end)
+    return None if end == _OPEN else end
+
+
+def with_budget(opt_state: PyTree, begin: int, end: int) -> PyTree:
+    """The state of an optimizer with a budget, whose cosine falls between these steps."""
+    is_budget = lambda x: isinstance(x, BudgetState)
+    put = lambda x: x._replace(begin=jnp.int32(begin), end=jnp.int32(end)) if is_budget(x) else x
+    return jax.tree.map(put, opt_state, is_leaf=is_budget)
 
 
 def is_matrix(path: tuple, parameter: Array) -> bool:

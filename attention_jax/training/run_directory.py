@@ -39,7 +39,7 @@ from attention_jax.training.files import (
     read_config,
     read_json,
 )
-from attention_jax.training.metrics import JsonLines, Row, TensorBoard, to_json
+from attention_jax.training.metrics import JsonLines, Row, Samples, TensorBoard, to_json
 from attention_jax.training.process import RunError
 from attention_jax.types import TrainState
 
@@ -309,6 +309,8 @@ class RunDirectory:
             self._writers.callback(self._lines.close)
             self._events = TensorBoard(self.path / "tensorboard", self.step)
             self._writers.callback(self._events.close)
+            self._samples = Samples(self.path / SAMPLES, self.step)
+            self._writers.callback(self._samples.close)
             self.rows = list(self._lines.rows)
             if self.rows and "seconds" not in self.rows[-1]:
                 raise ConfigError(f"{self.path / 'metrics.jsonl'}: its last row has no seconds.")
@@ -329,11 +331,24 @@ class RunDirectory:
             self._lines.write(row)
             self._events.write(row)
 
+    def write_sample(self, step: int, text: str) -> None:
+        """Writes what the model has written."""
+        with reported(self.path):
+            self._samples.write(step, text)
+
+    def renew(self, config: ConfigDict) -> None:
+        """Writes the config again, with the number of epochs that was found."""
+        self._config = config.to_dict()
+        with reported(self.path):
+            noted = read_json(self.path / "config.json")
+            write_json(self.path / "config.json", noted | {"config": self._config})
+
     def save(self, state: TrainState) -> None:
         """Saves the state; the rows up to its step must have been written."""
         with reported(self.path):
             self._lines.sync()
             self._events.sync()
+            self._samples.sync()
             self._checkpoints.save(state, self._config)
 
     def wait(self) -> None:
@@ -382,6 +397,12 @@ class NoDirectory:
         pass
 
     def write(self, row: Row) -> None:
+        pass
+
+    def write_sample(self, step: int, text: str) -> None:
+        pass
+
+    def renew(self, config: ConfigDict) -> None:
         pass
 
     def save(self, state: TrainState) -> None:

@@ -1,0 +1,52 @@
+"""How long the devices take, while the host does other work."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+
+from attention_jax.training.metrics import Busy
+from attention_jax.types import PyTree
+
+
+class Finish:
+    """Notes the time at which arrays are ready, while the host does other work."""
+
+    def __init__(self, arrays: PyTree):
+        self._thread = threading.Thread(target=self._wait, args=(arrays,), daemon=True)
+        self._thread.start()
+
+    def _wait(self, arrays: PyTree) -> None:
+        with contextlib.suppress(Exception):  # Fetching the arrays raises it again.
+            jax.block_until_ready(arrays)
+        self._time = time.perf_counter()
+
+    def time(self) -> float:
+        """The time by `time.perf_counter`; waits for the arrays."""
+        self._thread.join()
+        return self._time
+
+
+class FirstCall:
+    """A compiled function that measures its first call, with compilation.
+
+    That call waits for the devices before and after, so that its time holds no other work. It says
+    that it compiles if that takes long.
+    """
+
+    def __init__(self, function: Callable, what: str, busy: Busy):
+        self._function, self._what, self._busy = function, what, busy
+        self.seconds: float | None = None
+
+    def __call__(self, *arguments):
+        if self.seconds is not None:
+            return self._function(*arguments)
+        jax.block_until_ready(arguments)
+        called = time.perf_counter()
+        with self._busy(f"compiling {self._what}"):
+            result = self._function(*arguments)
+        jax.block_until_ready(result)
+        self.seconds = time.perf_counter() - called
+        return result

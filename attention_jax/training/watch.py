@@ -1,0 +1,94 @@
+"""What a run shows of its model at each evaluation: what the heads do, and what it writes.
+
+It stands above the other modules of training, because it looks at models and generates text.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from attention_jax.generation import generate
+from attention_jax.training.build import make_functions
+from attention_jax.training.model import row_mask
+from attention_jax.types import Array, PyTree
+
+# A key of its own: `fold_in(key(seed), stream)`, as those of `build`.
+_STREAM = 4
+TEMPERATURE = 0.8
+
+
+def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
+    """The function `params -> metrics` of `config.eval.heads`: what each head does, and the norm of
+    each part's gradient, on the first held-out batch.
+
+    Their names are `entropy/blocks_0/1`, for head 1 of the first block, and
+    `gradient_norm/blocks_0`.
+    """
+    from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
+
+    functions = make_functions(config)
+
+    @jax.jit
+    def watch(params: PyTree) -> dict[str, Array]:
+        batch = functions.held_out_batch()
+        mask = row_mask(functions.task)
+        options = {} if mask is None else {"mask": mask}
+        found = head_statistics(functions.model, params, batch.inputs, **options)
+        metrics = {
+            f"{name}/{path.removesuffix('/attention')}/{head}": value
+            for path, summary in summarize(found).items()
+            for name, values in summary.items()
+            for head, value in enumerate(values)
+        }
+        gradients = jax.grad(lambda params: functions.loss(params, batch))(params)
+        norms = gradient_norms(gradients).items()
+        return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
+
+    return watch
+
+
+def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
+    """The function `(params, step) -> text` of `config.eval.sample`.
+
+    It begins after a newline, or after the first token of a vocabulary that has none. Of lines it
+    writes as many as the tokens hold. The text depends on the seed and the step.
+
+    Raises:
+        NotImplementedError: A layer of the model has no cache.
+    """
+    functions = make_functions(config)
+    text, T = functions.task.text, config.task.seq_length
+    rows, number = 1, config.eval.sample
+    if text.lines:
+        rows, number = max(1, number // T), T
+    start = np.full((rows, 1), first_token(text), np.int32)
+
+    def sample(params: PyTree, step: int) -> str:
+        rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
+        found = generate(
+            functions.model,
+            params,
+            jnp.asarray(start),
+            number,
+            temperature=TEMPERATURE,
+            rng=jax.random.fold_in(rng, step),
+            context=max(2, T),
+        )
+        written = [text.vocabulary.decode(row) for row in np.asarray(found).tolist()]
+        if text.lines:
+            written = [line.partition("\n")[0] for line in written]
+        return "\n".join(written)
+
+    return sample
+
+
+def first_token(text) -> int:
+    """The token that a text without a prompt begins after."""
+    try:
+        found = text.vocabulary.encode("\n")
+    except ValueError:
+        return 0
+    return int(found[-1]) if len(found) else 0
