@@ -59,13 +59,14 @@ def _of(name: str) -> Callable[[list[str]], int]:
 
 COMMANDS = {
     "train": train,
-    **{name: _of(name) for name in ("report", "inspect", "export", "check")},
+    **{name: _of(name) for name in ("report", "inspect", "generate", "export", "check")},
 }
 _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
 
   train    train an attention model, or finish what a run has begun
   report   make a table and pictures of runs and sweeps
   inspect  look inside: maps of the heads, their scores, and what each is worth
+  generate write text with a run of text, or with a model of Hugging Face
   export   write the parameters of a run to a file of safetensors
   check    compare every implementation of attention with float64 here
 

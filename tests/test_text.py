@@ -1,5 +1,7 @@
 """Promises of text of one's own: rows, vocabularies, what a run keeps, and what is refused."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 import attention_jax
+from attention_jax.interop import huggingface
+from attention_jax.laboratory import generate as laboratory
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text
 from attention_jax.training import budget, experiment
@@ -341,3 +345,93 @@ def test_two_budgets_and_a_budget_of_a_sweep_are_refused():
     with pytest.raises(ConfigError, match=r"config\.eval\.sample is for the task text"):
         parse(["train.py", "--config.eval.sample=10"])
     assert parse(["train.py", "--minutes=1"]).config.train.minutes == 1.0
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def written(run, *flags):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        laboratory.main(["attention-jax generate", str(run), *map(str, flags)])
+    return out.getvalue()
+
+
+def test_a_run_writes_on_and_the_same_seed_writes_the_same(trained, tmp_path):
+    run = attention_jax.load(trained[0])
+    text = written(trained[0], "--prompt=the ", "--tokens=30", "--seed=3", "--top_k=5")
+    assert text.startswith("the ")
+    assert len(text) == len("the ") + 30 + 1
+    assert text == written(trained[0], "--prompt=the ", "--tokens=30", "--seed=3", "--top_k=5")
+    assert text != written(trained[0], "--prompt=the ", "--tokens=30", "--seed=4", "--top_k=5")
+    rng = jax.random.fold_in(jax.random.key(3), 0)
+    found = attention_jax.generate(
+        *(run.model, run.params, run.encode("the "), 30),
+        **dict(temperature=0.8, top_k=5, rng=rng, context=8),
+    )
+    assert text == "the " + run.decode(found) + "\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text("the ")
+    flags = ("--tokens=30", "--seed=3", "--top_k=5", "--samples=2")
+    both = written(trained[0], f"--prompt=FILE:{file}", *flags)
+    assert both.startswith(f"--- 1\n{text}\n--- 2\nthe ")
+    assert len(written(trained[0], "--tokens=5")) == 5 + 1
+
+
+@pytest.mark.slow  # It trains.
+def test_a_run_of_lines_writes_lines(files, tmp_path):
+    config = small(files / "names.txt")
+    config.task.lines, config.train.epochs = True, 1
+    experiment.run(config, tmp_path / "names")
+    lines = written(tmp_path / "names", "--samples=3", "--tokens=20", "--prompt=a")
+    found = lines.split("\n")
+    assert found[::3] == ["--- 1", "--- 2", "--- 3"]
+    assert all(name.startswith("a") for name in found[1::3])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tokens=-1"], "--tokens must be at least 0: got -1"),
+        (["--samples=0"], "--samples must be at least 1: got 0"),
+        (["--seed=-1"], "--seed must be at least 0: got -1"),
+        (["--temperature=-1"], "temperature must be at least 0 and finite"),
+        (["--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
+        (["--prompt=日本"], "got '日本'"),
+        (["--length=3"], "unrecognized arguments: --length=3"),
+    ],
+)
+def test_what_cannot_be_written_is_a_line(trained, flags, words):
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as error:
+        written(trained[0], *flags)
+    assert words in str(error.value)
+
+
+def test_a_letter_waits_for_all_of_its_bytes():
+    told = laboratory.Told(Bytes().decode, "né".encode()[:2])
+    found = [told.add([byte]) for byte in "né日本 a\ufffd🙂".encode()[2:]]
+    assert "".join(found) == "é日本 a\ufffd🙂"
+    assert found[1:4] == ["", "", "日"]
+    assert told.add(list(b"\xf0\x9f")) == ""
+    assert told.rest() == "\ufffd"
+    assert laboratory.Told(Bytes().decode, b"x").add([0xFF] * 5) == "\ufffd" * 5
+    long = laboratory.Told(Bytes().decode, b"")
+    assert "".join(long.add([byte]) for byte in ("aé日" * 150).encode()) == "aé日" * 150
+
+
+def test_a_model_of_hugging_face_writes(tmp_path):
+    pytest.importorskip("tokenizers")
+    place = tmp_path / "gpt2"
+    shutil.copytree(Path(__file__).parent / "huggingface" / "gpt2", place)
+    model, params = huggingface.load(place)
+    size = model.embedding.num_embeddings
+    vocabulary = WORDS | {f"w{i}": i for i in range(len(WORDS), size)}
+    (place / "tokenizer.json").write_text(
+        json.dumps(TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": vocabulary}})
+    )
+    longest = model.positions.max_length
+    text = written(place, "--prompt=line of the", "--temperature=0", f"--tokens={longest + 5}")
+    words = text.split()
+    assert words[:3] == ["line", "of", "the"]
+    found = attention_jax.generate(model, params, [1, 2, 3], 9, temperature=0)
+    names = {token: word for word, token in vocabulary.items()}
+    assert words[3:12] == [names[token] for token in found.tolist()]

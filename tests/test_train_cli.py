@@ -237,11 +237,14 @@ def test_the_package_is_a_command(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "attention-jax: a command is missing: train or report or inspect or export or check."),
+        (
+            [],
+            "attention-jax: a command is missing: train or report or inspect or generate or export or check.",
+        ),
         (
             ["trian"],
-            "attention-jax: there is no command 'trian': train or report or inspect or export or "
-            "check.",
+            "attention-jax: there is no command 'trian': train or report or inspect or generate or "
+            "export or check.",
         ),
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),

@@ -86,8 +86,8 @@ def inspect(
     """
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
-    is_run = _is_run(place)
-    if is_run:
+    of_run = is_run(place)
+    if of_run:
         _refuse("is for a directory of Hugging Face", tokens=tokens, text=text)
         rows = _at_least_one("--rows", rows, ROWS)
         checkpoints = _at_least_one("--checkpoints", checkpoints, MAX_CHECKPOINTS)
@@ -102,7 +102,7 @@ def inspect(
     from attention_jax.training.process import prepare
 
     prepare()
-    if is_run:
+    if of_run:
         subject = subjects.of_run(place, rows)
     else:
         subject = subjects.of_directory(place, tokens=tokens, text=text)
@@ -111,7 +111,7 @@ def inspect(
     return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, text))
 
 
-def _is_run(place):
+def is_run(place):
     """Whether a directory is of a run; else it is of Hugging Face."""
     run, _ = locate(place)
     if (run / CHECKPOINTS).is_dir():

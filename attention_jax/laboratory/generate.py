@@ -1,0 +1,255 @@
+"""Writes text with a trained model, and shows it as it is made.
+
+    attention-jax generate runs/mine --prompt="Once upon" --tokens=500
+    attention-jax generate gpt2 --prompt=FILE:start.txt --temperature=0.8 --top_k=200 --samples=3
+
+RUN is the directory of a run of the task `text`, of a trial of a sweep (`sweep/trials/001`), or of
+a sweep, for its best trial; or one of Hugging Face with a `tokenizer.json`. `--prompt=FILE:PATH`
+reads the prompt from a file. The same seed gives the same text.
+
+The model sees as many tokens as it was trained on. When they are full, the last half stays and is
+read anew, so a text may be of any length.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attention_jax.laboratory.inspect import is_run
+from attention_jax.laboratory.parser import Parser
+from attention_jax.training.config import ConfigError
+from attention_jax.training.files import local_path, read_json
+
+TOKENS, CHUNK = 500, 8
+_FILE = "FILE:"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Does the command; `argv[0]` is its name.
+
+    Raises:
+        ConfigError: The model or an option is invalid, in a line.
+    """
+    parser = Parser(argv[0], __doc__)
+    parser.add_argument("run", metavar="RUN", help="directory of a run, or one of Hugging Face")
+    parser.add_argument("--prompt", default="", help="text to continue, or FILE:PATH")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"how many; default: {TOKENS}")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 is the likeliest; default: 0.8"
+    )
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest, up to this sum")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts; default: 1")
+    parser.add_argument("--context", type=int, help="tokens that the model sees at most")
+    try:
+        options = vars(parser.parse_args(argv[1:]))
+        for number, sample in enumerate(write(**options)):
+            if options["samples"] > 1:
+                print(f"{'' if number == 0 else chr(10)}--- {number + 1}", flush=True)
+            for part in sample:
+                print(part, end="", flush=True)
+            print(flush=True)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def write(
+    run: str | os.PathLike,
+    prompt: str = "",
+    *,
+    tokens: int = TOKENS,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    context: int | None = None,
+) -> Iterator[Iterator[str]]:
+    """Yields texts, each part by part: first the prompt, then what the model writes.
+
+    Args:
+        run: The directory of a run of text, a trial or a sweep; or one of Hugging Face.
+        prompt: The text to continue. "": a run begins after a newline, a model of Hugging Face
+            after its first token. "FILE:PATH": what stands in the file.
+        tokens: How many tokens to write; fewer where a line or the text ends.
+        temperature, top_k, top_p: As in `attention_jax.generate`.
+        seed: Of the draws.
+        samples: How many texts.
+        context: The most tokens that the model sees. None: as many as it was trained on.
+
+    Raises:
+        ValueError: An argument is out of its range, or there is no such model, or its tokens are of
+            no text.
+        OSError: A file cannot be read.
+    """
+    place = local_path(run, "RUN")
+    for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}: got {value}.")
+    if prompt.startswith(_FILE):
+        prompt = _read(prompt.removeprefix(_FILE))
+    of_run = is_run(place)
+    # Imported after the checks, so that errors do not wait for jax.
+    import jax
+
+    from attention_jax.generation import stream
+    from attention_jax.training.process import prepare
+
+    prepare()
+    author = _of_run(place) if of_run else _of_directory(place)
+    given = author.begin(prompt)
+    if context is None:
+        context = author.context
+    rng = jax.random.key(seed)
+
+    def sample(number: int) -> Iterator[str]:
+        parts = stream(
+            author.model,
+            author.params,
+            given,
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            rng=jax.random.fold_in(rng, number),
+            context=context,
+            chunk=CHUNK,
+        )
+        yield prompt
+        told = Told(author.decode, given.tolist())
+        for part in parts:
+            new = np.asarray(part).tolist()
+            ends = [place for place, token in enumerate(new) if token in author.ends]
+            yield told.add(new[: ends[0]] if ends else new)
+            if ends:
+                break
+        yield told.rest()
+
+    return map(sample, range(samples))
+
+
+class Told:
+    """Text of tokens that come one after the other, as far as it is sure.
+
+    Args:
+        decode: From a list of tokens to text.
+        before: The tokens of the prompt.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int]):
+        self._decode = decode
+        # The first tokens may depend on those before them, as a space at the start of a word.
+        self._tokens = list(before[-8:])
+        self._told = len(decode(self._tokens).rstrip("\ufffd"))
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that is new. A letter that is not complete waits for its other tokens."""
+        self._tokens += tokens
+        text = self._decode(self._tokens)
+        sure = self._sure(text)
+        new = self._new(text[:sure])
+        if sure == len(text) and len(self._tokens) > 200:  # Keeps a long text from taking long.
+            self._tokens = self._tokens[-8:]
+            self._told = len(self._decode(self._tokens))
+        return new
+
+    def rest(self) -> str:
+        """What still waits."""
+        return self._new(self._decode(self._tokens))
+
+    def _sure(self, text):
+        """A letter has up to four bytes, and each missing one may be a U+FFFD."""
+        whole = len(text.rstrip("\ufffd"))
+        return len(text) if len(text) - whole > 3 else whole
+
+    def _new(self, text):
+        new, self._told = text[self._told :], max(self._told, len(text))
+        return new
+
+
+class Author(NamedTuple):
+    """A model that writes.
+
+    Attributes:
+        model, params: As in `attention_jax.generate`.
+        begin: From the prompt to its tokens, `[T]` with T at least 1.
+        decode: From tokens to text.
+        ends: The tokens that end a text.
+        context: How many tokens it was trained on; None if this is not known.
+    """
+
+    model: Any
+    params: Any
+    begin: Callable[[str], np.ndarray]
+    decode: Callable[[list[int]], str]
+    ends: set[int]
+    context: int | None
+
+
+def _of_run(place: Path) -> Author:
+    from attention_jax.training.loading import load
+    from attention_jax.training.watch import first_token
+
+    run = load(place)
+    text = run.task.text
+    if text is None:
+        raise ValueError(f"{place} is a run of {run.config.task.name}, whose tokens are no text.")
+    first = first_token(text)
+
+    def begin(prompt):
+        found = text.vocabulary.encode(prompt)
+        # A line begins with the token of the newline.
+        return np.concatenate([[first], found]) if text.lines or not len(found) else found
+
+    return Author(
+        model=run.model,
+        params=run.params,
+        begin=lambda prompt: begin(prompt).astype(np.int32),
+        decode=text.vocabulary.decode,
+        ends={first} if text.lines else set(),
+        context=max(2, run.config.task.seq_length),
+    )
+
+
+def _of_directory(place: Path) -> Author:
+    from attention_jax.interop import huggingface
+
+    coder = huggingface.tokenizer(place)
+    model, params = huggingface.load(place)
+    config = read_json(place / "config.json") or {}
+    ends = config.get("eos_token_id")
+
+    def begin(prompt):
+        found = coder.encode(prompt).ids
+        if not found:
+            first = config.get("bos_token_id")
+            if first is None:
+                raise ValueError(f"--prompt must not be empty: {place} names no first token.")
+            found = [first]
+        return np.array(found, np.int32)
+
+    longest = getattr(model.positions, "max_length", None)
+    return Author(
+        model=model,
+        params=params,
+        begin=begin,
+        decode=lambda tokens: coder.decode(tokens, skip_special_tokens=False),
+        ends=set(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        context=longest or config.get("max_position_embeddings"),
+    )
+
+
+def _read(path: str) -> str:
+    file = local_path(path, "--prompt=FILE:PATH")
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--prompt: {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt: {file} is no text in UTF-8.") from error
