@@ -239,7 +239,8 @@ def test_the_package_is_a_command(environment, tmp_path):
     [
         (
             [],
-            "attention-jax: a command is missing: train or report or inspect or generate or export or check.",
+            "attention-jax: a command is missing: train or report or inspect or generate or export "
+            "or check.",
         ),
         (
             ["trian"],
