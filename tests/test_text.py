@@ -15,6 +15,7 @@ import pytest
 import attention_jax
 from attention_jax.interop import huggingface
 from attention_jax.laboratory import generate as laboratory
+from attention_jax.laboratory import subject, sweep
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text
 from attention_jax.training import budget, experiment
@@ -345,6 +346,8 @@ def test_two_budgets_and_a_budget_of_a_sweep_are_refused():
     with pytest.raises(ConfigError, match=r"config\.eval\.sample is for the task text"):
         parse(["train.py", "--config.eval.sample=10"])
     assert parse(["train.py", "--minutes=1"]).config.train.minutes == 1.0
+    with pytest.raises(ConfigError, match="--minutes=0 lets the epochs count"):
+        parse(["train.py", "--config.train.minutes=2", "--config.train.epochs=3"])
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -435,3 +438,28 @@ def test_a_model_of_hugging_face_writes(tmp_path):
     found = attention_jax.generate(model, params, [1, 2, 3], 9, temperature=0)
     names = {token: word for word, token in vocabulary.items()}
     assert words[3:12] == [names[token] for token in found.tolist()]
+
+
+def test_the_labels_of_a_text_are_its_characters(trained):
+    found = subject.of_run(trained[0], 2)
+    letters = set("".join("".join(row) for row in found.words))
+    assert letters <= set(POEM) - {"\n", " "} | set("␣\\n")
+    assert found.guess is None
+
+
+@pytest.mark.slow  # Two programs.
+def test_a_sweep_over_context_lengths_leaves_trials_that_write(files, tmp_path):
+    config = small(files / "poem.txt")
+    result = sweep.run(config, {"task.seq_length": [4, 8]}, tmp_path / "sweep")
+    assert result.metrics["best_by"] == "eval_loss"
+    for number, length in enumerate((4, 8)):
+        trial = tmp_path / "sweep" / "trials" / f"{number:03}"
+        assert attention_jax.load(trial).config.task.seq_length == length
+        assert len(written(trial, "--tokens=9")) == 10
+    (files / "poem.txt").rename(files / "away.txt")
+    try:
+        (files / "poem.txt").write_text(POEM + "more", encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"sha256 of config\.task\.path"):
+            sweep.run(config, {"task.seq_length": [4, 8]}, tmp_path / "sweep")
+    finally:
+        (files / "away.txt").replace(files / "poem.txt")

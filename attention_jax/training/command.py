@@ -139,10 +139,10 @@ def parse(argv: Sequence[str]) -> Command:
             raise ConfigError(f"--{name}={text} contradicts --config.{path}={overridden[path]}.")
         set_field(config, path, value)
     said = {_FIELDS[name] for name in given} | overridden.keys()
-    if config.train.minutes and {"train.minutes", "train.epochs"} <= said:
+    if config.train.minutes and "train.epochs" in said:
         raise ConfigError(
             f"--minutes={config.train.minutes} and --epochs={config.train.epochs} are two budgets: "
-            "give one."
+            "give one. --minutes=0 lets the epochs count."
         )
     sweep = _axes(values.sweep, config)
     for path in sweep:

@@ -335,7 +335,7 @@ def trials(config: ConfigDict, axes: Mapping[str, Sequence[Any]]) -> list[Config
             )
     if config.eval.heads:
         raise ConfigError("config.eval.heads is for single runs, not for sweeps: got True.")
-    if config.train.minutes:
+    if config.train.minutes and axes:
         raise ConfigError(
             f"{label('train.minutes')} is for single runs, not for sweeps: got "
             f"{config.train.minutes}."
