@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/text.py --config.task.path=my.txt --workdir=runs/text
 
-Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.73 after 2000 steps, in 189 s on two cores that
-other programs used too, of which 35 s were compilation (jax 0.10.2, 2026-11-29). nanoGPT publishes
+Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.73 after 2000 steps, in 189 s on two cores
+that others used too; 35 s of it were compilation (jax 0.10.2, 2026-11-29). nanoGPT publishes
 1.88. `benchmarks/text.py` measures it beside PyTorch. docs/text.md shows what it writes.
 """
 

@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/text_minutes.py --config.task.path=my.txt --workdir=runs/five
 
-Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.57 after 2300 steps, in 448 s on two cores that
-other programs used too (jax 0.10.2, 2026-11-29). The five minutes were found at a quieter moment.
+Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.57 after 2300 steps, in 448 s on two cores
+that others used too (jax 0.10.2, 2026-11-29). The five minutes were found at a quieter moment.
 `--minutes=15` gives it more.
 """
 
