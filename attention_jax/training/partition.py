@@ -37,10 +37,10 @@ def spec(path: str, shape: tuple[int, ...], devices: int) -> P:
         shape: Of the array.
         devices: The size of the axis.
 
-    >>> spec(".blocks_0.attention.query.kernel", (64, 8, 8), 2)
-    PartitionSpec(None, 'model')
-    >>> spec(".blocks_0.attention.query.kernel", (64, 1, 8), 2)
-    PartitionSpec()
+    >>> tuple(spec(".blocks_0.attention.query.kernel", (64, 8, 8), 2))
+    (None, 'model')
+    >>> tuple(spec(".blocks_0.attention.query.kernel", (64, 1, 8), 2))
+    ()
     """
     for end, ndim, axis in SPLIT:
         if re.search(rf"{end}$", path) and len(shape) == ndim and shape[axis] % devices == 0:
