@@ -5,7 +5,8 @@
 
 Rounds alternate between `attention_jax.generate` and transformers' `generate` with its default
 cache and attention, on the same parameters and prompt, in one process. Prints the median tokens per
-second of both, the median ratio of a round with its range, and how long loading takes.
+second of both, the median ratio of a round with its range, how long loading takes, and how long a
+token takes beside a copy of all parameters in memory.
 """
 
 import datetime
@@ -59,15 +60,19 @@ def main():
 
     compiling, _ = seconds(ours)
     seconds(theirs)
-    rounds = []
+    source = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+    target = np.empty_like(source)
+    rounds, copies = [], []
     for _ in range(ROUNDS):
         (mine, found), (other, want) = seconds(ours), seconds(theirs)
         rounds.append((mine, other, float((found == want).mean())))
+        copies.append(seconds(lambda: np.copyto(target, source))[0] * NEW / mine)
     ratios = sorted(other / mine for mine, other, _ in rounds)
     print(f"load {loading:.1f} s, first call with compilation {compiling:.1f} s")
     for name, place in (("ours", 0), ("transformers", 1)):
         median = statistics.median(found[place] for found in rounds)
         print(f"{name}: {NEW / median:.1f} tokens/s")
+    print(f"a copy of the parameters takes {statistics.median(copies):.0%} of a token's time")
     print(
         f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
         f"{min(found[2] for found in rounds):.0%} of the tokens are equal"

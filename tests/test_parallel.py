@@ -170,7 +170,7 @@ ALL = [
 @pytest.mark.parametrize(
     ("attention", "feature", "n", "order"),
     [*CASES, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALL if x not in CASES)],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_devices_give_the_numbers_of_one(attention, feature, n, order):
     arrays = random_qkv(sizes())
