@@ -128,7 +128,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, cache, alo
         if status != 0:  # It may have been faster than the kill.
             assert status == 1
             assert "so this one ends. Repeat all commands" in job.errors[0].read_text()
-    with Job(tmp_path / "run", cache, "pmap", 2) as job:
+    with Job(tmp_path / "run", cache, "pmap", 1, 2) as job:
         assert_alike(job.rows(), alone)
 
 
