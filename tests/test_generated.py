@@ -56,5 +56,5 @@ def test_a_call_of_attention_is_right_or_refused_by_name(kind):
 
 def test_a_command_line_is_built_or_refused_by_name(config_files):
     counts = tally(*generated_commands.ALL, 30)
-    assert counts["built"] >= 5, counts
+    assert counts["built"] >= 2, counts
     assert counts["refused"] >= 5, counts
