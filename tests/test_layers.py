@@ -22,6 +22,7 @@ from attention_jax import (
     masks,
     positions,
 )
+from attention_jax.functional.xla_cpu import kernel_product
 from attention_jax.training.model import make_sequence_model
 
 FlaxAttention = nn.MultiHeadDotProductAttention
@@ -758,3 +759,23 @@ def test_a_cache_of_another_batch_is_refused():
     decoder = decoder_of("plain")
     with pytest.raises(ValueError, match="batch"):
         decoder.step(decoder.cache, normal(3, 1, 12))
+
+
+@pytest.mark.parametrize(
+    ("left", "kernel"), [((2,), (6, 5)), ((2,), (6, 2, 5)), ((1, 2), (4, 6, 3))], ids=str
+)
+def test_vectors_times_a_kernel_are_those_of_one_batch_axis(left, kernel, monkeypatch):
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 4, 6), kernel]))
+    numbers = ((left, tuple(range(len(left)))), ((), ()))
+
+    def found(product):
+        out, pull_back = jax.vjp(lambda x, w: product(x, w, numbers, precision=None), x, w)
+        return out, *pull_back(jnp.cos(out))
+
+    want = found(jax.lax.dot_general)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # Several may split two of the batch axes.
+    for got, wanted in zip(found(kernel_product), want, strict=True):
+        assert got.shape == wanted.shape
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    flat = str(jax.make_jaxpr(lambda: kernel_product(x, w, numbers))())
+    assert ("reshape" in flat) == (len(left) == 1)  # Vectors of one batch axis are flat already.

@@ -22,6 +22,7 @@ from attention_jax.functional.gated_delta import (
     unit_length,
 )
 from attention_jax.functional.masks import Mask
+from attention_jax.functional.xla_cpu import kernel_product
 from attention_jax.layers.cache import advances, joined
 from attention_jax.layers.multi_head import head_sizes
 from attention_jax.types import Array, AttentionFn, Initializer
@@ -136,6 +137,7 @@ class GatedDeltaAttention(nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=init,
                 bias_init=self.bias_init,
+                dot_general=kernel_product,
                 name=name,
             )
 

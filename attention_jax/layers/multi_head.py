@@ -26,6 +26,7 @@ from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.rotary import LAYOUTS, Scaling, dynamic, rotary
+from attention_jax.functional.xla_cpu import kernel_product
 from attention_jax.layers.cache import Cache, Memory
 from attention_jax.types import Array, AttentionFn, Initializer
 
@@ -116,6 +117,7 @@ class SingleHeadAttention(Named, nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=kernel_init,
                 bias_init=self.bias_init,
+                dot_general=kernel_product,
                 name=name,
             )(x)
 
@@ -344,6 +346,7 @@ class MultiHeadAttention(Named, nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=kernel_init,
             bias_init=self.bias_init,
+            dot_general=kernel_product,
             name=name,
         )
 

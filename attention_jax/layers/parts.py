@@ -27,6 +27,7 @@ from attention_jax.functional.gated_delta import causal_convolution
 from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.functional.positions import sinusoidal_at
+from attention_jax.functional.xla_cpu import kernel_product
 from attention_jax.types import Array, Initializer
 
 EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positions, as in GPT-2.
@@ -298,7 +299,14 @@ class MLP(nn.Module):
 
     def _dense(self, features, name, **options):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Dense(features, use_bias=self.use_bias, name=name, **types, **options)
+        return nn.Dense(
+            features,
+            use_bias=self.use_bias,
+            dot_general=kernel_product,
+            name=name,
+            **types,
+            **options,
+        )
 
 
 class GatedMLP(MLP):
