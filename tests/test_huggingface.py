@@ -196,6 +196,22 @@ def test_parts_with_an_index_are_one_file(place):
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
+def test_what_is_saved_over_parts_is_what_is_loaded(place):
+    directory = place()
+    model, params = huggingface.load(directory)
+    whole = (directory / "model.safetensors").read_bytes()
+    _shards(directory)
+    huggingface.save(directory, model, jax.tree.map(lambda x: x + 1, params))
+    assert not (directory / "model.safetensors.index.json").exists()
+    _, found = huggingface.load(directory)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 1), found, params)
+    # Other tools leave the index.
+    _shards(directory)
+    (directory / "model.safetensors").write_bytes(whole)
+    _, found = huggingface.load(directory)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_an_index_names_files_of_its_directory_only(place):
     directory = place()
     _shards(directory, ("../model-1.safetensors", "model-2.safetensors"))
@@ -219,6 +235,8 @@ def test_an_index_names_files_of_its_directory_only(place):
 )
 def test_a_broken_file_is_named(place, file, content, error):
     path = place() / file
+    if "index" in file:
+        path.with_name("model.safetensors").unlink()
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_bytes(content)

@@ -128,6 +128,7 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
     from safetensors.numpy import save_file
 
     _replace(directory / _WEIGHTS, lambda path: save_file(arrays, path, {"format": "pt"}))
+    (directory / _INDEX).unlink(missing_ok=True)  # Some tools would read the earlier parts by it.
     text = json.dumps(fields, indent=2) + "\n"
     _replace(directory / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -183,7 +184,8 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """The open file of every tensor, by its name."""
     from safetensors import SafetensorError, safe_open
 
-    if (directory / _INDEX).is_file():
+    # As in transformers, a whole file comes before an index, which may be left from earlier.
+    if not (directory / _WEIGHTS).is_file() and (directory / _INDEX).is_file():
         found = _read_json(directory / _INDEX).get("weight_map")
         parts = found.values() if isinstance(found, dict) else [None]
         for part in parts:
