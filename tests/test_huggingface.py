@@ -86,6 +86,11 @@ ROTATIONS = {
     "linear": {"type": "linear", "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8},
+    "yarn, implicit factor": {
+        "rope_type": "yarn",
+        "factor": None,
+        "original_max_position_embeddings": 4,
+    },
     "yarn, mscale": {
         "rope_type": "yarn",
         "factor": 8.0,
@@ -152,6 +157,19 @@ def place(tmp_path):
         ({"hidden_act": "quick_gelu"}, NotImplementedError, "quick_gelu"),
         ({"rope_parameters": {"rope_type": "longrope"}}, NotImplementedError, "longrope"),
         ({"rope_parameters": {"rope_type": "linear"}}, ValueError, "factor is missing"),
+        ({"rope_parameters": "linear"}, ValueError, "rope_parameters.*'linear'"),
+        ({"rope_parameters": ..., "rope_scaling": [2.0]}, ValueError, "rope_scaling.*2.0"),
+        ({"rope_parameters": ..., "rope_theta": None}, ValueError, "rope_theta.*None"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            ValueError,
+            "factor must be a number, got '2'",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 9.0}},
+            ValueError,
+            "rope_scaling and rope_parameters differ in factor, rope_type",
+        ),
         ({"hidden_size": ...}, ValueError, "hidden_size is missing"),
         ({"hidden_size": 32}, ValueError, "embed_tokens.*shape"),
         ({"num_hidden_layers": 3}, ValueError, r"no tensor model\.layers\.2"),

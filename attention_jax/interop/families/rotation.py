@@ -4,8 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
+from attention_jax.checks import told
 from attention_jax.functional import positions
 from attention_jax.interop.families.family import Config
+
+_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def rotation(config: Config, kind: str) -> tuple[float, float, Any]:
@@ -15,9 +18,15 @@ def rotation(config: Config, kind: str) -> tuple[float, float, Any]:
     in `rope_theta`, `rope_scaling` and, for the layers with a window of Gemma 3,
     `rope_local_base_freq`.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name), dict | None):
+            raise ValueError(f"{name} must be an object, got {told(config[name])}.")
     found = config.get("rope_parameters")
-    if found is not None:
+    if found:
         found = found.get(kind, found)
+        if not isinstance(found, dict):
+            raise ValueError(f"rope_parameters: {kind} must be an object, got {told(found)}.")
+        _check_one_source(found, config.get("rope_scaling"), kind)
         scaling = found
     elif kind == "sliding_attention" and "rope_local_base_freq" in config:
         found, scaling = {"rope_theta": config["rope_local_base_freq"]}, None
@@ -25,13 +34,44 @@ def rotation(config: Config, kind: str) -> tuple[float, float, Any]:
         found, scaling = {}, config.get("rope_scaling")
     base = found.get("rope_theta", config["rope_theta"])
     fraction = found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    _check_numbers({"rope_theta": base, "partial_rotary_factor": fraction})
     return float(base), fraction, None if scaling is None else _scaling(scaling, config)
+
+
+def _check_one_source(parameters: Config, scaling: Config | None, kind: str) -> None:
+    """Refuses a `rope_scaling` that says more than the `rope_parameters` beside it.
+
+    Model cards advise to add `rope_scaling` to the config; transformers 5 then forgets the other.
+    """
+    if scaling is None or kind == "sliding_attention":
+        return
+    named = lambda fields: (
+        {"rope_type": fields.get("type", "default")}
+        | {name: x for name, x in fields.items() if name != "type"}
+    )
+    parameters, scaling = named(parameters), named(scaling)
+    more = sorted(name for name, x in scaling.items() if parameters.get(name) != x)
+    if more:
+        raise ValueError(
+            f"rope_scaling and rope_parameters differ in {', '.join(more)}: put all fields into "
+            "rope_parameters."
+        )
+
+
+def _check_numbers(fields: Config) -> None:
+    for name, x in fields.items():
+        if isinstance(x, bool) or not isinstance(x, int | float):
+            raise ValueError(f"{name} must be a number, got {told(x)}.")
 
 
 def _scaling(found: Config, config: Config) -> Any:
     kind = found.get("rope_type", found.get("type", "default"))
     trained = config["max_position_embeddings"]
     original = found.get("original_max_position_embeddings", trained)
+    if kind == "yarn" and found.get("factor", ...) is None:
+        _check_numbers({"original_max_position_embeddings": original})
+        found = {**found, "factor": trained / original}
+    _check_numbers({name: x for name, x in found.items() if name in _NUMBERS})
     if kind == "default":
         return None
     if kind == "linear":
