@@ -177,6 +177,7 @@ def place(tmp_path):
         ({"attention_bias": False}, ValueError, "no place for.*bias"),
         ({"tie_word_embeddings": "yes"}, (TypeError, ValueError), "tie_word_embeddings"),
         ({"num_attention_heads": "4"}, (TypeError, ValueError), "num_attention_heads"),
+        ({"quantization_config": {}}, NotImplementedError, "quantization_config"),
         ({"text_config": {}}, NotImplementedError, "text_config"),
     ],
 )
@@ -297,6 +298,25 @@ def test_parameters_keep_their_type_or_take_the_one_asked_for(place):
         np.testing.assert_array_equal(saved[name], array)
     with pytest.raises(TypeError, match="dtype"):
         huggingface.load(directory, dtype="int8")
+
+
+@pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_quantized_tensor_is_refused_by_its_name(place, kind, name):
+    path = place() / "model.safetensors"
+    header, data = {}, b""  # The library cannot write every kind.
+    for key, x in tensors(path).items():
+        part = bytes(x.size) if key == name else x.tobytes()
+        header[key] = {
+            "dtype": kind if key == name else "F32",
+            "shape": x.shape,
+            "data_offsets": [len(data), len(data) + len(part)],
+        }
+        data += part
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(NotImplementedError, match=rf"{name} is of the type {kind}"):
+        huggingface.load(path.parent)
 
 
 def test_a_model_of_no_family_is_not_saved(tmp_path):

@@ -58,7 +58,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         if dtype is None:
             first = next(family.tensors(model))  # The embedding.
             name = _name_of(first, names, directory)
-            dtype = files[name].get_tensor(name).dtype
+            dtype = _read(files, name, directory).dtype
             check_dtype(f"{directory}: the type of the parameters", dtype)
             _, model = make_model(config, dtype)
         flat = {}
@@ -66,7 +66,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         shapes = _shapes(model)
         for tensor in wanted:
             name = _name_of(tensor, names, directory)
-            flat |= _load(tensor, files[name].get_tensor(name), shapes, dtype, directory)
+            flat |= _load(tensor, _read(files, name, directory), shapes, dtype, directory)
         _check_unused(directory, names, wanted, family, model)
     return model, unflatten_dict(flat, sep="/")
 
@@ -75,6 +75,17 @@ def _name_of(tensor: Tensor, names: dict[str, str], directory: Path) -> str:
     if tensor.name not in names:
         raise ValueError(f"{directory} has no tensor {tensor.name}.")
     return names[tensor.name]
+
+
+def _read(files: dict[str, Any], name: str, directory: Path) -> np.ndarray:
+    """A tensor of numbers; those of fewer bits have scales, of which a model here knows nothing."""
+    kind = files[name].get_slice(name).get_dtype()
+    if kind not in ("F16", "BF16", "F32", "F64"):
+        raise NotImplementedError(
+            f"{directory}: {name} is of the type {kind}, as quantized weights are; it must be F16, "
+            "BF16, F32 or F64."
+        )
+    return files[name].get_tensor(name)
 
 
 def _load(tensor, array, shapes, dtype, directory) -> dict[str, jax.Array]:

@@ -28,6 +28,10 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
     if kind not in FAMILIES:
         raise NotImplementedError(f"model_type must be one of {tuple(FAMILIES)}, got {kind!r}.")
     family = FAMILIES[kind]
+    if config.get("quantization_config") is not None:
+        raise NotImplementedError(
+            "quantization_config asks for quantized weights, which no part of this package has."
+        )
     for name, values in family.only.items():
         if name in config and config[name] not in values:
             raise NotImplementedError(f"{name} must be {values[0]}, got {config[name]!r}.")
