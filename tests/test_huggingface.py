@@ -14,7 +14,7 @@ from huggingface.make import MODELS, answers, random_model
 
 from attention_jax import generate
 from attention_jax.interop import huggingface
-from attention_jax.interop.families import spec
+from attention_jax.interop.families import make_model, spec
 from attention_jax.models import decoding
 
 HERE = Path(__file__).parent / "huggingface"
@@ -298,6 +298,33 @@ def test_parameters_keep_their_type_or_take_the_one_asked_for(place):
         np.testing.assert_array_equal(saved[name], array)
     with pytest.raises(TypeError, match="dtype"):
         huggingface.load(directory, dtype="int8")
+
+
+def test_a_head_that_is_no_copy_of_the_embedding_is_refused_beside_one_that_is_tied(place):
+    from safetensors.numpy import save_file
+
+    path = place(tie_word_embeddings=True) / "model.safetensors"
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs.*tie_word_embeddings"):
+        huggingface.load(path.parent)
+    found = tensors(path)
+    found["lm_head.weight"] = found["model.embed_tokens.weight"].copy()
+    save_file(found, path)
+    assert huggingface.load(path.parent)[0].head is None
+
+
+def test_the_first_releases_of_gemma_name_another_activation(tmp_path):
+    shutil.copytree(HERE / "gemma", tmp_path / "gemma")
+    path = tmp_path / "gemma" / "config.json"
+    config = json.loads(path.read_text()) | {"hidden_act": "gelu"}
+    path.write_text(json.dumps(config))
+    assert spec(huggingface.load(path.parent)[0]) == spec(huggingface.load(HERE / "gemma")[0])
+
+
+def test_a_qwen3_of_no_head_size_has_that_of_transformers():
+    config = json.loads((HERE / "qwen3" / "config.json").read_text())
+    del config["head_dim"]
+    _, model = make_model(config, jnp.float32)
+    assert model.blocks[0].attention.head_dim == 128
 
 
 @pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])

@@ -68,6 +68,8 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
             name = _name_of(tensor, names, directory)
             flat |= _load(tensor, _read(files, name, directory), shapes, dtype, directory)
         _check_unused(directory, names, wanted, family, model)
+        if model.head is None:
+            _check_tied(directory, files, names, wanted[0].name)
     return model, unflatten_dict(flat, sep="/")
 
 
@@ -243,6 +245,18 @@ def _check_unused(directory, names, wanted, family, model) -> None:
             f"{directory} has {len(left)} tensors that its config has no place for: "
             f"{', '.join(sorted(left)[:4])}."
         )
+
+
+def _check_tied(directory, files, names, embedding) -> None:
+    """Raises ValueError for a head that is no copy of the embedding, as after training it alone."""
+    for head in ("lm_head.weight", "embed_out.weight"):
+        if head in names:
+            pair = [_read(files, names[name], directory) for name in (head, embedding)]
+            if not np.array_equal(*pair):
+                raise ValueError(
+                    f"{directory}: {head} differs from {embedding}, but tie_word_embeddings is "
+                    "true: set it to false in config.json, or remove the tensor."
+                )
 
 
 def _shapes(model: SequenceModel) -> dict[str, tuple[int, ...]]:

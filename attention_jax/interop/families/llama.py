@@ -86,6 +86,8 @@ def _llama_model(config: Config, dtype: Any, *, gemma: int = 0, qk_norm=False, b
     make_norm = UnitOffsetRMSNorm if gemma else nn.RMSNorm
     norm = functools.partial(make_norm, epsilon=config["rms_norm_eps"], **types)
     activation = config["hidden_activation" if gemma > 1 else "hidden_act"]
+    if gemma == 1 and activation == "gelu":  # The first releases say so and mean the other.
+        activation = "gelu_pytorch_tanh"
     kinds = _layer_types(config, L)
 
     def block(kind: str) -> Block:
@@ -285,7 +287,9 @@ LLAMAS = {
         biases=False,
     ),
     "qwen2": _relative("Qwen2ForCausalLM", _QWEN, biases=QKV),
-    "qwen3": _relative("Qwen3ForCausalLM", _QWEN | {"attention_bias": False}, qk_norm=True),
+    "qwen3": _relative(
+        "Qwen3ForCausalLM", _QWEN | {"attention_bias": False, "head_dim": 128}, qk_norm=True
+    ),
     "gemma": _relative("GemmaForCausalLM", _GEMMA, _FORWARD, gemma=1),
     "gemma2": _relative("Gemma2ForCausalLM", _GEMMA2, _FORWARD, gemma=2),
     "gemma3_text": _relative("Gemma3ForCausalLM", _GEMMA3, _FORWARD, gemma=3, qk_norm=True),
