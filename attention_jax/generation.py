@@ -123,6 +123,7 @@ def stream(
             raise ValueError(
                 f"lengths must lie in [1, T] with T={tokens.shape[-1]}, got {lengths.tolist()}."
             )
+    _check_vocabulary(tokens, lengths, getattr(model.embedding, "num_embeddings", None))
     longest = getattr(model.positions, "max_length", None)
     if context is not None:
         context = as_size("context", context, minimum=2)
@@ -135,6 +136,17 @@ def stream(
         )
     model = decoding(model, rolling=True)
     return _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, chunk)
+
+
+def _check_vocabulary(tokens: Array, lengths: Array | None, size: int | None) -> None:
+    """Raises ValueError for a token that the model does not have, if the tokens are known."""
+    if size is None or isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    wrong = (tokens < 0) | (tokens >= size)
+    if lengths is not None:  # Padding may be anything.
+        wrong &= jnp.arange(tokens.shape[-1]) < lengths[..., None]
+    if wrong.any():
+        raise ValueError(f"tokens must be from 0 to {size - 1}, got {tokens[wrong][0]}.")
 
 
 def _settings(temperature, top_k, top_p, rng) -> tuple[tuple | None, Array | None]:

@@ -140,6 +140,8 @@ def test_no_tokens_are_none(model, params, tokens):
         ({"num_tokens": 2.0}, TypeError, "num_tokens"),
         ({"tokens": np.zeros((2, 0), int)}, ValueError, "tokens"),
         ({"tokens": np.zeros((2, 3))}, TypeError, "tokens"),
+        ({"tokens": [[1, VOCABULARY]]}, ValueError, f"tokens.*{VOCABULARY - 1}, got {VOCABULARY}"),
+        ({"tokens": [-1]}, ValueError, "tokens.*got -1"),
         ({"model": nn.Dense(3)}, TypeError, "model"),
         ({"lengths": [4, 4]}, ValueError, "lengths must have the batch axes"),
         ({"lengths": [4, 0, 1]}, ValueError, r"lengths must lie in \[1, T\]"),
