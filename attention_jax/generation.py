@@ -37,7 +37,7 @@ def generate(
         tokens: The prompts, integers `[..., T]` with T at least 1.
         num_tokens: How many tokens to add.
         temperature: Divides the logits; 0 takes the most likely token, and needs no `rng`.
-        top_k: Draws from the k most likely tokens only.
+        top_k: Draws from the k most likely tokens only; of equal ones, from the first.
         top_p: Draws from the most likely tokens whose probabilities reach this sum.
         rng: The key of the draws. The draw of a row depends on the key, its place in the batch and
             its place among the new tokens.
@@ -276,16 +276,23 @@ def _choose(logits: Array, rng: Array | None, index: Array, settings: tuple | No
     if settings is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_k, top_p = settings
-    logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        weights = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(weights, axis=-1) - weights  # Of the more likely tokens.
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    logits = logits.astype(jnp.float32)
+    # From the largest: a quotient by a small temperature would overflow for all of them.
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
+    numbers = jnp.finfo(jnp.float32)
+    logits /= min(max(temperature, float(numbers.tiny)), float(numbers.max))
+    vocabulary = logits.shape[-1]
+    k = vocabulary if top_k is None else min(top_k, vocabulary)
+    if k < vocabulary or top_p not in (None, 1):
+        # By their places, not by a least logit: equal logits, as bfloat16 has, would pass it too.
+        ordered, places = lax.top_k(logits, k)
+        if top_p is not None:
+            weights = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(weights, axis=-1) - weights  # Of the more likely tokens.
+            ordered = jnp.where(before < top_p, ordered, -jnp.inf)
+        logits = jnp.put_along_axis(
+            jnp.full_like(logits, -jnp.inf), places, ordered, axis=-1, inplace=False
+        )
     flat = logits.reshape(-1, logits.shape[-1])
     rows = jnp.arange(flat.shape[0])
     rng = jax.random.fold_in(rng, index)

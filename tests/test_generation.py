@@ -100,6 +100,27 @@ def test_only_the_likely_tokens_are_drawn(model, params, tokens, logits, setting
     assert set(np.unique(drawn)) == set(kept(p / p.sum()).tolist())
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-46, 1e-300])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 4, "top_p": 0.9}])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature, settings):
+    logits = jnp.array([[3.0, 0.0, 5.0, -jnp.inf, 4.999]])
+    settings = (temperature, settings.get("top_k"), settings.get("top_p"))
+    assert int(generation._choose(logits, jax.random.key(0), 0, settings)[0]) == 2
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 9])
+@pytest.mark.parametrize("top_p", [None, 0.2, 0.7])
+def test_equal_tokens_do_not_pass_a_limit(top_k, top_p):
+    logits = jnp.array([1.0, 2.0, 2.0, 0.0, 2.0], jnp.bfloat16)
+    order = np.argsort(-np.asarray(logits, float), kind="stable")[:top_k]
+    p = np.exp(np.asarray(logits, float)[order])
+    before = np.cumsum(p / p.sum()) - p / p.sum()
+    want = order if top_p is None else order[before < top_p]
+    settings = (1.0, top_k, top_p)
+    drawn = generation._choose(jnp.tile(logits, (900, 1)), jax.random.key(0), 0, settings)
+    assert set(np.unique(drawn)) == set(want)
+
+
 def test_the_key_decides(model, params, tokens):
     one, again, other = (
         np.asarray(generate(model, params, tokens, 8, temperature=9.0, rng=jax.random.key(seed)))
