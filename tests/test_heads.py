@@ -132,6 +132,22 @@ def test_importance_is_the_mean_size_of_the_gradient_of_each_gate(plain):
         assert_close(found[path][head], np.abs(slope).mean(), 2e-3)
 
 
+@pytest.mark.parametrize("form", ["array", "lengths"])
+def test_importance_of_rows_with_masks_of_their_own_is_the_mean_of_single_rows(plain, form):
+    model, params = plain
+    lengths = jnp.array([6, 3, 5])
+    seen = jnp.arange(6) < lengths[:, None]
+    size = lambda logits: jnp.square(logits).mean((-1, -2))
+
+    def score(rows):
+        mask = seen[rows, None, None, :] if form == "array" else masks.key_lengths(lengths[rows])
+        return importance(model, params, TOKENS[rows], size, mask=mask)
+
+    found, single = score(slice(None)), [score(slice(i, i + 1)) for i in range(3)]
+    for path, values in found.items():
+        assert_close(values, sum(one[path] for one in single) / 3, 1e-5)
+
+
 @pytest.mark.parametrize(
     "heads",
     [{FIRST: [1]}, {FIRST: [0, 1], SECOND: [3]}, {FIRST: [0, 2]}, {SECOND: [0, 1, 2, 3]}],

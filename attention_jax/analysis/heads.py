@@ -34,7 +34,8 @@ def apply_with_gates(
     Args:
         model, params: Any model of linen with attention layers.
         inputs: Of the model.
-        gates: `[N]` for some layers, by their paths; other layers stay as they are.
+        gates: `[N]` for some layers, by their paths, or `[B, N]`, a number for each row; other
+            layers stay as they are.
         means: `[N, V]` for each layer: what a head gives when its gate is 0. None is zeros.
         **options: Of the model's call, as `mask`.
 
@@ -47,13 +48,15 @@ def apply_with_gates(
         if path not in gates:
             return mixed
         used.add(path)
-        kept = jnp.asarray(gates[path], mixed.dtype)
-        if kept.shape != mixed.shape[-2:-1]:
+        kept, N = jnp.asarray(gates[path], mixed.dtype), mixed.shape[-2]
+        each_row = (mixed.shape[0], N) if mixed.ndim > 3 else None
+        if kept.shape not in ((N,), each_row):
             raise ValueError(
-                f"gates must have one number for each of the {mixed.shape[-2]} heads of {path}, "
-                f"got shape {kept.shape}."
+                f"gates must have one number for each of the {N} heads of {path}, got shape "
+                f"{kept.shape}."
             )
-        kept = kept[:, None]
+        ones = (1,) * (mixed.ndim - 2 - len(kept.shape[:-1]))
+        kept = kept.reshape(*kept.shape[:-1], *ones, N, 1)
         if means is None:
             return kept * mixed
         return kept * mixed + (1 - kept) * means[path].astype(mixed.dtype)
@@ -121,8 +124,7 @@ def importance(
     def of_rows(params, inputs):
         # Each row has gates of its own, so one pass gives the gradient of each.
         def losses(gates):
-            run = lambda gates, row: apply_with_gates(model, params, row[None], gates, **options)[0]
-            return loss(jax.vmap(run)(gates, inputs)).sum()
+            return loss(apply_with_gates(model, params, inputs, gates, **options)).sum()
 
         each = jax.tree.map(lambda gate: jnp.broadcast_to(gate, (rows, *gate.shape)), gates)
         return jax.tree.map(lambda grad: jnp.abs(grad).mean(0), jax.grad(losses)(each))
