@@ -176,6 +176,8 @@ def test_groups_stay_where_they_can():
     assert (kept([1, 3]).num_heads, kept([1, 3]).num_kv_heads) == (2, 2)
     assert (kept([0, 1]).num_heads, kept([0, 1]).num_kv_heads) == (2, 1)
     assert (kept([0]).num_heads, kept([0]).num_kv_heads) == (3, 3)
+    for numbers in (np.array([1, 3]), jnp.array([1, 3]), {1, 3}, list(jnp.array([1, 3, 3]))):
+        assert kept(numbers) == kept([1, 3])
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,9 @@ def test_groups_stay_where_they_can():
         ({"blocks_7/attention": [0]}, ValueError, "blocks_7/attention.*blocks_0"),
         ({FIRST: [4]}, ValueError, "below 4, got 4"),
         ({FIRST: [-1]}, ValueError, "below 4, got -1"),
+        ({FIRST: 1}, TypeError, "in a list, got 1"),
+        ({FIRST: [1.0]}, TypeError, "whole numbers, got 1.0"),
+        ({FIRST: np.array([True, False, True, True])}, TypeError, "whole numbers, got True"),
     ],
 )
 def test_heads_that_there_are_not_are_named(plain, heads, error, words):

@@ -5,11 +5,12 @@ removes it. Gates work on every layer that mixes heads by a projection `out`, in
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from attention_jax.checks import check_word, told
@@ -217,11 +218,18 @@ def _at_outputs(change: Callable[[Array, str], Array]):
 
 
 def check_heads(heads: Mapping[str, Any], counts: Mapping[str, int]) -> None:
-    """Raises ValueError unless `heads` names heads of layers that there are."""
+    """Raises an error unless `heads` names heads of layers that there are, by their numbers."""
     for path, numbers in heads.items():
         if path not in counts:
             raise ValueError(f"heads name the layer {path!r}, but there are {tuple(counts)}.")
+        if hasattr(numbers, "shape"):
+            numbers = np.asarray(numbers).tolist()
+        if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+            raise TypeError(f"heads of {path} must be numbers in a list, got {told(numbers)}.")
         for number in numbers:
+            # A mask of booleans would name the heads 0 and 1.
+            if isinstance(number, bool | np.bool_) or not hasattr(number, "__index__"):
+                raise TypeError(f"heads of {path} must be whole numbers, got {told(number)}.")
             if not 0 <= number < counts[path]:
                 raise ValueError(
                     f"heads of {path} must be numbers below {counts[path]}, got {told(number)}."

@@ -33,6 +33,7 @@ def prune_heads(
 
     Raises:
         ValueError: A layer or a head does not exist.
+        TypeError: A head is no whole number, as in a mask of booleans.
         NotImplementedError: A layer is of another kind, or the model has a bias for each head.
 
     Reference:
@@ -42,7 +43,7 @@ def prune_heads(
     names = {f"blocks_{i}/attention": i for i in range(len(model.blocks))}
     layers = {path: model.blocks[i].attention for path, i in names.items()}
     check_heads(heads, {path: getattr(x, "num_heads", 1) for path, x in layers.items()})
-    removed = {path: set(numbers) for path, numbers in heads.items() if len(numbers)}
+    removed = {path: set(map(int, numbers)) for path, numbers in heads.items() if len(numbers)}
     if model.bias is not None and removed:
         raise NotImplementedError(
             f"heads cannot be removed beside bias={model.bias}, which has a part for each head."
