@@ -132,6 +132,7 @@ def test_the_page_holds_every_weight(page):
     [
         ({}, {}, "maps must have a layer"),
         ({1: MAPS, 2: {"blocks_0/attention": MAPS["blocks_0/attention"]}}, {}, "maps of step 1"),
+        ({3: {"x": np.full((1, 2, 2), np.nan)}}, {}, "maps of step 3 must be finite: x"),
         (MAPS, {"tokens": WORDS[:2]}, "tokens must be one for each"),
         (MAPS, {"tokens": [WORDS, WORDS]}, "tokens must be a row for each of 1 rows, got 2"),
         ({"x": np.zeros((400, 1, 300, 300), np.float16)}, {}, "maps have 36,000,000 weights"),
@@ -140,6 +141,21 @@ def test_the_page_holds_every_weight(page):
 def test_what_cannot_be_shown_is_refused(tmp_path, maps, options, words):
     with pytest.raises(ValueError, match=words):
         analysis.write_page(tmp_path / "page.html", maps, **options)
+
+
+def test_words_of_a_template_and_numbers_that_json_lacks_are_shown_as_they_are(tmp_path):
+    words = {"title": "{{caption}}", "caption": "--text={{data}}"}
+    tokens = ["{{title}}", "</script>", "\ud83d", "\u2028"]
+    odd = {path: {"score": [np.nan, np.inf, 1, 2][: len(x[0])]} for path, x in MAPS.items()}
+    page = analysis.write_page(
+        tmp_path / "a.html", {np.int64(5): MAPS}, tokens, statistics={np.int64(5): odd}, **words
+    )
+    text = page.read_text()
+    assert text.count("<title>{{caption}}</title>") == text.count("<p>--text={{data}}</p>") == 1
+    data = data_of(page)
+    assert data["tokens"] == [tokens]
+    assert data["steps"] == [5]
+    assert data["statistics"][0][0]["score"][:2] == [None, None]
 
 
 @pytest.fixture(scope="module")

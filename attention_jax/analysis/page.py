@@ -3,7 +3,10 @@
 import base64
 import html
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +53,10 @@ def write_page(
 
     Raises:
         ValueError: The tokens do not fit the maps, the steps have different maps, there are no
-            maps, or more weights than a browser can hold.
+            maps, they are not finite, or there are more weights than a browser can hold.
     """
-    by_step = dict(maps) if maps and isinstance(next(iter(maps)), int) else {None: maps}
+    is_by_step = bool(maps) and isinstance(next(iter(maps)), Integral)
+    by_step = {int(step): x for step, x in maps.items()} if is_by_step else {None: maps}
     if not maps or not all(by_step.values()):
         raise ValueError("maps must have a layer at least, got none.")
     by_step = {
@@ -64,6 +68,10 @@ def write_page(
     for step, found in by_step.items():
         if {name: weights.shape for name, weights in found.items()} != shapes:
             raise ValueError(f"maps of step {step} have other layers or shapes than the last.")
+        for name, weights in found.items():
+            if not np.isfinite(weights).all():
+                of_step = "" if step is None else f" of step {step}"
+                raise ValueError(f"maps{of_step} must be finite: {name} has NaN or Inf.")
     count = sum(weights.size for found in by_step.values() for weights in found.values())
     if count > MAX_WEIGHTS:
         raise ValueError(
@@ -74,6 +82,8 @@ def write_page(
         statistics = {step: map_statistics(found) for step, found in by_step.items()}
     elif None in by_step:
         statistics = {None: statistics}
+    else:
+        statistics = {int(step): x for step, x in statistics.items()}
     B, _, T, S = next(iter(shapes.values()))
     if tokens is None:
         tokens = [[str(t) for t in range(T)]] * B
@@ -103,21 +113,25 @@ def write_page(
         "high": high,
         "weights": [[packed(w) for w in found.values()] for found in by_step.values()],
         "statistics": [
-            [
-                {k: np.round(np.asarray(v, float), 5).tolist() for k, v in of[name].items()}
-                for name in shapes
-            ]
+            [{k: _finite(v) for k, v in of[name].items()} for name in shapes]
             for of in (statistics[step] for step in by_step)
         ],
     }
-    # A token may be "</script>", which would end the data.
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    # A token may be "</script>", which would end the data, or half of a character.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    for name, part in (("title", title), ("caption", caption)):
-        page = page.replace("{{" + name + "}}", html.escape(part))
+    parts = {"title": html.escape(title), "caption": html.escape(caption), "data": text}
+    # All at once: a caption that holds "{{data}}" stays as it is.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
     path = Path(path)
-    path.write_text(page.replace("{{data}}", text), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
+
+
+def _finite(values):
+    """Numbers as JSON has them: None for those that are not finite."""
+    rounded = np.round(np.asarray(values, float), 5).tolist()
+    return [x if math.isfinite(x) else None for x in rounded]
 
 
 def _rows(tokens, count, what):
