@@ -66,12 +66,29 @@ def test_a_heavy_weight_is_dark_where_it_stands(tmp_path):
     assert across.mean() < bar * 0.5
 
 
+def test_a_dollar_sign_begins_no_formula(tmp_path):
+    odd = "$\\frac$ $_{"
+    tokens = ["$", "$\\frac$", "a\\$", "\ud83d"]
+    maps = {odd: MAPS["blocks_0/attention"], "x": MAPS["blocks_0/attention"]}
+    for made in (
+        analysis.draw_maps(tmp_path / "a.png", maps, tokens, caption=odd),
+        analysis.draw_pruning(
+            tmp_path / "b.png", [1, 0], [1, 0], [[1, 0]], measure=odd, caption=odd
+        ),
+        analysis.draw_phase(tmp_path / "c.png", [1, 2], {odd: [0, 1]}, {odd: [1, 0]}, caption=odd),
+    ):
+        assert min(size_of(made)) > 300
+    svg = analysis.draw_maps(tmp_path / "a.svg", maps, tokens).read_text()
+    assert all(f"<!-- {word} -->" in svg for word in ("$", r"$\frac$", r"a\$"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
         ((MAPS, WORDS[:3]), {}, "tokens must be one for each of the 4 positions.*got 3"),
         ((MAPS, WORDS), {"key_tokens": "ab"}, "key_tokens must be one for each.*got 2"),
         ((MAPS,), {"row": 1}, "row must be at most 0"),
+        (({},), {}, "maps must have a layer at least, got none"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, arguments, options, words):

@@ -41,8 +41,10 @@ def draw_maps(
         The path.
 
     Raises:
-        ValueError: The tokens are not as many as the positions, or there is no such row.
+        ValueError: The tokens are not as many as the positions, or there is no such row or no map.
     """
+    if not maps:
+        raise ValueError("maps must have a layer at least, got none.")
     shown = {name: _row(name, weights, row) for name, weights in maps.items()}
     heads = max(len(weights) for weights in shown.values())
     T, S = max(w.shape[1] for w in shown.values()), max(w.shape[2] for w in shown.values())
@@ -151,8 +153,7 @@ def _labels(tokens, count):
 def _word(token):
     """A token as a label: what is not seen has a sign, what is long an end."""
     text = str(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    # A dollar sign would begin a formula.
-    text = text.replace("$", r"\$")
+    text = text.encode("utf-8", "replace").decode()  # Half of a character has no picture.
     return text if len(text) <= 10 else text[:9] + "…"
 
 
@@ -275,6 +276,10 @@ def _plain_axes(figure):
 
 
 def _save(figure, path):
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # Words, in which a dollar sign begins no formula.
+        text.set_parse_math(False)
     path = Path(path)
     figure.savefig(path, dpi=_DPI)
     return path
