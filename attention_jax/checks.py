@@ -125,6 +125,11 @@ def check_floating(name: str, array: Array) -> None:
     """Raises TypeError unless `array` holds floating-point numbers of a type to compute in."""
     if not is_array(array):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}.")
+    if not isinstance(array.dtype, np.dtype) and not isinstance(array, jax.Array):  # torch's.
+        came = f"{type(array).__module__}.{type(array).__name__}"
+        raise TypeError(
+            f"{name} must be an array of jax or NumPy, got {came}: write jnp.asarray(...)."
+        )
     if array.dtype not in FLOATS:
         raise TypeError(f"{name} must be {_or(FLOATS)}, got {array.dtype}.")
 

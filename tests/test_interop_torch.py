@@ -212,3 +212,21 @@ def test_what_cannot_be_honoured_is_one_line(changes, error, words):
     with pytest.raises(error, match=words) as refusal:
         scaled_dot_product_attention(**{"query": X, "key": X, "value": X, **changes})
     assert "\n" not in str(refusal.value)
+
+
+def test_an_array_of_another_library_is_refused_with_what_to_write():
+    class Tensor:  # As torch's: its type is none of NumPy's.
+        dtype, shape, ndim = "torch.float32", (1, 2, 3, 4), 4
+
+        def __array__(self):
+            return np.ones(self.shape)
+
+    with pytest.raises(TypeError, match=r"query must be an array of jax or NumPy, got .*Tensor"):
+        scaled_dot_product_attention(Tensor(), Tensor(), Tensor())
+
+
+def test_a_tensor_of_torch_is_refused_with_what_to_write():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=r"got torch\.Tensor: write jnp\.asarray"):
+        scaled_dot_product_attention(x, x, x)
