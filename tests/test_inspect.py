@@ -297,11 +297,12 @@ def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
     words = {"the": 1, "cat": 4, "sat": 7}
     coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="the"))
     coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    coder.add_special_tokens(["<s>"])
     shutil.copytree(GPT2, tmp_path / "cats")
     coder.save(str(tmp_path / "cats" / "tokenizer.json"))
-    subject = of_directory(tmp_path / "cats", text="the cat sat the cat")
-    assert subject.inputs.tolist() == [[1, 4, 7, 1, 4]]
-    assert subject.words == [["the", "cat", "sat", "the", "cat"]]
+    subject = of_directory(tmp_path / "cats", text="<s> the cat sat the cat")
+    assert subject.inputs.tolist() == [[3, 1, 4, 7, 1, 4]]
+    assert subject.words == [["<s>", "the", "cat", "sat", "the", "cat"]]
 
 
 @pytest.mark.parametrize(

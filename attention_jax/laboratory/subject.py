@@ -173,7 +173,9 @@ def of_directory(
     T = len(tokens)
     weights = jnp.ones((1, T - 1), jnp.float32)
     batch = Batch(inputs, inputs[:, 1:], weights, jnp.arange(T - 1)[None])
-    name_of = str if coder is None else lambda token: coder.decode([token]) or str(token)
+    # A special token, as "<s>", would be left out and stand as a number among words.
+    word = lambda token: coder.decode([token], skip_special_tokens=False) or str(token)
+    name_of = str if coder is None else word
     return Subject(
         name=place.resolve().name,
         about=f"the next of {T} tokens",
