@@ -325,6 +325,12 @@ REFUSED = [
         TypeError,
         r"masks\.rule must give booleans, got object",
     ),
+    (
+        lambda: masks.rule(lambda b, h, t, s: s <= t),
+        TypeError,
+        r"masks\.rule is called with t, s and 0 arrays, but takes \(b, h, t, s\)",
+    ),
+    (lambda: biases.rule(lambda t, s: 1.0, 2.0), TypeError, "t, s and 1 arrays, but takes"),
     (lambda: masks.rule(lambda t, s: jnp.ones((4, 1), bool)), ValueError, r"\[t, s\].*\(4, 1\)"),
     (lambda: masks.rule(lambda t, s: (s < t)[None]), ValueError, r"\[t, s\].*\(1, 3, 5\)"),
     (lambda: masks.rule(prefix, "text"), TypeError, r"array 0 of masks\.rule"),

@@ -4,6 +4,7 @@ The function sees one batch row and one head at a time: queries `[t, 1]`, keys `
 two axes at most. `jax.vmap` takes it over the rows and heads of the tile.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,6 +31,7 @@ def as_arrays(what: str, fn: Callable, arrays: Sequence[Array], wanted: str) -> 
         raise ValueError(
             f"fn uses a traced array from outside: hand it over, as in {what}(fn, array)."
         )
+    _check_arguments(what, fn, len(arrays))
     found = tuple(as_array(f"array {i} of {what}", x) for i, x in enumerate(arrays))
     for i, x in enumerate(found):
         if x.dtype != bool and not is_real(x.dtype):
@@ -37,6 +39,21 @@ def as_arrays(what: str, fn: Callable, arrays: Sequence[Array], wanted: str) -> 
     found = tuple(map(jnp.asarray, found))
     jax.eval_shape(lambda arrays: evaluate(what, fn, arrays, _TRIAL, wanted), found)
     return found
+
+
+def _check_arguments(what: str, fn: Callable, count: int) -> None:
+    """Raises TypeError if fn cannot be called with two positions and the arrays."""
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # A function of C may not tell.
+        return
+    try:
+        signature.bind(*[None] * (2 + count))
+    except TypeError:
+        raise TypeError(
+            f"fn of {what} is called with t, s and {count} arrays, but takes {signature}. The "
+            "number of a head or row is an array, as jnp.arange(N)[:, None, None]."
+        ) from None
 
 
 def evaluate(what: str, fn: Callable, arrays: Sequence[Array], at: Tile, wanted: str) -> Array:
