@@ -254,6 +254,7 @@ def test_a_continued_run_keeps_the_model_that_it_took(recall, tmp_path):
         ("mine", ["config.json is not of a run"]),
         ("[" * 100_000, ["config.json is not of a run"]),
         ('{"config": 3}', ["holds no config"]),
+        ('{"model_type": "gpt2"}', ["holds no config", "interop.huggingface.load"]),
         ('{"config": {}}', ["task must be one of", "got None"]),
         ('{"config": {"task": {"name": "juggle"}}}', ["task must be one of", "got 'juggle'"]),
         (

@@ -86,7 +86,9 @@ def read_config(run: Path) -> dict[str, Any]:
     if found is None:
         raise ValueError(f"{file} is missing: there is no run.")
     if not isinstance(found.get("config"), dict):
-        raise ValueError(f"{file} is not of a run: it holds no config.")
+        hint = " For a model of Hugging Face write interop.huggingface.load."
+        words = hint if "model_type" in found else ""
+        raise ValueError(f"{file} is not of a run: it holds no config.{words}")
     return found["config"]
 
 
