@@ -290,3 +290,13 @@ def test_draws_with_top_k_and_top_p_follow_the_probabilities_that_are_left(model
     expected = 4000 * want[seen]
     freedom = seen.sum() - 1
     assert ((counts[seen] - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_what_stands_behind_a_prompt_may_be_no_token(model, params, tokens):
+    padded = np.array([[3, 1, -1], [3, 1, VOCABULARY]])
+    lengths = np.array([2, 2])
+    found = generate(model, params, padded, 2, temperature=0, lengths=lengths)
+    want = generate(model, params, padded[:, :2], 2, temperature=0)
+    np.testing.assert_array_equal(found, want)
+    with pytest.raises(ValueError, match=r"tokens.*got -1"):
+        generate(model, params, padded, 2, temperature=0, lengths=lengths + 1)
