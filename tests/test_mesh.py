@@ -250,6 +250,7 @@ def all_mechanisms(*arrays):
     return {name: attend(*arrays) for name, attend in MECHANISMS.items()}
 
 
+@pytest.mark.slow
 def test_explicit_axes():
     K, mesh = 2, make_mesh(AxisType.Explicit)
     arrays = place(mesh, BOTH, *random_qkv(sizes(K)))
