@@ -18,6 +18,8 @@ from attention_jax.types import Array, PyTree
 
 # Before jax 0.11 XLA computes a batch of small products on one core.
 ONE_CORE = jax.__version_info__ < (0, 11)
+# Of a product with a kernel, from which on its form matters.
+_MULTIPLICATIONS = 2**22
 # The polynomial nearest to exp, relatively, for |x| <= log(2) / 2; from degree 5 down to 0.
 _EXP = (0.00829027, 0.04189816, 0.16667639, 0.49999148, 0.99999970, 1.0)
 
@@ -36,7 +38,8 @@ def kernel_product(
     """Stands for `lax.dot_general` of vectors `[..., D]` and a kernel `[D, ...]`, as in `nn.Dense`.
 
     The batch axes become one: for several, XLA computes the gradient of the kernel at a third of
-    the speed. Where jax sees several devices they stay, because two of them may be split.
+    the speed. Small products stay as they are, and so do all where jax sees several devices,
+    because two of the axes may be split.
     """
     (left, right), batch = dimension_numbers
     summed = len(left)
@@ -51,7 +54,7 @@ def kernel_product(
         and in_order
         and len(rows) > 1
         and batch == ((), ())
-        and 0 not in (*x.shape, *kernel.shape)
+        and math.prod(rows) * kernel.size >= _MULTIPLICATIONS
     ):
         return lax.dot_general(x, kernel, dimension_numbers, **options)
     size = math.prod(kernel.shape[:summed])
