@@ -189,6 +189,13 @@ def test_without_jit_the_numbers_are_the_same():
     assert_equal(split(*arrays), dot_product_attention(*arrays, mask=masks.causal()))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_empty_batches_and_sequences_have_empty_gradients(axis):
+    arrays = [lax.slice_in_dim(x, 0, 0, axis=axis) for x in random_qkv(sizes())]
+    found = devices(ring_attention, "causal", 2, arrays)
+    assert_equal(found, one_device("causal", arrays))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_without_jit_all_numbers_are_the_same(feature):

@@ -290,7 +290,9 @@ def _over_pairs(ring: Ring, source, query, moving, arrays, add: Callable, state)
                 rng=rng,
             )
             out, total = compute(ring.implementation, ring.block_size, query, key, value, options)
-            return out, jnp.maximum(total, lowest(total))
+            # Of an empty batch or sequence the results are constants, which vary over no device.
+            _, out, total = vary_alike((query, out, jnp.maximum(total, lowest(total))))
+            return out, total
 
         def visible(state):
             return add(pair, attend, (ring.rows(pair, query, -3), *columns, learnt), state)
