@@ -13,7 +13,7 @@ import pytest
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.teacher import attention_layer
 from attention_jax.training import build, experiment
-from attention_jax.training.config import default_config
+from attention_jax.training.config import ConfigError, default_config
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
     make_epoch,
@@ -263,3 +263,21 @@ def test_a_mesh_that_does_not_fit_is_refused():
     config.launcher = "pmap"
     with pytest.raises(ValueError, match=r"config.mesh.model is for --launcher=sharded: got pmap"):
         experiment.run(config)
+
+
+@pytest.mark.parametrize("section", ["eval", "train"])
+def test_a_slice_that_the_devices_cannot_split_is_refused_before_the_run(section):
+    config = default_config("copy")
+    config.model.update(features=8, num_heads=2, num_layers=1)
+    config.task.seq_length, config[section].slices = 16, "16 18"
+    config.launcher, config.mesh.sequence = "sharded", 4
+    with pytest.raises(
+        ConfigError, match=r"^config.mesh.sequence=4 must divide .* \(\d+, 18, [^\n]*$"
+    ):
+        build.build(config)
+
+
+def test_a_sweep_names_the_mesh_before_the_number_of_trials():
+    launcher = LAUNCHERS["sharded"](model=2)
+    with pytest.raises(ValueError, match=r"config.mesh.model and sequence must be 1 in a sweep"):
+        launcher.put_trials(np.arange(3))

@@ -68,9 +68,12 @@ def build(config: ConfigDict) -> Program:
         program = _build(config)
         # Trace the model here, to raise its errors; a call does not trace it again.
         state = program.init.eval_shape()
-        if program.target:
+        if config.mesh.sequence > 1:  # It must divide the lengths of all slices.
+            jax.eval_shape(program.epoch, state, program.rows)
+        if program.target or config.mesh.sequence > 1:
             found = jax.eval_shape(program.evaluate, state.params, program.rows)
-            check_target(program.target, config.task.name, found)
+            if program.target:
+                check_target(program.target, config.task.name, found)
     return program
 
 

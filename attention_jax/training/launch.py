@@ -189,11 +189,14 @@ def sharded(data: int | None = None, model: int = 1, sequence: int = 1) -> Launc
         check_split(batch, mesh.shape[DATA])
         return jax.device_put(batch, split)
 
-    def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
+    def check_sweep() -> None:
         if shared > 1:
             raise ValueError(
                 f"config.mesh.model and sequence must be 1 in a sweep: got {model} and {sequence}."
             )
+
+    def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
+        check_sweep()
         return jax.jit(
             _over_trials(function),
             in_shardings=(replicated, split, split),
@@ -202,6 +205,7 @@ def sharded(data: int | None = None, model: int = 1, sequence: int = 1) -> Launc
         )
 
     def put_trials(trials: PyTree) -> PyTree:
+        check_sweep()  # First: no number of trials would do.
         check_split(trials, mesh.size, "a sweep of {} trials")
         return jax.device_put(trials, split)
 
