@@ -285,3 +285,22 @@ def max_traces():
     """`chex.assert_max_traces`, which would go on counting where an earlier test stopped."""
     chex.clear_trace_counter()
     return chex.assert_max_traces
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Does something right after the row of a step is written."""
+    from attention_jax.training import experiment
+
+    def arrange(step, action):
+        write = experiment.RunDirectory.write
+
+        def writing(self, row):
+            write(self, row)
+            if row["step"] == step:
+                action()
+
+        monkeypatch.setattr(experiment.RunDirectory, "write", writing)
+        return monkeypatch.undo
+
+    return arrange

@@ -84,24 +84,6 @@ def without_time(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Does something right after the row of a step is written."""
-
-    def arrange(step, action):
-        write = experiment.RunDirectory.write
-
-        def writing(self, row):
-            write(self, row)
-            if row["step"] == step:
-                action()
-
-        monkeypatch.setattr(experiment.RunDirectory, "write", writing)
-        return monkeypatch.undo
-
-    return arrange
-
-
 # What a run leaves -------------------------------------------------------------------------------
 
 

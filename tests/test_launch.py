@@ -281,3 +281,76 @@ def test_a_sweep_names_the_mesh_before_the_number_of_trials():
     launcher = LAUNCHERS["sharded"](model=2)
     with pytest.raises(ValueError, match=r"config.mesh.model and sequence must be 1 in a sweep"):
         launcher.put_trials(np.arange(3))
+
+
+# Other axes in the course of a run ---------------------------------------------------------------
+
+
+def packed_run(**mesh):
+    """Packed documents, so that the parts of a sequence do not end where documents do."""
+    config = default_config("copy")
+    config.task.update(seq_length=16, pack="6+10")
+    config.model.update(features=16, num_heads=4, num_kv_heads=2, num_layers=1)
+    config.optimizer.update(name="sgd", learning_rate=0.1)
+    config.train.update(batch_size=8, steps_per_epoch=3, epochs=4)
+    config.eval.update(num_batches=1, every_epochs=1)
+    config.checkpoint.every_epochs = 1
+    if mesh:
+        config.launcher = "sharded"
+        config.mesh.update(mesh)
+    return config
+
+
+@functools.cache
+def uninterrupted(**mesh):
+    return experiment.run(packed_run(**mesh))
+
+
+SEQUENCE = {"data": 2, "sequence": 4}
+
+
+def cut_in_the_middle(place, at_step, before, after):
+    """The result of a run that crashes with one mesh and goes on with another one."""
+
+    def crash():
+        raise MemoryError
+
+    calm = at_step(6, crash)
+    with pytest.raises(MemoryError):
+        experiment.run(packed_run(**before), place)
+    calm()
+    return experiment.run(packed_run(**after), place)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"data": 4, "model": 2}, SEQUENCE),
+        pytest.param(SEQUENCE, {"model": 2, "sequence": 2}, marks=pytest.mark.slow),
+        pytest.param(SEQUENCE, {"data": 8}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_other_axes(tmp_path, at_step, before, after):
+    found, want = cut_in_the_middle(tmp_path, at_step, before, after), uninterrupted()
+    for name in ("step", "loss", "eval_loss"):
+        rows = [[row[name] for row in x.history if name in row] for x in (found, want)]
+        assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+    chex.assert_trees_all_close(found.params, want.params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_over_sequences_resumes_as_if_uninterrupted(tmp_path, at_step):
+    found = cut_in_the_middle(tmp_path, at_step, SEQUENCE, SEQUENCE)
+    assert found.metrics["fingerprint"] == uninterrupted(**SEQUENCE).metrics["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 4, "model": 2}, SEQUENCE, {"model": 4, "sequence": 2}], ids=str
+)
+def test_evaluation_on_other_axes_gives_the_same_numbers(mesh):
+    trained = uninterrupted()
+    program = build.build(packed_run(**mesh))
+    metrics = program.evaluate(program.put_state(trained.params), program.rows)
+    for name in ("loss", "accuracy"):
+        assert float(metrics[name]) == pytest.approx(trained.metrics[f"eval_{name}"], rel=1e-5)

@@ -96,24 +96,6 @@ def assert_alike(history, alone):
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Does something right after the sweep's row of a step is written."""
-
-    def arrange(step, action):
-        write = experiment.RunDirectory.write
-
-        def writing(self, row):
-            write(self, row)
-            if row["step"] == step:
-                action()
-
-        monkeypatch.setattr(experiment.RunDirectory, "write", writing)
-        return monkeypatch.undo
-
-    return arrange
-
-
 # A trial is a run --------------------------------------------------------------------------------
 
 
