@@ -1,7 +1,7 @@
 """Tokens from a model with a cache."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ def generate(
     rng: Array | None = None,
     lengths: Array | None = None,
     context: int | None = None,
+    end: int | Sequence[int] | None = None,
 ) -> Array:
     """Continues sequences of tokens.
 
@@ -46,6 +47,8 @@ def generate(
         context: The most tokens that the model sees at once, as the length that it was trained on.
             When they are full, the last half stays and is read anew, so a text may be of any
             length. Of a longer prompt the end counts. None: the model sees the whole text.
+        end: A token, or some, that end a row. The first one stays, and fills the rest of its row.
+            When all rows have ended, no more tokens are made.
 
     Returns:
         `[..., num_tokens]` int32.
@@ -54,6 +57,8 @@ def generate(
         ValueError: A value is out of its range, or the model has too few positions.
         TypeError: An argument has the wrong type.
         NotImplementedError: A layer of the model has no cache, or its cache takes no `lengths`.
+        FloatingPointError: The logits of a row are NaN or infinite. Inside a traced program, which
+            cannot raise errors, -1 stands for their token.
 
     Reference:
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1 (top-p).
@@ -70,10 +75,13 @@ def generate(
         rng=rng,
         lengths=lengths,
         context=context,
+        end=end,
         chunk=max(1, num_tokens) if isinstance(num_tokens, int) else 1,
     )
     empty = jnp.zeros((*np.shape(tokens)[:-1], 0), jnp.int32)
-    return jnp.concatenate([empty, *found], axis=-1)
+    made = jnp.concatenate([empty, *found], axis=-1)
+    missing = num_tokens - made.shape[-1]  # All rows have ended: each goes on with its end.
+    return jnp.pad(made, [(0, 0)] * (made.ndim - 1) + [(0, missing)], "edge") if missing else made
 
 
 def stream(
@@ -88,21 +96,24 @@ def stream(
     rng: Array | None = None,
     lengths: Array | None = None,
     context: int | None = None,
+    end: int | Sequence[int] | None = None,
     chunk: int = 1,
 ) -> Iterator[Array]:
     """As `generate`, but each part of the new tokens comes when it is made.
 
     Args:
-        model, params, tokens, num_tokens, temperature, top_k, top_p, rng, lengths, context: As in
-            `generate`.
+        model, params, tokens, num_tokens, temperature, top_k, top_p, rng, lengths, context, end: As
+            in `generate`.
         chunk: The most tokens in a part. The first part is one token.
 
     Returns:
-        An iterator over `[..., n]` int32; all parts together are the `num_tokens`.
+        An iterator over `[..., n]` int32; all parts together are the `num_tokens`. It stops after
+        the part in which the last row has ended.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `generate`, before the first part is asked
             for.
+        FloatingPointError: As `generate`, instead of a part.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
@@ -123,7 +134,9 @@ def stream(
             raise ValueError(
                 f"lengths must lie in [1, T] with T={tokens.shape[-1]}, got {lengths.tolist()}."
             )
-    _check_vocabulary(tokens, lengths, getattr(model.embedding, "num_embeddings", None))
+    size = getattr(model.embedding, "num_embeddings", None)
+    _check_vocabulary(tokens, lengths, size)
+    end = _ends(end, size)
     longest = getattr(model.positions, "max_length", None)
     if context is not None:
         context = as_size("context", context, minimum=2)
@@ -135,7 +148,21 @@ def stream(
             f"{tokens.shape[-1]} + {num_tokens}. With context={longest} the text may be longer."
         )
     model = decoding(model, rolling=True)
-    return _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, chunk)
+    return _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, end, chunk)
+
+
+def _ends(end, size: int | None) -> np.ndarray | None:
+    """The tokens that end a row, `[n]` int32."""
+    if end is None:
+        return None
+    found = np.asarray(end)
+    if found.dtype.kind not in "iu" or found.ndim > 1 or not found.size:
+        raise TypeError(f"end must be a token or a sequence of tokens, got {end!r}.")
+    found = found.reshape(-1)
+    wrong = found[(found < 0) | (found >= (np.inf if size is None else size))]
+    if wrong.size:
+        raise ValueError(f"end must be tokens of the model, got {wrong[0]}.")
+    return found.astype(np.int32)
 
 
 def _check_vocabulary(tokens: Array, lengths: Array | None, size: int | None) -> None:
@@ -171,10 +198,11 @@ def _settings(temperature, top_k, top_p, rng) -> tuple[tuple | None, Array | Non
     return (float(temperature), top_k, top_p), as_rng("rng", rng)
 
 
-def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, chunk):
+def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, end, chunk):
     """The new tokens, part by part."""
-    made = 0  # How many tokens are made.
-    while made < num_tokens:
+    made, ended = 0, None  # How many tokens are made; which rows have ended.
+    before = None  # The latter, and the newest tokens.
+    while made < num_tokens and not _all(ended):
         T = tokens.shape[-1]
         if context is not None and T > context:
             tokens, lengths = _last(tokens, lengths, context)
@@ -182,26 +210,41 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, c
         room = num_tokens - made if context is None else min(num_tokens - made, context + 1 - T)
         # The last new token is not read. Sliding texts have one capacity, so they compile once.
         capacity = T + num_tokens if context is None else context
-        cache, token = _prefill(
-            model, capacity, settings, params, tokens, lengths, rng, np.int32(made)
+        cache, token, ended = _prefill(
+            model, capacity, settings, params, tokens, lengths, rng, np.int32(made), end, before
         )
-        seen = [tokens, token[..., None]]
+        seen = [tokens, _sound(token[..., None])]
         yield seen[-1]
         made, room = made + 1, room - 1
-        while room:
+        while room and not _all(ended):
             count = min(chunk, room)
             numbers = np.int32(made), np.int32(count)
             size = min(chunk, capacity)
-            cache, token, found = _continue(
-                model, size, settings, params, cache, token, rng, *numbers
+            cache, token, ended, found = _continue(
+                model, size, settings, params, cache, token, rng, *numbers, end, ended
             )
-            found = found[..., :count]
+            found = _sound(found[..., :count])
             seen.append(found)
             yield found
             made, room = made + count, room - count
-        if made < num_tokens:
+        if made < num_tokens and not _all(ended):
+            before = None if ended is None else (ended, token)
             tokens, lengths = _joined(seen, lengths)
             tokens, lengths = _last(tokens, lengths, max(1, context // 2))
+
+
+def _all(ended: Array | None) -> bool:
+    """Whether every row is known to have ended."""
+    return ended is not None and not isinstance(ended, jax.core.Tracer) and bool(ended.all())
+
+
+def _sound(found: Array) -> Array:
+    """The same tokens; FloatingPointError if a row has none, as far as that is known."""
+    if not isinstance(found, jax.core.Tracer) and (np.asarray(found) < 0).any():
+        row = np.argwhere(np.asarray(found) < 0)[0, :-1].tolist()
+        where = f" in row {row}" if row else ""
+        raise FloatingPointError(f"the logits of the model are NaN or infinite{where}.")
+    return found
 
 
 def _joined(parts, lengths):
@@ -229,8 +272,9 @@ def _last(tokens, lengths, count):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @jax_defaults()
-def _prefill(model, capacity, settings, params, tokens, lengths, rng, index):
-    """The cache of the prompts, with room for `capacity` tokens, and what follows them."""
+def _prefill(model, capacity, settings, params, tokens, lengths, rng, index, end, before):
+    """The cache of the prompts, with room for `capacity` tokens, what follows them, and whether it
+    ends the row. `before`: which rows had ended already, and with what; None at the start."""
     batch, T = tokens.shape[:-1], tokens.shape[-1]
     whole = jax.ShapeDtypeStruct((*batch, capacity), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), whole)["cache"]
@@ -244,35 +288,58 @@ def _prefill(model, capacity, settings, params, tokens, lengths, rng, index):
         mutable=["cache"],
         **options,
     )
-    return variables["cache"], _choose(logits[..., 0, :], rng, index, settings)
+    token = _choose(logits[..., 0, :], rng, index, settings)
+    ended = None if end is None else jnp.zeros(batch, bool)
+    if before is not None:
+        ended, last = before
+        token = jnp.where(ended, last, token)
+    return variables["cache"], token, _ended(token, end, ended)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 @jax_defaults()
-def _continue(model, size, settings, params, cache, token, rng, index, count):
-    """The next `count` tokens: the cache, the last of them, and all, `[..., size]`.
+def _continue(model, size, settings, params, cache, token, rng, index, count, end, ended):
+    """The next `count` tokens: the cache, the last, which rows have ended, all `[..., size]`.
 
     `count` is at most `size`, and no part of the program, so that a shorter last part needs no
     program of its own.
     """
 
     def step(carry):
-        i, cache, token, found = carry
+        i, cache, token, ended, found = carry
         logits, variables = model.apply(
             {"params": params, "cache": cache}, token[..., None], mutable=["cache"]
         )
-        token = _choose(logits[..., 0, :], rng, index + i, settings)
+        new = _choose(logits[..., 0, :], rng, index + i, settings)
+        token = new if end is None else jnp.where(ended, token, new)
         found = lax.dynamic_update_index_in_dim(found, token, i, axis=0)
-        return i + 1, variables["cache"], token, found
+        return i + 1, variables["cache"], token, _ended(token, end, ended), found
+
+    def goes_on(carry):
+        i, _, _, ended, _ = carry
+        return (i < count) if end is None else (i < count) & ~ended.all()
 
     found = jnp.zeros((size, *token.shape), jnp.int32)
-    carry = (jnp.int32(0), cache, token, found)
-    _, cache, token, found = lax.while_loop(lambda carry: carry[0] < count, step, carry)
-    return cache, token, jnp.moveaxis(found, 0, -1)
+    carry = (jnp.int32(0), cache, token, ended, found)
+    i, cache, token, ended, found = lax.while_loop(goes_on, step, carry)
+    found = jnp.moveaxis(found, 0, -1)
+    if end is not None:  # All rows may have ended before `count`.
+        found = jnp.where(jnp.arange(size) < i, found, token[..., None])
+    return cache, token, ended, found
+
+
+def _ended(token: Array, end: Array | None, ended: Array | None) -> Array | None:
+    """Which rows have ended, with their newest token."""
+    return None if end is None else ended | (token[..., None] == end).any(axis=-1)
 
 
 def _choose(logits: Array, rng: Array | None, index: Array, settings: tuple | None) -> Array:
-    """One token of each row, `[..., vocabulary] -> [...]`."""
+    """One token of each row, `[..., vocabulary] -> [...]`; -1 if its logits are no numbers."""
+    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.where(sound, _chosen(logits, rng, index, settings), -1)
+
+
+def _chosen(logits, rng, index, settings):
     if settings is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_k, top_p = settings

@@ -300,3 +300,42 @@ def test_what_stands_behind_a_prompt_may_be_no_token(model, params, tokens):
     np.testing.assert_array_equal(found, want)
     with pytest.raises(ValueError, match=r"tokens.*got -1"):
         generate(model, params, padded, 2, temperature=0, lengths=lengths + 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"context": 6, "lengths": [4, 2, 3]}], ids=str)
+def test_a_row_stays_at_the_first_token_that_ends_it(model, params, tokens, settings):
+    settings = {"temperature": 1.0, "rng": jax.random.key(2)} | settings
+    free = np.asarray(generate(model, params, tokens, 16, **settings))
+    end = [int(free[0, 3]), int(free[1, 8])]
+    want = free.copy()
+    for row in want:
+        ends = np.flatnonzero(np.isin(row, end))
+        row[ends[0] if ends.size else len(row) :] = row[ends[0]] if ends.size else 0
+    found = generate(model, params, tokens, 16, end=end, **settings)
+    np.testing.assert_array_equal(found, want)
+
+
+def test_no_more_tokens_are_made_when_all_rows_have_ended(model, params, tokens):
+    free = np.asarray(generate(model, params, tokens[:1], 16, temperature=0))
+    end = int(free[0, 4])
+    first = free[0].tolist().index(end)
+    parts = list(stream(model, params, tokens[:1], 10**6, temperature=0, context=6, end=end))
+    assert np.concatenate(parts, axis=-1)[0].tolist() == free[0, : first + 1].tolist()
+    found = generate(model, params, tokens[:1], 16, temperature=0, end=end)
+    assert found[0].tolist() == [*free[0, :first].tolist(), *[end] * (16 - first)]
+
+
+@pytest.mark.parametrize("end", [[], 1.5, "a", [[1]], VOCABULARY, -1])
+def test_what_cannot_end_a_row_is_refused(model, params, tokens, end):
+    with pytest.raises((TypeError, ValueError), match=r"^end must be"):
+        generate(model, params, tokens, 2, temperature=0, end=end)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"rng": jax.random.key(0), "top_k": 3}])
+def test_logits_that_are_no_numbers_give_no_tokens(model, params, tokens, bad, settings):
+    broken = jax.tree.map(lambda x: x.at[..., 0].set(bad), params)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite in row \[0\]"):
+        generate(model, broken, tokens, 2, **settings)
+    traced = jax.jit(lambda params: generate(model, params, tokens, 2, **settings))
+    assert (np.asarray(traced(broken)) == -1).all()

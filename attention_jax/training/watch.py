@@ -68,15 +68,18 @@ def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
 
     def sample(params: PyTree, step: int) -> str:
         rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
-        found = generate(
-            functions.model,
-            params,
-            jnp.asarray(start),
-            number,
-            temperature=TEMPERATURE,
-            rng=jax.random.fold_in(rng, step),
-            context=max(2, T),
-        )
+        try:
+            found = generate(
+                functions.model,
+                params,
+                jnp.asarray(start),
+                number,
+                temperature=TEMPERATURE,
+                rng=jax.random.fold_in(rng, step),
+                context=max(2, T),
+            )
+        except FloatingPointError:  # The held-out loss is NaN too: the loop says so, and the step.
+            return ""
         written = [text.vocabulary.decode(row) for row in np.asarray(found).tolist()]
         if text.lines:
             written = [line.partition("\n")[0] for line in written]
