@@ -397,6 +397,10 @@ def test_a_run_of_lines_writes_lines(files, tmp_path):
         (["--tokens=-1"], "--tokens must be at least 0: got -1"),
         (["--samples=0"], "--samples must be at least 1: got 0"),
         (["--seed=-1"], "--seed must be at least 0: got -1"),
+        (
+            ["--seed=99999999999999999999"],
+            "--seed must be less than 2**31: got 99999999999999999999",
+        ),
         (["--temperature=-1"], "temperature must be at least 0 and finite"),
         (["--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
         (["--prompt=日本"], "got '日本'"),
@@ -416,9 +420,33 @@ def test_a_letter_waits_for_all_of_its_bytes():
     assert found[1:4] == ["", "", "日"]
     assert told.add(list(b"\xf0\x9f")) == ""
     assert told.rest() == "\ufffd"
-    assert laboratory.Told(Bytes().decode, b"x").add([0xFF] * 5) == "\ufffd" * 5
+    strange = laboratory.Told(Bytes().decode, b"x")
+    assert strange.add([0xFF] * 5) + strange.rest() == "\ufffd" * 5
     long = laboratory.Told(Bytes().decode, b"")
     assert "".join(long.add([byte]) for byte in ("aé日" * 150).encode()) == "aé日" * 150
+
+
+def test_text_in_parts_is_the_whole_text_whatever_the_bytes():
+    rng = np.random.default_rng(0)
+    kinds = [b"a", "é".encode(), "日".encode(), "🙂".encode(), b"\xff", b"\xf0\x9f\x98", b"\x9f"]
+    for _ in range(50):
+        found = list(b"".join(kinds[i] for i in rng.integers(len(kinds), size=100)))
+        told = laboratory.Told(Bytes().decode, [])
+        parts = [told.add(found[i : i + 3]) for i in range(0, len(found), 3)]
+        assert "".join(parts) + told.rest() == Bytes().decode(found)
+
+
+def test_writing_ends_before_a_token(trained, tmp_path):
+    flags = ["--prompt=the ", "--tokens=60", "--seed=3"]
+    text = written(trained[0], *flags).removesuffix("\n")
+    stop = text[30]
+    end = text.index(stop, len("the "))
+    assert written(trained[0], *flags, f"--end={stop}") == text[:end] + "\n"
+    with pytest.raises(ConfigError, match="--end must be one token: 'the' is 3"):
+        written(trained[0], "--end=the")
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbfthe ")  # As some editors write.
+    assert written(trained[0], f"--prompt=FILE:{marked}", *flags[1:]) == text + "\n"
 
 
 def test_a_model_of_hugging_face_writes(tmp_path):
@@ -438,6 +466,11 @@ def test_a_model_of_hugging_face_writes(tmp_path):
     found = attention_jax.generate(model, params, [1, 2, 3], 9, temperature=0)
     names = {token: word for word, token in vocabulary.items()}
     assert words[3:12] == [names[token] for token in found.tolist()]
+    # The file of generation counts, with several ends.
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": found[2:4].tolist()}))
+    first = min(found.tolist().index(x) for x in found[2:4].tolist())
+    text = written(place, "--prompt=line of the", "--temperature=0", "--tokens=9")
+    assert text.split()[3:] == words[3 : 3 + first]
 
 
 def test_the_labels_of_a_text_are_its_characters(trained):

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     parser.add_argument("--samples", type=int, default=1, help="how many texts; default: 1")
     parser.add_argument("--context", type=int, help="tokens that the model sees at most")
+    parser.add_argument("--end", help="stop before this text, which must be one token")
     try:
         options = vars(parser.parse_args(argv[1:]))
         for number, sample in enumerate(write(**options)):
@@ -53,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
             for part in sample:
                 print(part, end="", flush=True)
             print(flush=True)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+    except (
+        *(RuntimeError, ValueError, TypeError, NotImplementedError, FileNotFoundError),
+        FloatingPointError,
+    ) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise ConfigError(" ".join(str(error).split())) from error
@@ -70,6 +74,7 @@ def write(
     seed: int = 0,
     samples: int = 1,
     context: int | None = None,
+    end: str | None = None,
 ) -> Iterator[Iterator[str]]:
     """Yields texts, each part by part: first the prompt, then what the model writes.
 
@@ -82,16 +87,21 @@ def write(
         seed: Of the draws.
         samples: How many texts.
         context: The most tokens that the model sees. None: as many as it was trained on.
+        end: Text of one token. Writing stops before it, as it does before the end of a line in a
+            run of lines, and before the end tokens of a model of Hugging Face.
 
     Raises:
         ValueError: An argument is out of its range, or there is no such model, or its tokens are of
             no text.
+        FloatingPointError: The model's logits are NaN or infinite.
         OSError: A file cannot be read.
     """
     place = local_path(run, "RUN")
     for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}: got {value}.")
+    if seed >= 2**31:
+        raise ValueError(f"--seed must be less than 2**31: got {seed}.")
     if prompt.startswith(_FILE):
         prompt = _read(prompt.removeprefix(_FILE))
     of_run = is_run(place)
@@ -106,6 +116,12 @@ def write(
     given = author.begin(prompt)
     if context is None:
         context = author.context
+    ends = author.ends
+    if end is not None:
+        token = author.encode(end).tolist()
+        if len(token) != 1:
+            raise ValueError(f"--end must be one token: {end!r} is {len(token)}.")
+        ends = ends | set(token)
     rng = jax.random.key(seed)
 
     def sample(number: int) -> Iterator[str]:
@@ -119,16 +135,15 @@ def write(
             top_p=top_p,
             rng=jax.random.fold_in(rng, number),
             context=context,
+            end=sorted(ends) or None,
             chunk=CHUNK,
         )
         yield prompt
         told = Told(author.decode, given.tolist())
         for part in parts:
             new = np.asarray(part).tolist()
-            ends = [place for place, token in enumerate(new) if token in author.ends]
-            yield told.add(new[: ends[0]] if ends else new)
-            if ends:
-                break
+            # Behind an end token nothing else comes.
+            yield told.add([token for token in new if token not in ends])
         yield told.rest()
 
     return map(sample, range(samples))
@@ -164,9 +179,8 @@ class Told:
         return self._new(self._decode(self._tokens))
 
     def _sure(self, text):
-        """A letter has up to four bytes, and each missing one may be a U+FFFD."""
-        whole = len(text.rstrip("\ufffd"))
-        return len(text) if len(text) - whole > 3 else whole
+        """A letter has up to four bytes, so up to three U+FFFD may still become one."""
+        return max(len(text.rstrip("\ufffd")), len(text) - 3)
 
     def _new(self, text):
         new, self._told = text[self._told :], max(self._told, len(text))
@@ -178,6 +192,7 @@ class Author(NamedTuple):
 
     Attributes:
         model, params: As in `attention_jax.generate`.
+        encode: From text to tokens, which may be none.
         begin: From the prompt to its tokens, `[T]` with T at least 1.
         decode: From tokens to text.
         ends: The tokens that end a text.
@@ -186,6 +201,7 @@ class Author(NamedTuple):
 
     model: Any
     params: Any
+    encode: Callable[[str], np.ndarray]
     begin: Callable[[str], np.ndarray]
     decode: Callable[[list[int]], str]
     ends: set[int]
@@ -210,6 +226,7 @@ def _of_run(place: Path) -> Author:
     return Author(
         model=run.model,
         params=run.params,
+        encode=text.vocabulary.encode,
         begin=lambda prompt: begin(prompt).astype(np.int32),
         decode=text.vocabulary.decode,
         ends={first} if text.lines else set(),
@@ -223,7 +240,11 @@ def _of_directory(place: Path) -> Author:
     coder = huggingface.tokenizer(place)
     model, params = huggingface.load(place)
     config = read_json(place / "config.json") or {}
-    ends = config.get("eos_token_id")
+    # The file of generation counts first: chat models name more ends there.
+    ends = (read_json(place / "generation_config.json") or {}).get("eos_token_id")
+    if ends is None:
+        ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     def begin(prompt):
         found = coder.encode(prompt).ids
@@ -238,9 +259,10 @@ def _of_directory(place: Path) -> Author:
     return Author(
         model=model,
         params=params,
+        encode=lambda text: np.array(coder.encode(text, add_special_tokens=False).ids, np.int32),
         begin=begin,
         decode=lambda tokens: coder.decode(tokens, skip_special_tokens=False),
-        ends=set(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
         context=longest or config.get("max_position_embeddings"),
     )
 
@@ -248,7 +270,7 @@ def _of_directory(place: Path) -> Author:
 def _read(path: str) -> str:
     file = local_path(path, "--prompt=FILE:PATH")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # As a text to learn from.
     except OSError as error:
         raise ValueError(f"--prompt: {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
