@@ -87,6 +87,16 @@ def without_time(rows):
 # What a run leaves -------------------------------------------------------------------------------
 
 
+def test_what_a_model_writes_moves_no_cursor():
+    stream = io.StringIO()
+    with contextlib.closing(Console(1, stream=stream)) as console:
+        console.write(
+            {"step": 1, "epoch": 1, "loss": 1.0}, "a\x1b[2J\x00\fb\u2028\u200d🙂\r\n\tc\n"
+        )
+    shown = stream.getvalue().split("\n")[1:]
+    assert shown == ["    | a\\x1b[2J\\x00\\x0cb\\u2028\u200d🙂\\r", "    | \tc", "    | ", ""]
+
+
 def test_a_run_leaves_what_it_returns(tmp_path, capsys):
     directory = tmp_path / "deep" / "run"
     result = experiment.run(tiny(), directory)

@@ -325,6 +325,9 @@ def _override(config, arguments):
             close = difflib.get_close_matches(
                 name, [*_HELP, *_HOSTS, "config", "interactive", "sweep"], n=2
             )
+            # `--path` is rather the field of that name than `--save_path`.
+            fields = [path for path in known if path.rpartition(".")[2] == name]
+            close = [f"config.{path}" for path in fields] or close
             hint = f" Did you mean {' or '.join(f'--{flag}' for flag in close)}?" if close else ""
             raise ConfigError(f"--{name} is unknown.{hint}")
 

@@ -388,6 +388,8 @@ def _summary(config, program, state, history, pace):
     )
     if "eval_accuracy" in metrics:
         say(f"held-out accuracy  {metrics['eval_accuracy']:.2%}")
+    if (bits := metrics.get("eval_loss_in_bits_per_character")) is not None:
+        say(f"bits per character {bits:.4g}")
     kind = "accuracy" if "eval_accuracy" in metrics else "loss"
     for name, value in metrics.items():
         if name.startswith(f"eval_{kind}@"):

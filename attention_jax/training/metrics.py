@@ -10,9 +10,9 @@ import math
 import os
 import re
 import sys
-import textwrap
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -264,6 +264,20 @@ class Busy:
             timer.join()  # A line half written comes before the next one.
 
 
+def _written(text: str) -> str:
+    """What a model has written, line by line. Nothing in it moves the cursor of a terminal.
+
+    >>> _written("a\\x1b[2Jb\\nc")
+    '    | a\\\\x1b[2Jb\\n    | c'
+    """
+
+    def visible(letter):
+        moves = letter != "\t" and unicodedata.category(letter) in ("Cc", "Zl", "Zp")
+        return letter.encode("unicode_escape").decode() if moves else letter
+
+    return "\n".join("    | " + "".join(map(visible, line)) for line in text.split("\n"))
+
+
 class Console:
     """A progress bar in a terminal, else lines for a log file.
 
@@ -304,7 +318,7 @@ class Console:
     def write(self, row: Row, text: str | None = None) -> None:
         """Shows a row, and below it the text that the model has written."""
         epoch, seconds = row["epoch"], row.get("seconds")
-        shown = None if text is None else textwrap.indent(text, "    | ", lambda line: True)
+        shown = None if text is None else _written(text)
         if self._bar is not None:
             if shown is not None:
                 self._bar.write(shown, file=self._stream)
