@@ -380,6 +380,14 @@ def test_a_run_writes_on_and_the_same_seed_writes_the_same(trained, tmp_path):
     assert len(written(trained[0], "--tokens=5")) == 5 + 1
 
 
+def test_a_diverged_run_says_so_although_its_model_cannot_write(files):
+    config = small(files / "poem.txt")
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e29, 0
+    config.train.epochs, config.train.steps_per_epoch, config.eval.every_epochs = 2, 1, 1
+    with pytest.raises(experiment.Diverged, match="diverged at step 1: held-out loss is nan"):
+        experiment.run(config)
+
+
 @pytest.mark.slow  # It trains.
 def test_a_run_of_lines_writes_lines(files, tmp_path):
     config = small(files / "names.txt")
