@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from attention_jax.training import process
@@ -78,6 +79,19 @@ def test_help_and_refusals_answer_at_once(train, arguments):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the cores cannot be told")
+def test_programs_for_other_numbers_of_cores_are_kept_apart(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    found = set()
+    kept = jax.config.jax_compilation_cache_dir
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        process.prepare()
+        found.add(jax.config.jax_compilation_cache_dir)
+    jax.config.update("jax_compilation_cache_dir", kept)
+    assert len(found) == 2
 
 
 def test_a_refusal_is_one_line_and_status_2(train, tmp_path):

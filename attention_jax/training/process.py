@@ -190,7 +190,10 @@ def _keep_compiled_programs():
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "attention_jax"))
+        # XLA divides loops among the cores that it sees, and jax's key does not tell how many.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        path = os.path.join(cache, "attention_jax", f"{cores}_cores")
+        jax.config.update("jax_compilation_cache_dir", path)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         # Addresses in memory differ in each process. The key still tells calls apart: see
