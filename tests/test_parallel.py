@@ -430,7 +430,7 @@ def test_as_many_bytes_are_sent_as_the_formula_says(attention, mask, steps):
 # In a model --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # The gradient of such a model is in docs/parallel.md, which always runs.
+@pytest.mark.slow  # A model whose sequences are split always trains in tests/test_launch.py.
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_a_model_of_packed_documents_trains_as_on_one_device(order):
     n, tokens = 2, jax.random.randint(jax.random.key(1), (2, T + 1), 0, 11)
