@@ -26,6 +26,7 @@ CASES = {
     "sinks, full": {"sinks": SINKS},
     "empty rows": {"mask": masks.causal(-2) & LENGTHS, "sinks": SINKS},
     "empty rows without sinks": {"mask": masks.causal(-2)},
+    "peaks that overflow": {"scale": 3.0, "mask": masks.window(5, 3)},
     "alibi": {"bias": biases.alibi(4), "mask": masks.causal()},
     "softcap": {"softcap": 1.5, "sinks": SINKS},
     "blocks": {"mask": masks.causal() & LENGTHS, "block_size": 8},
@@ -62,6 +63,20 @@ def test_they_are_those_of_the_weights(settings):
     seen = np.ones((T, T), bool) if mask is None else mask.materialize(T, T)
     counts = np.broadcast_to(seen, (2, 4, T, T)).sum(-1)
     np.testing.assert_array_equal(found.visible, np.swapaxes(counts, -1, -2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "scale"),
+    [(masks.causal(), 0.5), (masks.causal(), 6.0), (None, 0.5)],
+    ids=["causal", "large logits", "full"],
+)
+def test_triangles_of_tiles_agree_with_blocks_of_logits(mask, scale):
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 2304, 1, 8))
+    run = functools.partial(attention_statistics, mask=mask, scale=scale)
+    tiles = jax.jit(run)(query, key)
+    blocks = jax.jit(functools.partial(run, block_size=256))(query, key)
+    for name, got, want in zip(tiles._fields, tiles, blocks, strict=True):
+        assert_close(got, want, 1e-5, name)
 
 
 @pytest.mark.parametrize("name", ["causal", "both sides", "sinks", "empty rows", "alibi"])

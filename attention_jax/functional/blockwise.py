@@ -91,14 +91,14 @@ class Request(NamedTuple):
     Attributes:
         block_size, scale: (queries, keys) in a tile, None is the plan's own; the logits' factor.
         precision, platform: The default precision and platform when the attention was called.
-        peakless: The forward pass need not find the peaks.
+        peaks: The peak that is returned must be the largest logit of its row.
     """
 
     block_size: tuple[int, int] | None
     scale: float
     precision: str | None
     platform: str
-    peakless: bool = True
+    peaks: bool = False
 
     def plan(self, query, key, value, mask) -> Plan:
         *batch, T, N, H = query.shape

@@ -8,6 +8,8 @@ Without peaks the tiles of a block need no order, so the triangle of a causal ma
 squares, see `_attend_halved`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,30 +17,55 @@ from jax import lax
 from attention_jax.functional.mesh import full_like
 from attention_jax.functional.plan import GRAIN, LEAST_TRIANGLE, loop
 from attention_jax.functional.xla_cpu import any_of_batch, as_written, exp
+from attention_jax.types import Array
 
 _LEAST_TOTAL, _MOST_TOTAL = 1e-6, 1e20  # Sums of exp(logit) that need no peak.
+
+
+class Sums(NamedTuple):
+    """What is known of the rows of a block after some tiles.
+
+    Attributes:
+        mixed, total: The values times exp(logit), and the sum of exp(logit).
+        rounded: If weights are rounded for the product, the sum of these, to divide by; else None.
+            A softmax with peaks does not need it: there the largest weight is 1, which rounding
+            keeps.
+        largest: The largest exp(logit), if it is asked for; else None.
+    """
+
+    mixed: Array
+    total: Array
+    rounded: Array | None
+    largest: Array | None
+
+    def plus(self, other: "Sums") -> "Sums":
+        most = None if self.largest is None else jnp.maximum(self.largest, other.largest)
+        return jax.tree.map(jnp.add, self, other)._replace(largest=most)
 
 
 def attend(rows):
     """The results of `rows.attend()`: values mixed by normalised weights, peak and total.
 
     A row needs no peak if its sum of exp(logit) and its mixed values stay well inside the range of
-    floats. Then the logarithm of the sum serves as its peak.
+    floats. Then the logarithm of the sum serves as its peak, or that of the largest weight if the
+    peak is asked for.
     """
     if rows.work.halved:
-        mixed, total, *rounded = _attend_halved(rows)
+        found = _attend_halved(rows)
     else:
-        mixed, total, *rounded = rows.rules.over_keys(
+        found = rows.rules.over_keys(
             lambda here, carry: _add(rows, here, carry), lambda: _zeros(rows), None
         )
+    mixed, total = found.mixed, found.total
     held = (_LEAST_TOTAL < total) & (total < _MOST_TOTAL) & jnp.isfinite(mixed).all(-1)
-    total, *rounded = (jnp.where(held, x, 1) for x in (total, *rounded))
+    known = lambda x: jnp.where(held, x, 1)
+    total = known(total)
     # The normaliser is then 1. Its square, in second derivatives, cannot overflow.
-    peak = lax.stop_gradient(jnp.log(total))
+    peak = lax.stop_gradient(jnp.log(known(found.largest) if rows.work.peaks else total))
     shrink = jnp.exp(-peak)
     total *= shrink
-    if rounded:  # The rounded weights, which were multiplied, sum to this.
-        shrink *= lax.stop_gradient(total / (rounded[0] * shrink))
+    if rows.work.narrow:  # The rounded weights, which were multiplied, sum to this.
+        shrink *= lax.stop_gradient(total / (known(found.rounded) * shrink))
 
     def again(*found):
         choices = held[..., None], held, held
@@ -68,12 +95,12 @@ def _attend_halved(rows):
         half = -(-(stop - start) // (2 * GRAIN)) * GRAIN
         middle = start + half
         upper, lower = (
-            carry and [_part(work, x, *span) for x in carry]
+            jax.tree.map(lambda x, span=span: _part(work, x, *span), carry)
             for span in ((0, half), (half, stop - start))
         )
         lower = add(middle, stop, first, half, False, lower)
         halves = triangle(start, middle, upper), triangle(middle, stop, lower)
-        return [_joined(work, parts) for parts in zip(*halves, strict=True)]
+        return jax.tree.map(lambda *parts: _joined(work, parts), *halves)
 
     def before(j, carry):
         return _add(rows, rows.rules.here(j * work.s, work.s, False), carry)
@@ -84,24 +111,26 @@ def _attend_halved(rows):
 
 
 def _add(rows, here, carry):
-    """Mixed values and normalisers with one more tile, all peaks being 0.
-
-    If weights are rounded for the product, also the sum of the rounded weights, to divide by. A
-    softmax with peaks does not need it: there the largest weight is 1, which rounding keeps.
-    """
+    """The sums with one more tile, all peaks being 0."""
     weights = exp(rows.logits(here))
-    totals = [weights.sum(-1)]
+    total, rounded = weights.sum(-1), None
+    largest = lax.stop_gradient(weights.max(-1)) if rows.work.peaks else None
     if rows.work.narrow:
         weights = as_written(weights.astype(rows.work.operand))
-        totals.append(weights.astype(rows.work.dtype).sum(-1))
-    found = [rows.mix(here, weights), *totals]
-    return found if carry is None else jax.tree.map(jnp.add, carry, found)
+        rounded = weights.astype(rows.work.dtype).sum(-1)
+    found = Sums(rows.mix(here, weights), total, rounded, largest)
+    return found if carry is None else carry.plus(found)
 
 
 def _zeros(rows):
-    shape = rows.queries.shape[:-1]
-    shapes = (*shape, rows.values.shape[-1]), shape, *([shape] * rows.work.narrow)
-    return [full_like(rows.queries, 0, shape, rows.work.dtype) for shape in shapes]
+    row = rows.queries.shape[:-1]
+    zeros = lambda shape: full_like(rows.queries, 0, shape, rows.work.dtype)
+    return Sums(
+        mixed=zeros((*row, rows.values.shape[-1])),
+        total=zeros(row),
+        rounded=zeros(row) if rows.work.narrow else None,
+        largest=zeros(row) if rows.work.peaks else None,
+    )
 
 
 def _part(work, x, start, stop):

@@ -40,6 +40,7 @@ class Tiling(NamedTuple):
             divided into ever smaller squares, see `peakless`. The last block has fewer queries if t
             does not divide T. With several blocks s divides t.
         peakless: The forward pass is that of `peakless`.
+        peaks: It finds the largest logit of each row all the same.
     """
 
     t: int
@@ -48,6 +49,7 @@ class Tiling(NamedTuple):
     unrolled: bool
     halved: bool = False
     peakless: bool = False
+    peaks: bool = False
 
 
 class Sizes(NamedTuple):
@@ -79,7 +81,7 @@ class Pass:
 
     def __init__(self, sizes: Sizes, tiling: Tiling):
         self.lead, self.G, self.T, self.S, self.scales, self.dtype, self.operand = sizes
-        self.t, self.s, self.box, self.unrolled, self.halved, self.peakless = tiling
+        self.t, self.s, self.box, self.unrolled, self.halved, self.peakless, self.peaks = tiling
 
     @property
     def heads(self) -> int:
@@ -186,10 +188,10 @@ class Plan(NamedTuple):
     backward: Pass
 
 
-def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peakless=True) -> Plan:
+def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peaks=False) -> Plan:
     """The plan for these sizes, this type of the inputs and this platform ("cpu", "gpu", "tpu").
 
-    Without `peakless` the forward pass finds the largest logit of each row.
+    With `peaks` the forward pass finds the largest logit of each row.
     `block_size` overrides both sizes of the tiles. An export may leave sizes open. Then an open
     length is one tile, and an open axis of the batch or of heads is taken one by one.
     """
@@ -205,7 +207,7 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peakle
     else:
         forward = back = _tiling(sizes, H, S, _OFF_CPU, *(block_size or (_SIDE, _SIDE)))
     if platform == "cpu":
-        forward = forward._replace(peakless=peakless, halved=forward.halved and peakless)
+        forward = forward._replace(peakless=True, peaks=peaks)
     return Plan(Pass(sizes, forward), Pass(sizes, back))
 
 

@@ -1,5 +1,6 @@
 """What the weights of an attention look like, without the array of weights in memory."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ from attention_jax.functional.mesh import vary_alike
 from attention_jax.functional.options import make_options
 from attention_jax.functional.plan import default_platform
 from attention_jax.functional.tiles import Tile
+from attention_jax.functional.xla_cpu import row_sums
 from attention_jax.types import Array
 
 _LOGITS = 2**19  # In memory at once: 2 MB, which a core's cache holds.
 _PLACES = 16  # Columns of the keys' places: XLA multiplies 64 + 16 columns faster than 65.
 _PARTS = 8  # Of the queries, each with the keys that its mask can show.
+_PAST, _FUTURE = masks.Band(None, 0, 0), masks.Band(-1, None, 0)  # s <= t, and s > t.
 
 
 class AttentionStatistics(NamedTuple):
@@ -109,12 +112,12 @@ class Moments(NamedTuple):
 
     Attributes:
         logsumexp: -inf for a row without keys.
-        logit, place: The mean logit and the mean key position over the weights.
+        entropy, place: Of the weights, and the mean key position over them.
         peak: The largest logit; the lowest float for a row without keys.
     """
 
     logsumexp: Array
-    logit: Array
+    entropy: Array
     place: Array
     peak: Array
 
@@ -124,38 +127,46 @@ def _of_tiles(query, key, options) -> AttentionStatistics:
     scale = H**-0.5 if options.scale is None else options.scale
     mask = options.mask
     query = query * jnp.asarray(scale, query.dtype)
-    found = _moments(query, key, mask)
-    total, peak, logit = found.logsumexp, found.peak, found.logit
     t = jnp.arange(T, dtype=query.dtype)[:, None]
-    distance = t - found.place
-    if not hides_future(mask):  # |t - s| is t - s, and twice s - t for later keys.
-        after = masks.Band(-1, None, 0)
-        later = after if mask is None else mask & after
-        found = _moments(query, key, later, places_alone=True)
-        distance += 2 * _share(found.logsumexp, total) * (found.place - t)
-    seen = _count(query, key, mask)
-    top, of_sink, of_keys = total, jnp.zeros_like(total), jnp.ones_like(total)
+    past = _moments(query, key, mask if hides_future(mask) else _both(mask, _PAST))
+    parts, distances = [past], [t - past.place]
+    if not hides_future(mask):  # The distance has another sign there.
+        parts.append(_moments(query, key, _both(mask, _FUTURE)))
+        distances.append(parts[1].place - t)
+    totals = [part.logsumexp for part in parts]
     if options.sinks is not None:
-        sinks = options.sinks.astype(total.dtype)
-        top = jnp.logaddexp(total, sinks)
-        of_sink, of_keys = _share(sinks, top), _share(total, top)
+        totals.append(jnp.broadcast_to(options.sinks.astype(query.dtype), totals[0].shape))
+    top = functools.reduce(jnp.logaddexp, totals)
+    shares = [_share(total, top) for total in totals]
+    # Their sum is 1 but for the rounding of `top`, which may be large.
+    sum_of_shares = jnp.maximum(sum(shares), jnp.finfo(top.dtype).tiny)
+    shares = [share / sum_of_shares for share in shares]
+    over_parts = lambda values: sum(x * y for x, y in zip(shares, values, strict=False))
+    seen = _count(query, key, mask)
     none = seen == 0
     finite_top = jnp.where(jnp.isneginf(top), 0, top)
-    entropy = finite_top - of_keys * logit
-    if options.sinks is not None:
-        entropy -= jnp.where(of_sink == 0, 0, of_sink * jnp.where(of_sink == 0, 0, sinks))
+    peak = functools.reduce(jnp.maximum, [part.peak for part in parts])
     return AttentionStatistics(
-        entropy=jnp.where(none & (of_sink == 0), 0, entropy),
+        entropy=over_parts([part.entropy for part in parts]) + sum(map(_surprise, shares)),
         largest=jnp.where(none, 0, jnp.exp(jnp.where(none, 0, peak - finite_top))),
-        distance=of_keys * jnp.where(none, 0, distance),
+        distance=over_parts(distances),
         **{
             name: _weight_at(query, key, mask, back, finite_top)
             for name, back in (("to_self", 0), ("to_previous", 1), ("to_first", None))
         },
-        sink=of_sink,
+        sink=jnp.zeros_like(top) if options.sinks is None else shares[-1],
         visible=seen,
         peak=jnp.where(none, 0, peak),
     )
+
+
+def _surprise(share):
+    """-share ln(share), 0 for a share of 0."""
+    return -share * jnp.log(jnp.where(share == 0, 1, share))
+
+
+def _both(mask, rule):
+    return rule if mask is None else mask & rule
 
 
 def _share(part, total):
@@ -164,25 +175,28 @@ def _share(part, total):
     return jnp.where(none, 0, jnp.exp(jnp.where(none, 0, part - total)))
 
 
-def _moments(query, key, mask, places_alone=False) -> Moments:
-    """Of queries that are scaled. With `places_alone` the mean logit is 0."""
+def _moments(query, key, mask) -> Moments:
+    """Of queries that are scaled."""
     S = key.shape[-3]
     place = jnp.arange(S, dtype=key.dtype)[:, None, None] / S
-    values = jnp.broadcast_to(place, (*key.shape[:-1], _PLACES))
-    if not places_alone:
-        # A NaN in a masked key would meet a weight of 0.
-        values = jnp.concatenate([values, jnp.where(jnp.isfinite(key), key, 0)], axis=-1)
+    place = jnp.broadcast_to(place, (*key.shape[:-1], _PLACES))
+    # A NaN in a masked key would meet a weight of 0.
+    values = jnp.concatenate([place, jnp.where(jnp.isfinite(key), key, 0)], axis=-1)
     precision = jax.config.jax_default_matmul_precision
-    request = Request(None, 1.0, precision, default_platform(), peakless=False)
+    request = Request(None, 1.0, precision, default_platform(), peaks=True)
     arguments = vary_alike((query, key, values, None, None, mask, None))
     mixed, peak, log_total = attend(request, *arguments)
     empty = peak == jnp.finfo(peak.dtype).max
+    logit = row_sums(query * mixed[..., _PLACES:])
+    constant = lax.stop_gradient(peak)
     with jax.debug_infs(False):  # The -inf of an empty row is meant.
-        logsumexp = jnp.where(empty, -jnp.inf, lax.stop_gradient(peak) + log_total)
-    mean_key = mixed[..., _PLACES:]
-    logit = jnp.zeros_like(peak) if places_alone else (query * mean_key).sum(-1)
-    peak = jnp.where(empty, jnp.finfo(peak.dtype).min, peak)
-    return Moments(logsumexp, logit, S * mixed[..., 0], peak)
+        logsumexp = jnp.where(empty, -jnp.inf, constant + log_total)
+    return Moments(
+        logsumexp,
+        entropy=jnp.where(empty, 0, (constant - logit) + log_total),
+        place=S * mixed[..., 0],
+        peak=jnp.where(empty, jnp.finfo(peak.dtype).min, peak),
+    )
 
 
 def _weight_at(query, key, mask, back, total):
@@ -191,11 +205,16 @@ def _weight_at(query, key, mask, back, total):
     t = jnp.arange(T)
     place = jnp.zeros_like(t) if back is None else t - back
     inside = (place >= 0) & (place < S)
-    place = jnp.clip(place, 0, S - 1)
-    keys = jnp.repeat(jnp.take(key, place, axis=-3), G, axis=-2)  # [..., T, N, H]
-    visible = _visible_at(mask, t, place, T, S) & inside[:, None]
+    if back is None:
+        keys = lax.slice_in_dim(key, 0, 1, axis=-3)
+    else:  # A gather of as many keys would be slow.
+        around = [(0, 0, 0)] * key.ndim
+        around[-3] = back, T - S - back, 0
+        keys = lax.pad(key, jnp.zeros((), key.dtype), around)
+    keys = jnp.repeat(keys, G, axis=-2)  # [..., T or 1, N, H]
+    visible = _visible_at(mask, t, jnp.clip(place, 0, S - 1), T, S) & inside[:, None]
     keys = jnp.where(visible[..., None], keys, 0)
-    return jnp.where(visible, jnp.exp((query * keys).sum(-1) - total), 0)
+    return jnp.where(visible, jnp.exp(row_sums(query * keys) - total), 0)
 
 
 def _visible_at(mask, t, s, T, S):

@@ -139,6 +139,19 @@ def _plus_nothing(x):
     return x + 0 * jnp.minimum(x, x.max(-1, keepdims=True))
 
 
+def row_sums(x: Array) -> Array:
+    """Stands for `x.sum(-1)` where x is a product of two arrays.
+
+    XLA computes such a sum within the product, one number at a time: seven times as slow.
+    """
+
+    def by_ones(x):
+        ones = lax.optimization_barrier(jnp.ones((x.shape[-1], 1), x.dtype))
+        return jnp.matmul(lax.optimization_barrier(x), ones)[..., 0]
+
+    return lax.platform_dependent(x, cpu=by_ones, default=lambda x: x.sum(-1))
+
+
 @jax.custom_batching.custom_vmap
 def any_of_batch(x: Array) -> Array:
     """Whether any entry is true, over the batch of a `vmap` too: a `cond` on it stays one."""
