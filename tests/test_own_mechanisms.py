@@ -286,7 +286,7 @@ def test_vectors_of_ones_own_are_as_wide_as_the_model():
         ("missing", ["has no missing"]),
         ("number", ["must be a function"]),
         ("no_length", ["must have a setting seq_length"]),
-        ("no_default", ["a default for each argument: missing a required argument: 'seq_length'"]),
+        ("no_default", ["a default for each argument: missing a required", "'seq_length'"]),
         ("any_settings", ["must list its settings by name", "**settings"]),
         ("a_list", ["sizes=(1, 2)"]),
         ("no_task", ["must return a Task, got a int"]),

@@ -310,8 +310,10 @@ def test_devices_know_the_positions_of_their_tokens(order):
 def work(monkeypatch, order, n, device):
     """The operations of one device in its compiled program, in which its number is known."""
     # The device is in the name, so that jax does not take the program of another.
-    ring = make_ring(f"device {device}", n, order, 64 * n, 64 * n, "dense", None, masks.causal())
-    options, part = Options(mask=masks.causal(), residual=True), jnp.zeros((1, 64, 2, 16))
+    part = jnp.zeros((1, 256, 2, 64))  # Large: compilers count what is not in products differently.
+    T = part.shape[1] * n
+    ring = make_ring(f"device {device}", n, order, T, T, "dense", None, masks.causal())
+    options = Options(mask=masks.causal(), residual=True)
 
     def repeat(start, stop, body, state):
         return functools.reduce(lambda state, i: body(i, state), range(start, stop), state)

@@ -136,7 +136,8 @@ def _(precision, primals, tangents):
     # XLA on a CPU stores a transposed left operand of a product, or is 3 to 5 times slower. So each
     # form of a d_b is one whose transpose, the gradient of b, is a product that reads the larger of
     # a and the cotangent as it is stored.
-    if a.shape[-1] <= b.shape[-1]:
+    known = all(isinstance(x.shape[-1], int) for x in (a, b))  # Else left open by an export.
+    if known and a.shape[-1] <= b.shape[-1]:
         a_d_b = product(_transposed(as_written(_transposed(a))), as_written(d_b))
     else:
         a_d_b = _transposed(as_written(product(_transposed(d_b), _transposed(a))))
