@@ -1,10 +1,10 @@
-"""How fast is the ablation of all heads in one program, beside a loop over the heads?
+"""What do the statistics of heads cost, and the ablation of all heads in one program?
 
     python benchmarks/heads.py
 
-Rounds alternate between `analysis.ablation` and a loop over one compiled forward pass, which takes
-the gates as arguments. Both are compiled before. Prints the median times, and the median ratio of a
-round with its range.
+Rounds alternate between `attention_statistics` of 16384 tokens and the forward pass; then between
+`analysis.ablation` and a loop over one compiled forward pass, which takes the gates as arguments.
+All are compiled before. Prints the median times, and the median ratio of a round with its range.
 """
 
 import datetime
@@ -16,10 +16,26 @@ import time
 import jax
 import jax.numpy as jnp
 
-from attention_jax import MLP, Block, MultiHeadAttention, SequenceModel, TokenEmbedding, masks
+from attention_jax import (
+    MLP,
+    Block,
+    MultiHeadAttention,
+    SequenceModel,
+    TokenEmbedding,
+    dot_product_attention,
+    masks,
+)
 from attention_jax.analysis import ablation, apply_with_gates, heads_of
+from attention_jax.functional.statistics import attention_statistics
 
-ROUNDS = 5
+ROUNDS = 9
+LENGTH, HEAD_DIM = 16384, 64
+MASKS = {
+    "full": None,
+    "causal": masks.causal(),
+    "a window of 2048": masks.window(2048),
+    "a window of 256": masks.window(256),
+}
 # Layers, heads, width, vocabulary, rows, tokens.
 MODELS = {
     "GPT-2": (12, 12, 768, 50_257, 1, 16),
@@ -31,6 +47,13 @@ MODELS = {
 
 def loss(logits):
     return (jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]).mean(-1)
+
+
+def compare_statistics(mask):
+    arrays = jax.random.normal(jax.random.key(0), (3, 1, LENGTH, 1, HEAD_DIM))
+    forward = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, mask=mask))
+    statistics_of = jax.jit(lambda q, k, v: attention_statistics(q, k, mask=mask))
+    return in_turn(lambda: forward(*arrays), lambda: statistics_of(*arrays))
 
 
 def compare(layers, heads, width, vocabulary, rows, length):
@@ -55,8 +78,12 @@ def compare(layers, heads, width, vocabulary, rows, length):
     together = jax.jit(functools.partial(ablation, model, loss=loss))
     program = lambda: together(params, tokens)
     difference = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), program(), loop())
-    times = [(seconds(program), seconds(loop)) for _ in range(ROUNDS)]
-    return times, max(difference.values())
+    return in_turn(program, loop), max(difference.values())
+
+
+def in_turn(*functions):
+    """The seconds of each function, in each of the rounds; the first round counts for nothing."""
+    return [[seconds(function) for function in functions] for _ in range(ROUNDS + 1)][1:]
 
 
 def seconds(function):
@@ -67,16 +94,28 @@ def seconds(function):
 
 def main():
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, jax {jax.__version__}")
-    for name, sizes in MODELS.items():
-        times, difference = compare(*sizes)
-        program, loop = (statistics.median(x) for x in zip(*times, strict=True))
-        ratios = sorted(y / x for x, y in times)
+    for name, mask in MASKS.items():
+        forward, statistics_of, ratio = medians(compare_statistics(mask))
         print(
-            f"{name}: program {program:.3f} s, loop {loop:.3f} s, ratio "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); largest "
-            f"difference of a loss {difference:.1e}",
+            f"statistics, {name}: forward {forward:.3f} s, statistics {statistics_of:.3f} s, "
+            f"ratio {ratio}",
             flush=True,
         )
+    for name, sizes in MODELS.items():
+        times, difference = compare(*sizes)
+        program, loop, ratio = medians(times)
+        print(
+            f"ablation, {name}: program {program:.3f} s, loop {loop:.3f} s, ratio {ratio}; "
+            f"largest difference of a loss {difference:.1e}",
+            flush=True,
+        )
+
+
+def medians(times):
+    """The median seconds of both, and the second over the first: the median, and the range."""
+    ratios = sorted(y / x for x, y in times)
+    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return *(statistics.median(x) for x in zip(*times, strict=True)), ratio
 
 
 if __name__ == "__main__":
