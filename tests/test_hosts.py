@@ -1,5 +1,6 @@
 """Several processes train as one, and none waits for one that is lost."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from attention_jax.training import experiment
+from attention_jax.training import experiment, hosts
 from attention_jax.training.command import parse
 from attention_jax.training.config import ConfigError, default_config
 from attention_jax.training.hosts import Hosts
@@ -171,6 +173,33 @@ def test_an_error_of_the_first_is_told_to_all(tmp_path, cache):
     with Job(tmp_path / "run", cache, "pmap", 2) as job:
         assert job.statuses(60) == [2, 2]
         assert "is a file" in job.errors[1].read_text()
+
+
+@pytest.mark.parametrize(("signs", "ends"), [(["1", "2", "done"], False), (["1", "2"], True)])
+def test_a_process_that_is_lost_at_the_end_is_told_in_a_line(monkeypatch, signs, ends):
+    """Process 0 has completed its work, and process 1 gives these signs of life."""
+    given = {}
+
+    class Client:
+        def key_value_set(self, name, sign, allow_overwrite):
+            given[name] = sign
+
+        def key_value_try_get(self, name):
+            return signs.pop(0) if len(signs) > 1 else signs[0]
+
+    def end(reason):
+        raise SystemExit(reason)
+
+    finished = threading.Event()
+    finished.set()
+    for name, value in {
+        **{"count": lambda: 2, "_index": lambda: 0, "_client": Client, "_end": end},
+        **{"SILENCE": 0.5, "_finished": finished},
+    }.items():
+        monkeypatch.setattr(hosts, name, value)
+    with pytest.raises(SystemExit, match="process 1 of 2") if ends else contextlib.nullcontext():
+        hosts._watch()
+    assert list(given.values()) == ["done"]
 
 
 def test_flags_say_who_takes_part():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 PERIOD, SILENCE = 1.0, 15.0  # Seconds between signs of life, and without one until we end.
+_PAUSE = 0.1  # Seconds between looks at the others when this process has completed its work.
 _HEARTBEAT = 40  # Seconds after which jax itself ends us, with a trace of C++: later than we do.
 _SHUTDOWN = 1200  # Seconds that a process waits at its end for the last one, which writes.
 
@@ -101,11 +102,13 @@ def is_first() -> bool:
 
 
 def done() -> None:
-    """Says that this process has completed its work: its silence is no loss."""
+    """Says that this process has completed its work, and waits until all others have too.
+
+    If one is lost before that, this process ends in a line.
+    """
     if count() > 1:
         _finished.set()
         _watcher.join()
-        _sign(_DONE)
 
 
 # What process 0 tells the others ------------------------------------------------------------------
@@ -185,12 +188,16 @@ _finished = threading.Event()
 def _watch() -> None:
     """Ends this process in a line when another one gives no sign of life.
 
-    Without it the process would wait in a sum for the lost one.
+    Without it the process would wait for the lost one, in a sum or at its end.
     """
     others = [number for number in range(count()) if number != _index()]
     heard = dict.fromkeys(others, ("", time.monotonic()))
-    while not _finished.wait(PERIOD):
-        _sign(str(time.monotonic()))
+    finished = False
+    while not (finished and all(sign == _DONE for sign, _ in heard.values())):
+        finished = _finished.wait(PERIOD)
+        if finished:
+            time.sleep(_PAUSE)
+        _sign(_DONE if finished else str(time.monotonic()))
         for number in others:
             sign = _sign_of(number)
             if sign == _DONE or sign != heard[number][0]:
