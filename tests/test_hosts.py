@@ -193,8 +193,12 @@ def test_a_process_that_is_lost_at_the_end_is_told_in_a_line(monkeypatch, signs,
     finished = threading.Event()
     finished.set()
     for name, value in {
-        **{"count": lambda: 2, "_index": lambda: 0, "_client": Client, "_end": end},
-        **{"SILENCE": 0.5, "_finished": finished},
+        "count": lambda: 2,
+        "_index": lambda: 0,
+        "_client": Client,
+        "_end": end,
+        "SILENCE": 0.5,
+        "_finished": finished,
     }.items():
         monkeypatch.setattr(hosts, name, value)
     with pytest.raises(SystemExit, match="process 1 of 2") if ends else contextlib.nullcontext():
