@@ -440,6 +440,15 @@ def test_a_crashed_run_ends_like_an_uninterrupted_one(launcher, tmp_path, at_ste
         assert result.metrics[name] == whole.metrics[name]
 
 
+@pytest.fixture
+def hangups():
+    """SIGHUP as in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
