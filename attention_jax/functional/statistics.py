@@ -70,9 +70,9 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Statistics of the weights of `dot_product_attention`, in memory linear in S.
 
-    Without bias and softcap they come from one pass of the tiles, with the keys as values: the mean
-    logit of a row is the query times the mean key. Otherwise the logits of a block of queries are
-    computed at a time, which takes several times as long.
+    Without bias and softcap they come from the tiles, with the keys as values: the mean logit of a
+    row is the query times the mean key. Keys behind the query take a pass of their own. Otherwise
+    the logits of a block of queries are computed at a time, which takes several times as long.
 
     Args:
         query, key, bias, mask, scale, softcap, sinks: As in `dot_product_attention`.

@@ -23,7 +23,7 @@ AUTO = "auto"
 PERIOD, SILENCE = 1.0, 15.0  # Seconds between signs of life, and without one until we end.
 _PAUSE = 0.1  # Seconds between looks at the others when this process has completed its work.
 _HEARTBEAT = 40  # Seconds after which jax itself ends us, with a trace of C++: later than we do.
-_SHUTDOWN = 1200  # Seconds that a process waits at its end for the last one, which writes.
+_SHUTDOWN = 1200  # Seconds that a process of a stopped run waits for the last one, which writes.
 
 
 class Hosts(NamedTuple):
