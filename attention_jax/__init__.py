@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         zigzag,
     )
     from attention_jax.functional.sigmoid import sigmoid_attention
+    from attention_jax.functional.xla_cpu import bfloat16_dot_general
     from attention_jax.generation import generate
     from attention_jax.layers import (
         MLP,
@@ -62,6 +63,7 @@ _HOMES = {
     "zigzag": "attention_jax.functional.parallel",
     "unzigzag": "attention_jax.functional.parallel",
     "device_positions": "attention_jax.functional.parallel",
+    "bfloat16_dot_general": "attention_jax.functional.xla_cpu",
     "AlibiBias": "attention_jax.layers",
     "DifferentialAttention": "attention_jax.layers",
     "GatedDeltaAttention": "attention_jax.layers",
@@ -103,6 +105,7 @@ __all__ = [
     "UnitOffsetRMSNorm",
     "VectorEmbedding",
     "attention_weights",
+    "bfloat16_dot_general",
     "biases",
     "decoding",
     "device_positions",

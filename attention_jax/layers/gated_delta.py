@@ -1,6 +1,7 @@
 """A layer around the gated delta rule."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ class GatedDeltaAttention(nn.Module):
         decode: Goes on where the last call stopped. `init` makes the collection `cache`, of the
             same size for any length: the memories, and the inputs that the convolutions still need.
             Each `apply(..., mutable=["cache"])` takes any number of new tokens.
+        dot_general: Computes the projections, as `bfloat16_dot_general` or `lax.dot_general`.
 
     Reference:
         Yang et al. 2024, "Gated Delta Networks", section 3.4 and figure 1.
@@ -77,6 +79,7 @@ class GatedDeltaAttention(nn.Module):
     out_kernel_init: Initializer | None = None
     num_value_heads: int | None = None
     decode: bool = False
+    dot_general: Callable[..., Array] = kernel_product
 
     @nn.compact
     @jax_defaults()
@@ -137,7 +140,7 @@ class GatedDeltaAttention(nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=init,
                 bias_init=self.bias_init,
-                dot_general=kernel_product,
+                dot_general=self.dot_general,
                 name=name,
             )
 

@@ -46,6 +46,7 @@ class SingleHeadAttention(Named, nn.Module):
         param_dtype: The type of the parameters.
         kernel_init, bias_init: How the parameters start.
         out_kernel_init: How the kernel of `out` starts. Defaults to `kernel_init`.
+        dot_general: Computes the projections, as `bfloat16_dot_general` or `lax.dot_general`.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
@@ -62,6 +63,7 @@ class SingleHeadAttention(Named, nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
+    dot_general: Callable[..., Array] = kernel_product
     rotary: ClassVar[bool] = False  # As in MultiHeadAttention; this layer does not use positions.
 
     @nn.compact
@@ -117,7 +119,7 @@ class SingleHeadAttention(Named, nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=kernel_init,
                 bias_init=self.bias_init,
-                dot_general=kernel_product,
+                dot_general=self.dot_general,
                 name=name,
             )(x)
 
@@ -180,6 +182,7 @@ class MultiHeadAttention(Named, nn.Module):
         implementation: As in `dot_product_attention`.
         learnt: Names of arguments of `attention_fn` that become parameters of the layer: `[N]`
             each, initially 0. `sinks=True` is `learnt=("sinks",)`.
+        dot_general: Computes the projections, as `bfloat16_dot_general` or `lax.dot_general`.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
@@ -216,6 +219,7 @@ class MultiHeadAttention(Named, nn.Module):
     rotary_scaling: Scaling | None = None
     implementation: str | None = None
     cache_length: int | None = None
+    dot_general: Callable[..., Array] = kernel_product
 
     @nn.compact
     @public
@@ -346,7 +350,7 @@ class MultiHeadAttention(Named, nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=kernel_init,
             bias_init=self.bias_init,
-            dot_general=kernel_product,
+            dot_general=self.dot_general,
             name=name,
         )
 

@@ -275,6 +275,7 @@ class MLP(nn.Module):
         activation: Any function of numbers. The default is GELU by its tanh approximation, as
             GPT-2 has it; `functools.partial(nn.gelu, approximate=False)` is the exact one.
         use_bias: Adds a bias to each projection.
+        dot_general: Computes the projections, as `bfloat16_dot_general` or `lax.dot_general`.
     """
 
     hidden_features: int
@@ -283,6 +284,7 @@ class MLP(nn.Module):
     param_dtype: Any = jnp.float32
     activation: Callable[[Array], Array] = nn.gelu
     use_bias: bool = True
+    dot_general: Callable[..., Array] = kernel_product
 
     @nn.compact
     @jax_defaults()
@@ -302,7 +304,7 @@ class MLP(nn.Module):
         return nn.Dense(
             features,
             use_bias=self.use_bias,
-            dot_general=kernel_product,
+            dot_general=self.dot_general,
             name=name,
             **types,
             **options,

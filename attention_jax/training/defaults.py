@@ -36,6 +36,7 @@ DEFAULTS = {
         "tie_embedding": True,
         "remat": "none",  # What the backward pass computes again.
         "dtype": "float32",  # Of the computation; parameters are always float32.
+        "matmul_precision": "float32",  # bfloat16 rounds what large products of kernels multiply.
     },
     "optimizer": {
         "name": "adam",

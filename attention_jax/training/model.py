@@ -97,6 +97,7 @@ def make_sequence_model(
     sinks: bool = False,
     init_scale: float | Array = 1.0,
     short_conv: int = 0,
+    matmul_precision: str = "float32",
 ) -> SequenceModel:
     """The `SequenceModel` whose parts these words name; words.py lists them.
 
@@ -131,6 +132,7 @@ def make_sequence_model(
         init_scale: Multiplies the initial kernels of projections whose output is added to the
             residual stream. GPT-2 has (2 num_layers) ** -0.5.
         short_conv: The width of a `ShortConvolution` before each attention; 0 leaves it out.
+        matmul_precision: "bfloat16" computes the projections of blocks by `bfloat16_dot_general`.
 
     Raises:
         ValueError: A value is out of its range, is missing, or is not used.
@@ -139,6 +141,7 @@ def make_sequence_model(
     """
     for name, word, known in (
         ("attention", attention, words.ATTENTIONS),
+        ("matmul_precision", matmul_precision, words.MATMUL_PRECISIONS),
         ("mlp", mlp, words.MLPS),
         ("norm", norm, words.NORMS),
         ("pattern", pattern, words.PATTERNS),
@@ -170,6 +173,12 @@ def make_sequence_model(
         raise ValueError("tie_embedding=False needs vocab_size: vectors have no embedding.")
 
     types = {"dtype": dtype, "param_dtype": param_dtype}
+    dot_general = words.MATMUL_PRECISIONS[matmul_precision]()
+    if dot_general is not None and dtype not in (None, jnp.float32):
+        raise ValueError(
+            f"matmul_precision={matmul_precision!r} is for dtype=float32: got {jnp.dtype(dtype)}."
+        )
+    products = _said({"dot_general": dot_general})
     out_init = scaled_init(init_scale)
     make_norm = None
     if words.NORMS[norm] is not None:
@@ -191,7 +200,7 @@ def make_sequence_model(
             "sinks": sinks,
             "decode": decode,
         }
-        given = _said(given) | ({} if use_bias else {"use_bias": False})
+        given = _said(given) | products | ({} if use_bias else {"use_bias": False})
         word = f"mechanism={told(mechanism)}"
         if attention != "multihead":
             word = f"attention={attention!r}"
@@ -206,7 +215,7 @@ def make_sequence_model(
                 out_kernel_init=out_init,
                 **types,
             ),
-            mlp=make_mlp(hidden_features, out_init, **types) if hidden_features else None,
+            mlp=make_mlp(hidden_features, out_init, **types, **products) if hidden_features else None,
             norm=make_norm,
             conv=ShortConvolution(short_conv, out_init, **types) if short_conv else None,
             residual=residual,

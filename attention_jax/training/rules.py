@@ -113,6 +113,7 @@ _RULES = {
     "model.dropout_rate": _RATE,
     "model.remat": _one_of(*words.REMATS),
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
+    "model.matmul_precision": _one_of(*words.MATMUL_PRECISIONS),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _Rule(lambda value: value > 0, "must be above 0"),
     "optimizer.schedule": _one_of("constant", "cosine"),
