@@ -45,7 +45,8 @@ def kernel_product(
     is_local = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
     if not (is_local and _is_large(x, kernel, dimension_numbers)):
         return lax.dot_general(x, kernel, dimension_numbers, **options)
-    return _flat(functools.partial(_flat_product, tuple(options.items())), x, kernel, dimension_numbers)
+    multiply = functools.partial(_flat_product, tuple(options.items()))
+    return _flat(multiply, x, kernel, dimension_numbers)
 
 
 def bfloat16_dot_general(
@@ -141,47 +142,45 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def _dot_of_rounded(turned, a, b):
-    summed = (((0 if turned == 0 else 1,), (1 if turned == 1 else 0,)), ((), ()))
+    def plain(a, b):
+        summed = 0 if turned == 0 else 1, 1 if turned == 1 else 0
+        return lax.dot_general(a, b, (tuple((axis,) for axis in summed), ((), ())))
 
     @jax.custom_batching.custom_vmap
     def alone(a, b):
-        left = _rounded_transpose(a) if turned == 0 else _of_bits(opaque_bits(a))
-        right = _of_bits(opaque_bits(b))
-        axes = (((1,), (1 if turned == 1 else 0,)), ((), ()))
-        found = lax.dot_general(left, right, axes, lax.Precision.DEFAULT, jnp.float32)
-        # So that XLA does not turn the product where its transpose is used.
+        left = _turned_to_bfloat16(a) if turned == 0 else _to_bfloat16(a)
+        summed = (1,), (1 if turned == 1 else 0,)
+        precision = lax.Precision.DEFAULT
+        found = lax.dot_general(left, _to_bfloat16(b), (summed, ((), ())), precision, jnp.float32)
+        # XLA would turn the product where its transpose is used, and then fails.
         return lax.optimization_barrier(found)
 
     @alone.def_vmap
-    def _(size, batched, a, b):
-        # XLA has no products of bfloat16 for some batches.
+    def _(size, is_batched, a, b):
+        # XLA fails for some batches of products of bfloat16, so these are float32, but rounded.
         a, b = (lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) for x in (a, b))
-        axes = [0 if is_batched else None for is_batched in batched]
-        plain = lambda a, b: lax.dot_general(a, b, summed)
+        axes = [0 if batched else None for batched in is_batched]
         return jax.vmap(plain, axes, axis_size=size)(a, b), True
 
     return alone(a, b)
 
 
-def _rounded_transpose(x):
-    """x^T in bfloat16, stored in this order.
+def _to_bfloat16(x):
+    """`x` rounded; a transpose before it does not become part of a product."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits), jnp.bfloat16)
 
-    XLA moves a transpose into the product, which it then computes in float32. No rewriting crosses
-    a condition. This one fails for a NaN with these bits alone.
+
+def _turned_to_bfloat16(x):
+    """x^T rounded, as the left operand of a product, stored in this order.
+
+    XLA rewrites a product with a transpose there, and then computes it in float32. It does not
+    rewrite across a condition. This one is false for one kind of NaN alone, whose result is NaN.
     """
-    usual = lax.bitcast_convert_type(x[0, 0], jnp.uint32) != np.uint32(0x7FC12345)
+    is_usual = lax.bitcast_convert_type(x[0, 0], jnp.uint32) != np.uint32(0x7FC12345)
     turned = lambda x: lax.optimization_barrier(x.T).astype(jnp.bfloat16)
-    return lax.cond(
-        usual, turned, lambda x: jnp.full(x.shape[::-1], jnp.nan, jnp.bfloat16), x
-    )
-
-
-def opaque_bits(x):
-    return lax.optimization_barrier(lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16))
-
-
-def _of_bits(x):
-    return lax.bitcast_convert_type(x, jnp.bfloat16)
+    other = lambda x: jnp.full(x.shape[::-1], jnp.nan, jnp.bfloat16)
+    return lax.cond(is_usual, turned, other, x)
 
 
 @jax.custom_jvp

@@ -1,0 +1,222 @@
+"""Products of kernels with operands in bfloat16: right in every context, and asked for by a word."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from attention_jax import MLP, MultiHeadAttention, bfloat16_dot_general
+from attention_jax.functional import xla_cpu
+from attention_jax.training import build
+from attention_jax.training.config import ConfigError, default_config
+from attention_jax.training.model import make_sequence_model
+
+B, T, D, F = 4, 64, 64, 96  # Large enough for XLA's products of bfloat16.
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(xla_cpu, "_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # Several compute in float32.
+
+
+@pytest.fixture
+def _all_rewriting():
+    """All that XLA does to a program of a user."""
+    disabled = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", disabled)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def product(x, kernel, of=bfloat16_dot_general):
+    return of(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=None)
+
+
+def rounded(x):
+    return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+
+def assert_near(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
+
+
+def test_operands_are_rounded_and_sums_are_not():
+    x, kernel, cotangent = normal(B, T, D), normal(D, F, seed=1), normal(B, T, F, seed=2)
+    out, pull_back = jax.vjp(product, x, kernel)
+    d_x, d_kernel = jax.jit(pull_back)(cotangent)
+    assert {y.dtype for y in (out, d_x, d_kernel)} == {jnp.dtype("float32")}
+    x, kernel, cotangent = map(rounded, (x, kernel, cotangent))
+    assert_near(out, x @ kernel)
+    assert_near(d_x, cotangent @ kernel.T)
+    assert_near(d_kernel, np.einsum("btd,btf->df", x, cotangent))
+
+
+def test_kernels_may_have_any_axes():
+    layer = functools.partial(nn.DenseGeneral, dot_general=bfloat16_dot_general, use_bias=False)
+    x = normal(B, T, 4, 16)
+    for dense, inputs in ((layer((6, 16)), normal(B, T, D)), (layer(F, axis=(-2, -1)), x)):
+        found, variables = dense.init_with_output(jax.random.key(0), inputs)
+        kernel = variables["params"]["kernel"]
+        axes = len(dense.axis) if isinstance(dense.axis, tuple) else 1
+        assert_near(found, np.tensordot(rounded(inputs), rounded(kernel), axes))
+
+
+# What stands around a product, where XLA might rewrite it.
+CONTEXTS = {
+    "x turned": lambda x, w, of: product(jnp.swapaxes(x, 0, 1), w, of),
+    "x turned flat": lambda x, w, of: product(x.reshape(D, -1).T.reshape(x.shape), w, of),
+    "kernel turned": lambda x, w, of: product(x, w.reshape(F, D).T, of),
+    "result turned": lambda x, w, of: product(x, w, of).reshape(-1, F).T @ jnp.ones((B * T, 4)),
+    "tied": lambda x, w, of: product(jnp.tanh(product(x, w, of)), w.T, of),
+    "ones": lambda x, w, of: product(jnp.ones_like(x), w, of) + x.sum(),
+    "scan": lambda x, w, of: jax.lax.scan(
+        lambda x, _: (jax.checkpoint(lambda x: product(product(x, w, of), w.T, of))(x), None),
+        x,
+        length=2,
+    )[0],
+}
+
+
+@pytest.mark.usefixtures("_all_rewriting")
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_values_and_gradients_do_not_depend_on_what_stands_around(context):
+    x, w = normal(B, T, D), 0.05 * normal(D, F, seed=1)
+
+    def found(of):
+        loss = lambda x, w: jnp.sin(CONTEXTS[context](x, w, of)).sum()
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+
+    both = (jax.tree.leaves(found(of)) for of in (bfloat16_dot_general, exact))
+    for got, want in zip(*both, strict=True):
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.05 * scale)
+        assert np.any(np.asarray(got) != np.asarray(want))  # It was rounded.
+
+
+def exact(x, kernel, dimension_numbers, precision=None):
+    return jax.lax.dot_general(x, kernel, dimension_numbers, "highest")
+
+
+@pytest.mark.usefixtures("_all_rewriting")
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, 1)])
+def test_vmap_is_a_loop(axes):
+    x, w = normal(B, T, D), normal(D, F, seed=1)
+    xs, ws = (
+        y if axis is None else jnp.stack([y, 2 * y + 1], axis)
+        for y, axis in zip((x, w), axes, strict=True)
+    )
+    grads = jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))
+    got = jax.jit(jax.vmap(grads, axes))(xs, ws)
+    for i in range(2):
+        of = lambda y, axis: y if axis is None else jnp.take(y, i, axis)
+        alone = jax.jit(grads)(of(xs, axes[0]), of(ws, axes[1]))
+        for y, want in zip(got, alone, strict=True):
+            # A cotangent may round to the neighbouring number.
+            np.testing.assert_allclose(y[i], want, rtol=0, atol=0.01 * np.abs(want).max())
+
+
+def test_second_derivatives_are_those_of_float32():
+    x, w = 0.1 * normal(2, 8, D), 0.1 * normal(D, F, seed=1)
+
+    def found(of):
+        slope = jax.grad(lambda x, w: (product(x, w, of) ** 3).sum())
+        return jax.jit(jax.grad(lambda w: (slope(x, w) ** 2).sum()))(w)
+
+    want = found(exact)
+    np.testing.assert_allclose(found(bfloat16_dot_general), want, atol=0.05 * np.abs(want).max())
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    x = normal(B, T, D).at[0, 0, 0].set(jnp.nan).at[1, 2, 3].set(jnp.inf)
+    out = np.array(product(x, jnp.abs(normal(D, F, seed=1))))
+    assert np.isnan(out[0, 0]).all()
+    assert np.isinf(out[1, 2]).all()
+    out[[0, 1], [0, 2]] = 0
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.usefixtures("_all_rewriting")
+def test_other_types_and_narrow_kernels_are_those_of_lax():
+    with jax.enable_x64(True):
+        for dtype in (jnp.float64, jnp.bfloat16):
+            x, w = normal(B, T, D).astype(dtype), normal(D, F, seed=1).astype(dtype)
+            np.testing.assert_array_equal(product(x, w), product(x, w, jax.lax.dot_general))
+    x, w = normal(64, 1024, D), normal(D, 1)  # XLA fails for one column of bfloat16.
+    grads = jax.grad(lambda x, w: product(x, w).sum(), (0, 1))
+    assert np.isfinite(jax.jit(grads)(x, w)[1]).all()
+
+
+@pytest.mark.usefixtures("_all_rewriting")
+def test_a_training_step_has_no_other_products_of_kernels():
+    if set(types_of_products(product, normal(B, T, D), normal(D, F))) != {"bf16"}:
+        pytest.skip("XLA has no products of bfloat16 for this processor")
+    layers = MultiHeadAttention(2, dot_general=bfloat16_dot_general), MLP(
+        128, dot_general=bfloat16_dot_general
+    )
+    x = normal(B, T, D)
+
+    def loss(params, x):
+        for layer, variables in zip(layers, params, strict=True):
+            x = layer.apply(variables, x)
+        return jnp.sin(x).sum()
+
+    params = [layer.init(jax.random.key(0), x) for layer in layers]
+    types = types_of_products(jax.grad(loss), params, x)
+    assert types == ["bf16"] * 2 * (3 * 6 - 3)  # The first layer's input needs no gradient.
+
+
+def types_of_products(function, *arguments):
+    """The types of the operands of a compiled program's products, but for batches of them."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    types = dict(re.findall(r"%?([\w.\-]+)(?: =|:) (\w+)\[", text))
+    products = re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)(?!, lhs_batch)", text)
+    return [types[name] for pair in products for name in pair]
+
+
+def test_the_word_reaches_all_layers_of_blocks():
+    options = dict(vocab_size=5, features=16, num_heads=2, mlp_ratio=2.0)
+    model = make_sequence_model(**options, matmul_precision="bfloat16")
+    layers = [layer for block in model.blocks for layer in (block.attention, block.mlp)]
+    assert {layer.dot_general for layer in layers} == {bfloat16_dot_general}
+    assert make_sequence_model(**options).blocks[0].mlp.dot_general is xla_cpu.kernel_product
+    with pytest.raises(ValueError, match=r"matmul_precision='bfloat16' is for dtype=float32"):
+        make_sequence_model(**options, matmul_precision="bfloat16", dtype=jnp.float16)
+
+
+def test_a_run_learns_as_in_float32():
+    losses = []
+    for word in ("float32", "bfloat16"):
+        config = default_config("copy")
+        config.model.matmul_precision = word
+        config.train.update(batch_size=16, steps_per_epoch=30)
+        program = build.build(config)
+        losses.append(program.epoch(program.init(), program.rows)[1]["loss"])
+    assert losses[0][-1] < losses[0][0] - 0.3
+    assert np.any(losses[0] != losses[1])
+    np.testing.assert_allclose(*losses, atol=0.02)
+
+
+def test_a_layer_of_ones_own_without_the_field_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "own_layer.py").write_text(
+        "from flax import linen as nn\n"
+        "class Layer(nn.Module):\n"
+        "    num_heads: int = 1\n"
+        "    def __call__(self, x, **options):\n"
+        "        return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = default_config("copy")
+    config.model.mechanism = "own_layer:Layer"
+    config.model.positions = "learned"
+    config.model.matmul_precision = "bfloat16"
+    with pytest.raises(ConfigError, match="has no dot_general"):
+        build.build(config)
