@@ -14,6 +14,7 @@ from attention_jax.training.config import default_config
 def get_config():
     config = default_config("text")  # 4 layers, 4 heads, width 128, 64 characters.
     config.model.positions = "learned"
+    config.model.matmul_precision = "bfloat16"  # Parameters and sums stay in float32.
     config.train.batch_size = 12
     config.train.epochs = 20  # Of 100 steps.
     config.eval.num_batches = 64
