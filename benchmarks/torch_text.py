@@ -21,7 +21,7 @@ imported = time.perf_counter()
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
 STEPS, WARMUP, RATE, DECAY, CLIP = 2000, 100, 2e-3, 0.1, 1.0
-EVALUATIONS, EVALUATED = 4, 64  # As often, and as many batches, as the config.
+EVALUATIONS, EVALUATED = 4, 32  # As often, and as many batches, as the config.
 
 
 class Block(nn.Module):

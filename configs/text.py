@@ -17,5 +17,4 @@ def get_config():
     config.model.matmul_precision = "bfloat16"  # Parameters and sums stay in float32.
     config.train.batch_size = 12
     config.train.epochs = 20  # Of 100 steps.
-    config.eval.num_batches = 64
     return config

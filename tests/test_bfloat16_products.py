@@ -1,4 +1,4 @@
-"""Products of kernels with operands in bfloat16: right in every context, and asked for by a word."""
+"""Products of kernels with operands in bfloat16: right in every context, asked for by a word."""
 
 import functools
 import re
@@ -117,7 +117,7 @@ def test_vmap_is_a_loop(axes):
     grads = jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))
     got = jax.jit(jax.vmap(grads, axes))(xs, ws)
     for i in range(2):
-        of = lambda y, axis: y if axis is None else jnp.take(y, i, axis)
+        of = lambda y, axis, i=i: y if axis is None else jnp.take(y, i, axis)
         alone = jax.jit(grads)(of(xs, axes[0]), of(ws, axes[1]))
         for y, want in zip(got, alone, strict=True):
             # A cotangent may round to the neighbouring number.
@@ -159,8 +159,9 @@ def test_other_types_and_narrow_kernels_are_those_of_lax():
 def test_a_training_step_has_no_other_products_of_kernels():
     if set(types_of_products(product, normal(B, T, D), normal(D, F))) != {"bf16"}:
         pytest.skip("XLA has no products of bfloat16 for this processor")
-    layers = MultiHeadAttention(2, dot_general=bfloat16_dot_general), MLP(
-        128, dot_general=bfloat16_dot_general
+    layers = (
+        MultiHeadAttention(2, dot_general=bfloat16_dot_general),
+        MLP(128, dot_general=bfloat16_dot_general),
     )
     x = normal(B, T, D)
 

@@ -1039,6 +1039,15 @@ def test_a_run_killed_before_its_first_step_leaves_its_directory_to_another(tmp_
     begin(tiny(seed=1))
 
 
+def test_a_run_from_before_a_field_was_had_its_default(copy):
+    kept = json.loads((copy / "config.json").read_text())
+    del kept["config"]["model"]["matmul_precision"]
+    (copy / "config.json").write_text(json.dumps(kept))
+    assert experiment.run(tiny(), copy).metrics["step"] == 18
+    message = refusal(tiny(model__matmul_precision="bfloat16"), copy)
+    assert "model.matmul_precision is 'float32' there and 'bfloat16' here" in message
+
+
 @pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "result.json"])
 def test_a_run_without_its_config_is_refused_by_the_name_of_the_file(copy, left):
     for path in list(copy.iterdir()):

@@ -74,7 +74,7 @@ def bfloat16_dot_general(
 
 
 def _is_large(x, kernel, dimension_numbers, narrowest=1):
-    """Whether this is a large product of vectors and a kernel on a CPU, no matrix of it narrower."""
+    """Whether vectors and a kernel make a large product on a CPU, and not too narrow a one."""
     (left, right), batch = dimension_numbers
     summed = len(left)
     rows, columns = x.shape[: x.ndim - summed], kernel.shape[summed:]

@@ -204,6 +204,9 @@ def make_sequence_model(
         word = f"mechanism={told(mechanism)}"
         if attention != "multihead":
             word = f"attention={attention!r}"
+        mlp = None
+        if hidden_features:
+            mlp = make_mlp(hidden_features, out_init, **types, **products)
         return Block(
             _make(
                 word,
@@ -215,7 +218,7 @@ def make_sequence_model(
                 out_kernel_init=out_init,
                 **types,
             ),
-            mlp=make_mlp(hidden_features, out_init, **types, **products) if hidden_features else None,
+            mlp=mlp,
             norm=make_norm,
             conv=ShortConvolution(short_conv, out_init, **types) if short_conv else None,
             residual=residual,

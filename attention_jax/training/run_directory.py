@@ -29,7 +29,7 @@ from filelock import lock_descriptor
 from ml_collections import ConfigDict
 
 from attention_jax.training.checkpoint import Checkpoints
-from attention_jax.training.config import ConfigError, flatten, refused
+from attention_jax.training.config import ConfigError, default_config, flatten, refused
 from attention_jax.training.files import (
     CHECKPOINTS,
     SAMPLES,
@@ -165,7 +165,10 @@ def claim(
     file = path / "config.json"
     settings = {name: getattr(jax.config, name) for name in SETTINGS} | dict(others)
     with refused():
-        theirs = settings | _noted(path) if os.path.lexists(file) else None
+        theirs = None
+        if os.path.lexists(file):
+            # A run of an earlier version had the defaults of fields that are new.
+            theirs = flatten(default_config(config.task.name)) | settings | _noted(path)
     if theirs is None:
         _check_empty(path, file)
     elif differing := _differing(theirs, flatten(config) | settings):

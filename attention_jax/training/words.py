@@ -56,7 +56,10 @@ MLPS = {
 }
 
 # What products of kernels are computed in: the `dot_general` of layers, None for their own.
-MATMUL_PRECISIONS = {"float32": lambda: None, "bfloat16": lambda: attention_jax.bfloat16_dot_general}
+MATMUL_PRECISIONS = {
+    "float32": lambda: None,
+    "bfloat16": lambda: attention_jax.bfloat16_dot_general,
+}
 
 # What is stored for the backward pass: all; the inputs of each block; or also some products in it.
 # The last two are names of `jax.checkpoint_policies`.
