@@ -3,6 +3,7 @@
 Importing this module is cheap: jax is imported by `prepare` alone.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -85,6 +86,8 @@ def do(name: str, work: Callable[[], None]) -> int:
 def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
     """Ends the process with the status of `main(argv)`."""
     sys.unraisablehook = _leave_all_the_same
+    statuses: list[int] = []
+    atexit.register(_leave, statuses)  # The first to register is the last to run.
     try:
         status = main(argv)
     except SystemExit as leaving:
@@ -98,7 +101,21 @@ def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
         with contextlib.suppress(OSError):  # The reader may have left.
             sys.stdout.flush()
         os._exit(status)
+    if isinstance(status, int | None):
+        statuses.append(status or 0)
     sys.exit(status)
+
+
+def _leave(statuses):
+    """Leaves at once, when all threads and other functions of `atexit` have ended.
+
+    Python would first take apart all that it has imported, which takes up to a second.
+    """
+    with contextlib.suppress(OSError):  # Python tells that the reader has left.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for status in statuses:
+            os._exit(status)
 
 
 _left_by: list[int] = []  # The signals that were printed.
