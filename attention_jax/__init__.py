@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from attention_jax.models import Block, SequenceModel, decoding
     from attention_jax.training.loading import load
+    from attention_jax.training.model import make_sequence_model
 
 _HOMES = {
     "masks": "attention_jax.functional.masks",
@@ -84,6 +85,7 @@ _HOMES = {
     "decoding": "attention_jax.models",
     "generate": "attention_jax.generation",
     "load": "attention_jax.training.loading",
+    "make_sequence_model": "attention_jax.training.model",
 }
 
 __all__ = [
@@ -116,6 +118,7 @@ __all__ = [
     "generate",
     "linear_attention",
     "load",
+    "make_sequence_model",
     "masks",
     "positions",
     "ring_attention",

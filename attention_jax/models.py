@@ -1,6 +1,7 @@
 """Models put together from parts: layers of attention, an MLP, norms, an embedding, masks."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+import attention_jax
 from attention_jax.checks import (
     as_integers,
     as_positions,
@@ -135,10 +137,25 @@ def _check_layers(module: nn.Module, *names: str) -> None:
             raise TypeError(f"{name} must make a norm, as {called} does; got one, {called}().")
 
 
-class SequenceModel(nn.Module):
+class _OfPartsOrWords(type):
+    """Lets `SequenceModel(features=64, ...)` make the model that these words of a config name."""
+
+    def __call__(cls, *parts: Any, **fields: Any) -> Any:
+        if parts or "features" not in fields:
+            return super().__call__(*parts, **fields)
+        return attention_jax.make_sequence_model(**fields)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        _, *parts = inspect.signature(cls.__init__).parameters.values()
+        return inspect.Signature(parts)
+
+
+class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
     """A stack of blocks over tokens or over vectors.
 
     With one block, and neither norms nor residuals, it is the bare attention layer.
+    `SequenceModel(features=64, ...)` takes the words of `make_sequence_model` instead of parts.
 
     Attributes:
         embedding: `TokenEmbedding`, or `VectorEmbedding` for inputs that are vectors.

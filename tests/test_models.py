@@ -1,6 +1,7 @@
 """The model: its masks, its parameters, and the effects of its options."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,25 @@ def test_parts_are_values():
         mlp = params[name]["mlp"]["layer"]
         params[name]["mlp"] = {**mlp, "out": jax.tree.map(lambda x: x / 2, mlp["out"])}
     assert_close(half, run(plain, params, TOKENS), 1e-6)
+
+
+def test_a_model_of_words_is_that_of_their_parts():
+    options = dict(features=8, num_heads=2, vocab_size=5, positions="rotary", mlp_ratio=2.0)
+    named = SequenceModel(**options)
+    assert isinstance(named, SequenceModel)
+    tokens = jnp.arange(5)[None]
+    found = [
+        model.init_with_output(jax.random.key(0), tokens)
+        for model in (named, named.clone(), make_sequence_model(**options))
+    ]
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, found[0], other)
+    with pytest.raises(TypeError, match="nheads"):
+        SequenceModel(features=8, nheads=2)
+    with pytest.raises(TypeError, match="embedding"):
+        SequenceModel()
+    parameters = inspect.signature(SequenceModel).parameters
+    assert list(parameters)[:2] == ["embedding", "blocks"]
 
 
 def test_norms_stand_where_their_fields_say():

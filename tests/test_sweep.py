@@ -551,3 +551,14 @@ def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):
         report.main(["report", *(argument.format_map(places) for argument in arguments)])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_names_that_moved_are_still_where_they_were():
+    from attention_jax import training
+    from attention_jax.laboratory import sweep
+    from attention_jax.training import build, experiment
+
+    assert training.sweep is sweep
+    assert (experiment.make_task, experiment.make_model) == (build.make_task, build.make_model)
+    with pytest.raises(AttributeError, match="swoop"):
+        training.swoop  # noqa: B018
