@@ -141,9 +141,10 @@ class _OfPartsOrWords(type):
     """Lets `SequenceModel(features=64, ...)` make the model that these words of a config name."""
 
     def __call__(cls, *parts: Any, **fields: Any) -> Any:
-        if parts or "features" not in fields:
+        if parts or "features" not in fields or cls is not SequenceModel:
             return super().__call__(*parts, **fields)
-        return attention_jax.make_sequence_model(**fields)
+        of_flax = {name: fields.pop(name) for name in ("parent", "name") if name in fields}
+        return attention_jax.make_sequence_model(**fields).clone(**of_flax)
 
     @property
     def __signature__(cls) -> inspect.Signature:

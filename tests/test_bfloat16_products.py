@@ -183,6 +183,44 @@ def types_of_products(function, *arguments):
     return [types[name] for pair in products for name in pair]
 
 
+def test_what_asks_for_more_gets_it():
+    x, w = normal(B, T, D), normal(D, F, seed=1)
+    numbers = (((2,), (0,)), ((), ()))
+    for options in ({"precision": "highest"}, {"preferred_element_type": jnp.bfloat16}):
+        want = jax.lax.dot_general(x.reshape(-1, D), w, (((1,), (0,)), ((), ())), **options)
+        got = bfloat16_dot_general(x, w, numbers, **options)
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got.reshape(-1, F), want)
+    with pytest.raises(TypeError, match="contracting"):
+        bfloat16_dot_general(normal(B, T, 6, 4), normal(4, 6, F), (((2, 3), (0, 1)), ((), ())))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_under_a_mesh_products_are_those_of_float32(kind):
+    x, w = normal(B, T, D), normal(D, F, seed=1)
+    types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=types)
+    grads = lambda x, w: jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x, w)
+    with jax.set_mesh(mesh):
+        specs = jax.P("d"), jax.P()
+        x, w = (jax.device_put(y, spec) for y, spec in zip((x, w), specs, strict=True))
+        shared = jax.shard_map(grads, in_specs=specs, out_specs=specs, check_vma=kind == "Auto")
+        for got in (jax.jit(grads)(x, w), jax.jit(shared)(x, w)):
+            assert np.isfinite(got[1]).all()
+
+
+def test_a_run_on_several_devices_of_a_cpu_is_refused(monkeypatch):
+    config = default_config("copy")
+    config.model.matmul_precision = "bfloat16"
+    config.launcher = "pmap"
+    with pytest.raises(ConfigError, match=r"launcher=single and one device: got launcher=pmap"):
+        build.build(config)
+    config.launcher = "single"
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="2 devices"):
+        build.build(config)
+
+
 def test_the_word_reaches_all_layers_of_blocks():
     options = dict(vocab_size=5, features=16, num_heads=2, mlp_ratio=2.0)
     model = make_sequence_model(**options, matmul_precision="bfloat16")

@@ -305,6 +305,9 @@ def test_a_model_of_words_is_that_of_their_parts():
         SequenceModel(features=8, nheads=2)
     with pytest.raises(TypeError, match="embedding"):
         SequenceModel()
+    assert SequenceModel(**options, name="lm").name == "lm"
+    with pytest.raises(TypeError, match="features"):  # It is no field, so flax must not drop remat.
+        nn.remat(SequenceModel)(**options)
     parameters = inspect.signature(SequenceModel).parameters
     assert list(parameters)[:2] == ["embedding", "blocks"]
 

@@ -58,16 +58,18 @@ def bfloat16_dot_general(
     products of kernels stay in float32. A processor with instructions for bfloat16 computes such
     products at twice the speed. So do accelerators.
 
-    On a CPU it rounds large products alone, forward and backward. Small ones, and all where jax
-    sees several devices, it computes in float32, which is not slower there. Other types it computes
-    as `lax.dot_general` does. It has no forward-mode derivatives on a CPU.
+    On a CPU it rounds large products alone, forward and backward. Small ones, and all under a mesh
+    or where jax sees several devices, it computes in float32, which is not slower there. Other
+    types, and what asks for a `precision` or another type of the result, it computes as
+    `lax.dot_general` does. It has no forward-mode derivatives on a CPU.
     """
-    if not x.dtype == kernel.dtype == jnp.float32:
+    asks = any(options.get(name) is not None for name in ("precision", "preferred_element_type"))
+    if asks or not x.dtype == kernel.dtype == jnp.float32:
         return kernel_product(x, kernel, dimension_numbers, **options)
     if jax.default_backend() != "cpu":
         options |= {"precision": lax.DotAlgorithmPreset.BF16_BF16_F32}
         return lax.dot_general(x, kernel, dimension_numbers, **options)
-    is_alone = jax.device_count() == 1
+    is_alone = jax.device_count() == 1 and not jax.sharding.get_abstract_mesh().axis_names
     if not (is_alone and _is_large(x, kernel, dimension_numbers, narrowest=16)):
         return kernel_product(x, kernel, dimension_numbers, **options)
     return _flat(functools.partial(_rounded_product, None), x, kernel, dimension_numbers)
@@ -84,6 +86,7 @@ def _is_large(x, kernel, dimension_numbers, narrowest=1):
         jax.default_backend() == "cpu"
         and is_known
         and in_order
+        and x.shape[len(rows) :] == kernel.shape[:summed]  # Else lax tells what does not fit.
         and len(rows) > 1
         and batch == ((), ())
         and math.prod(rows) * kernel.size >= _MULTIPLICATIONS

@@ -5,6 +5,7 @@ Qwen 2 and 3, Gemma, Gemma 2 and the text models of Gemma 3.
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attention_jax.checks import check_dtype, told
-from attention_jax.interop.families import Family, Tensor, describe, make_model
+from attention_jax.interop.families import Family, Tensor, describe, make_model, spec
 from attention_jax.models import SequenceModel
 from attention_jax.types import PyTree
 
+# The types of tensors, by the names of safetensors.
+_KINDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -29,7 +32,8 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
 
     Args:
         directory: Has `config.json`, and `model.safetensors` or its parts with their index.
-        dtype: The type of the parameters. None keeps that of the file.
+        dtype: The type of the parameters. None keeps that of the file; if it has several, the
+            smallest type that holds all of them.
 
     Returns:
         The model and its parameters: `model.apply({"params": params}, tokens)` gives the logits
@@ -49,20 +53,19 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         )
     if dtype is not None:
         check_dtype("dtype", dtype)
-        dtype = jnp.dtype(dtype)
+        dtype = _representable("dtype", dtype)
     with _told_of(directory / _CONFIG):
         family, model = make_model(config, jnp.dtype(dtype or jnp.float32))
     with contextlib.ExitStack() as stack:
         files = _open(directory, stack)
         names = _names(files, family)
+        wanted = list(family.tensors(model))
         if dtype is None:
-            first = next(family.tensors(model))  # The embedding.
-            name = _name_of(first, names, directory)
-            dtype = _read(files, name, directory).dtype
-            check_dtype(f"{directory}: the type of the parameters", dtype)
+            kinds = {_kind(files, _name_of(x, names, directory), directory) for x in wanted}
+            dtype = functools.reduce(jnp.promote_types, sorted(kinds))
+            dtype = _representable(f"{directory}: the type of the parameters", dtype)
             _, model = make_model(config, dtype)
         flat = {}
-        wanted = list(family.tensors(model))
         shapes = _shapes(model)
         for tensor in wanted:
             name = _name_of(tensor, names, directory)
@@ -75,18 +78,34 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
 
 def _name_of(tensor: Tensor, names: dict[str, str], directory: Path) -> str:
     if tensor.name not in names:
-        raise ValueError(f"{directory} has no tensor {tensor.name}.")
+        some = ", ".join(sorted(names)[:3]) or "none at all"
+        raise ValueError(f"{directory} has no tensor {tensor.name}; it has {some}, ...")
     return names[tensor.name]
 
 
-def _read(files: dict[str, Any], name: str, directory: Path) -> np.ndarray:
-    """A tensor of numbers; those of fewer bits have scales, of which a model here knows nothing."""
-    kind = files[name].get_slice(name).get_dtype()
-    if kind not in ("F16", "BF16", "F32", "F64"):
-        raise NotImplementedError(
-            f"{directory}: {name} is of the type {kind}, as quantized weights are; it must be F16, "
-            "BF16, F32 or F64."
+def _representable(name: str, dtype: Any) -> jnp.dtype:
+    """The type, which is not float64 unless jax has it."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{name} is {jnp.dtype(dtype)}, which jax does not compute in unless jax_enable_x64 is "
+            "set. dtype=jnp.float32 narrows."
         )
+    return jnp.dtype(dtype)
+
+
+def _kind(files: dict[str, Any], name: str, directory: Path) -> str:
+    """The type of a tensor; those of fewer bits have scales, of which a model knows nothing."""
+    kind = files[name].get_slice(name).get_dtype()
+    if kind not in _KINDS:
+        raise NotImplementedError(
+            f"{directory}: {name} is of the type {kind}, as quantized weights are; it must be "
+            f"{', '.join(_KINDS)}."
+        )
+    return _KINDS[kind]
+
+
+def _read(files: dict[str, Any], name: str, directory: Path) -> np.ndarray:
+    _kind(files, name, directory)
     return files[name].get_tensor(name)
 
 
@@ -110,11 +129,13 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
         directory: Is made if it does not exist.
         model: One that `load` gave, or one of the same parts.
         params: Its parameters.
-        **config: Further fields of `config.json`, as `eos_token_id=2`. They must not change the
-            model.
+        **config: Further fields of `config.json`, as `eos_token_id=2` and
+            `max_position_embeddings=8192`, which a model does not know. They must not change the
+            model. Without `eos_token_id` no token ends a text.
 
     Raises:
         NotImplementedError: No family has this model.
+        TypeError: A field is none of JSON's types.
         ValueError: The parameters are not those of the model, or a field changes the model.
     """
     kind, family, fields = describe(model)
@@ -124,17 +145,22 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
             path for path in shapes if flat[path].shape != shapes[path]
         ]
         raise ValueError(f"params are not those of the model: see {', '.join(differing[:4])}.")
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # Of transformers: 2.
+    fields = {"architectures": [family.architecture], "model_type": kind} | tokens | fields
     for name, value in config.items():
-        if name in family.defaults and fields.get(name, family.defaults[name]) != value:
-            raise ValueError(f"{name}={value!r} would change the model.")
+        if name in ("architectures", "model_type", "dtype", "torch_dtype"):
+            raise ValueError(f"{name}={value!r}: save says {name} by itself.")
+        _check_field(name, value, fields, model)
     arrays = {}
     for tensor in family.tensors(model):
         parts = [np.asarray(flat[path]) for path in tensor.paths]
         arrays[tensor.name] = np.ascontiguousarray(tensor.save(*parts))
-    dtypes = sorted({str(x.dtype) for x in arrays.values()})
-    fields = {"architectures": [family.architecture], "model_type": kind, "dtype": dtypes[0]} | (
-        fields | config
-    )
+    kinds = sorted({str(x.dtype) for x in arrays.values()})
+    for name in kinds:
+        if name not in _KINDS.values():
+            raise NotImplementedError(f"params must be {', '.join(_KINDS.values())}, got {name}.")
+    fields |= config | {"dtype": str(functools.reduce(jnp.promote_types, kinds))}
+    text = json.dumps(fields, indent=2) + "\n"
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -142,8 +168,21 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
 
     _replace(directory / _WEIGHTS, lambda path: save_file(arrays, path, {"format": "pt"}))
     (directory / _INDEX).unlink(missing_ok=True)  # Some tools would read the earlier parts by it.
-    text = json.dumps(fields, indent=2) + "\n"
     _replace(directory / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _check_field(name: str, value: Any, fields: dict[str, Any], model: SequenceModel) -> None:
+    """Raises an error for a field that JSON has not, or that changes the model."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be of JSON's types, got {told(value)}.") from error
+    try:
+        _, changed = make_model(fields | {name: value}, model.embedding.param_dtype)
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{name}={told(value)}: {error}") from error
+    if spec(changed) != spec(model):
+        raise ValueError(f"{name}={value!r} would change the model.")
 
 
 def tokenizer(directory: str | os.PathLike) -> Any:
@@ -252,7 +291,7 @@ def _check_tied(directory, files, names, embedding) -> None:
     for head in ("lm_head.weight", "embed_out.weight"):
         if head in names:
             pair = [_read(files, names[name], directory) for name in (head, embedding)]
-            if not np.array_equal(*pair):
+            if not np.array_equal(*pair, equal_nan=True):
                 raise ValueError(
                     f"{directory}: {head} differs from {embedding}, but tie_word_embeddings is "
                     "true: set it to false in config.json, or remove the tensor."

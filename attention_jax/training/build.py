@@ -121,6 +121,7 @@ def _line(text):
 
 def _build(config):
     check_fits(config)
+    _check_rounded(config)
     launcher = make_launcher(config)
     rows = launcher.put_batch(np.arange(config.train.batch_size, dtype=np.int32))
     accumulate = config.optimizer.accumulate
@@ -145,6 +146,17 @@ def _build(config):
         baseline=jax.jit(functions.baseline),
         rows=rows,
     )
+
+
+def _check_rounded(config):
+    """Raises ValueError where `bfloat16_dot_general` would round nothing."""
+    devices = jax.device_count()
+    alone = devices == 1 and config.launcher == "single"
+    if config.model.matmul_precision == "bfloat16" and jax.default_backend() == "cpu" and not alone:
+        raise ValueError(
+            f"{label('model.matmul_precision')}=bfloat16 on a CPU is for launcher=single and one "
+            f"device: got launcher={config.launcher} and {devices} devices."
+        )
 
 
 class Functions(NamedTuple):

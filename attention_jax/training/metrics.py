@@ -300,7 +300,7 @@ class Console:
         self._next = PATIENCE  # The second at which the next line is due, in any epoch.
         self._bar = None
         self.busy = Busy(self._note)
-        if self._stream.isatty():
+        if self._stream is not None and self._stream.isatty():  # None: closed by the shell.
             from tqdm import tqdm
 
             self._bar = tqdm(

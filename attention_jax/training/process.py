@@ -87,7 +87,8 @@ def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
     """Ends the process with the status of `main(argv)`."""
     sys.unraisablehook = _leave_all_the_same
     statuses: list[int] = []
-    atexit.register(_leave, statuses)  # The first to register is the last to run.
+    if getattr(atexit, "_ncallbacks", lambda: 1)() == 1:  # That of logging; no tool's.
+        atexit.register(_leave, statuses)  # The first to register is the last to run.
     try:
         status = main(argv)
     except SystemExit as leaving:
@@ -107,13 +108,15 @@ def end(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
 
 
 def _leave(statuses):
-    """Leaves at once, when all threads and other functions of `atexit` have ended.
+    """Leaves at once, when all threads and all that was registered later have ended.
 
     Python would first take apart all that it has imported, which takes up to a second.
     """
+    logging.shutdown()  # Registered earlier, when logging was imported.
     with contextlib.suppress(OSError):  # Python tells that the reader has left.
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            if stream is not None:  # Closed by the shell.
+                stream.flush()
         for status in statuses:
             os._exit(status)
 

@@ -13,6 +13,8 @@ from attention_jax.models import SequenceModel
 
 __all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "spec"]
 
+# Fields of the rotary positions that a file may have and `Family.defaults` may lack.
+ROTARY = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # By `model_type`. `describe` takes the first that fits.
 FAMILIES = GPTS | LLAMAS
 
@@ -46,7 +48,7 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
             not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)
         ):
             raise ValueError(f"{name} must be of the type {_word(wanted)}, got {told(value)}.")
-    for name in ("rope_theta", "partial_rotary_factor"):  # In files, not always in defaults.
+    for name in ROTARY:
         if name in config:
             known[name] = config[name]
     return family, family.model(known, dtype)
@@ -62,12 +64,11 @@ def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
     Raises:
         NotImplementedError: No family has this model.
     """
-    dtype = model.embedding.param_dtype
     for kind, family in FAMILIES.items():
         try:
             found = family.config(model)
             config = {name: x for name, x in found.items() if name in family.defaults}
-            made = family.model(family.defaults | config, dtype)
+            _, made = make_model({"model_type": kind} | config, model.embedding.param_dtype)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
             continue  # A part of the model is not one of this family.
         if spec(made) == spec(model):

@@ -20,9 +20,11 @@ _exact_gelu = functools.partial(nn.gelu, approximate=False)
 # Both approximations by tanh are one formula.
 ACTIVATIONS = {
     "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
     "gelu": _exact_gelu,
     "silu": nn.silu,
+    "swish": nn.silu,
     "relu": nn.relu,
 }
 

@@ -134,9 +134,11 @@ def _neox_model(config: Config, dtype: Any) -> SequenceModel:
     norm = functools.partial(
         nn.LayerNorm, epsilon=config["layer_norm_eps"], use_fast_variance=False, **types
     )
-    base = config.get("rope_theta", config["rotary_emb_base"])  # Earlier and later names.
-    fraction = config.get("partial_rotary_factor", config["rotary_pct"])
-    named = {"rope_theta": base, "partial_rotary_factor": fraction}
+    # As in transformers, also where the config has a `rope_theta` of its own.
+    named = {
+        "rope_theta": config["rotary_emb_base"],
+        "partial_rotary_factor": config["rotary_pct"],
+    }
     base, fraction, scaling = rotation({**config, **named}, "full_attention")
 
     def block() -> Block:

@@ -92,6 +92,11 @@ def _llama_model(config: Config, dtype: Any, *, gemma: int = 0, qk_norm=False, b
 
     def block(kind: str) -> Block:
         base, fraction, scaling = rotation(config, kind)
+        if fraction != 1:
+            raise NotImplementedError(
+                f"partial_rotary_factor must be 1, got {fraction}: transformers turns whole heads "
+                "in this family."
+            )
         scalar = config.get("query_pre_attn_scalar")
         return Block(
             MultiHeadAttention(
@@ -102,7 +107,6 @@ def _llama_model(config: Config, dtype: Any, *, gemma: int = 0, qk_norm=False, b
                 qk_norm=norm if qk_norm else False,
                 rotary=True,
                 rotary_base=base,
-                rotary_fraction=fraction,
                 rotary_scaling=scaling,
                 scale=None if scalar is None else scalar**-0.5,
                 softcap=config.get("attn_logit_softcapping"),
@@ -252,13 +256,12 @@ _GEMMA2 = {name: x for name, x in _GEMMA.items() if name != "hidden_act"} | {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
-_GEMMA3 = _GEMMA2 | {
+_GEMMA3 = {name: x for name, x in _GEMMA2.items() if name != "attn_logit_softcapping"} | {
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
     "sliding_window_pattern": 6,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
-    "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
 _FORWARD = {"use_bidirectional_attention": (None, False)}
@@ -292,5 +295,12 @@ LLAMAS = {
     ),
     "gemma": _relative("GemmaForCausalLM", _GEMMA, _FORWARD, gemma=1),
     "gemma2": _relative("Gemma2ForCausalLM", _GEMMA2, _FORWARD, gemma=2),
-    "gemma3_text": _relative("Gemma3ForCausalLM", _GEMMA3, _FORWARD, gemma=3, qk_norm=True),
+    "gemma3_text": _relative(
+        "Gemma3ForCausalLM",
+        _GEMMA3,
+        # transformers has the field, and does not use it.
+        _FORWARD | {"attn_logit_softcapping": (None,)},
+        gemma=3,
+        qk_norm=True,
+    ),
 }

@@ -22,6 +22,7 @@ def rotation(config: Config, kind: str) -> tuple[float, float, Any]:
         if not isinstance(config.get(name), dict | None):
             raise ValueError(f"{name} must be an object, got {told(config[name])}.")
     found = config.get("rope_parameters")
+    nested = bool(found) and kind in found
     if found:
         found = found.get(kind, found)
         if not isinstance(found, dict):
@@ -35,7 +36,7 @@ def rotation(config: Config, kind: str) -> tuple[float, float, Any]:
     base = found.get("rope_theta", config["rope_theta"])
     fraction = found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     _check_numbers({"rope_theta": base, "partial_rotary_factor": fraction})
-    return float(base), fraction, None if scaling is None else _scaling(scaling, config)
+    return float(base), fraction, None if scaling is None else _scaling(scaling, config, nested)
 
 
 def _check_one_source(parameters: Config, scaling: Config | None, kind: str) -> None:
@@ -64,10 +65,13 @@ def _check_numbers(fields: Config) -> None:
             raise ValueError(f"{name} must be a number, got {told(x)}.")
 
 
-def _scaling(found: Config, config: Config) -> Any:
+def _scaling(found: Config, config: Config, nested: bool = False) -> Any:
     kind = found.get("rope_type", found.get("type", "default"))
     trained = config["max_position_embeddings"]
+    # As in transformers the field of the whole config comes first, but not for kinds of layers.
     original = found.get("original_max_position_embeddings", trained)
+    if not nested:
+        original = config.get("original_max_position_embeddings", original)
     if kind == "yarn" and found.get("factor", ...) is None:
         _check_numbers({"original_max_position_embeddings": original})
         found = {**found, "factor": trained / original}
