@@ -378,3 +378,13 @@ def test_a_checkpoint_that_contradicts_itself_is_refused():
     checkpoint["model_state_dict"] = {"norm.weight": drawn(D), **checkpoint["model_state_dict"]}
     with pytest.raises(ValueError, match=r"unknown parameters: norm\.weight"):
         weights.from_original(checkpoint)
+
+
+def test_torch_in_bfloat16_and_its_parameters_come_and_go():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.MultiheadAttention(8, 2, batch_first=True).bfloat16()
+    params = weights.from_torch(dict(module.named_parameters()), 2)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    for name, array in weights.to_torch(params).items():
+        back = torch.from_numpy(array).bfloat16()
+        assert torch.equal(back, module.state_dict()[name])

@@ -379,3 +379,118 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path):
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     own.save(str(tmp_path / "tokenizer.json"))
     assert huggingface.tokenizer(tmp_path).encode("the cat").ids == [0, 1]
+
+
+def test_a_qwen2_without_a_window_is_saved_as_one(tmp_path):
+    shutil.copytree(HERE / "qwen2", tmp_path / "qwen2")
+    file = tmp_path / "qwen2" / "config.json"
+    fields = json.loads(file.read_text()) | {"use_sliding_window": False, "layer_types": None}
+    file.write_text(json.dumps(fields))
+    model, params = huggingface.load(tmp_path / "qwen2")
+    huggingface.save(tmp_path / "saved", model, params)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["model_type"] == "qwen2"
+    again, _ = huggingface.load(tmp_path / "saved")
+    assert spec(again) == spec(model)
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"original_max_position_embeddings": 4}),
+        ("llama_yarn", {"original_max_position_embeddings": 4}),
+        ("gpt_neox", {"rope_parameters": ..., "rotary_pct": 0.25, "partial_rotary_factor": 1.0}),
+        (
+            "gpt_neox",
+            {"rope_parameters": ..., "rotary_pct": 0.5, "rotary_emb_base": 70.0, "rope_theta": 3.0},
+        ),
+        ("qwen2", {"use_sliding_window": False, "layer_types": ...}),
+    ],
+    ids=str,
+)
+def test_fields_that_contradict_count_as_in_transformers(name, fields, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(HERE / name, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    config = {x: y for x, y in (json.loads(file.read_text()) | fields).items() if y is not ...}
+    file.write_text(json.dumps(config))
+    tokens = np.random.default_rng(0).integers(0, 19, (1, 30))
+    model, params = huggingface.load(tmp_path / "theirs")
+    got = jax.jit(model.apply)({"params": params}, tokens)
+    huggingface.save(tmp_path / "ours", model, params)
+    for place in ("theirs", "ours"):
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path / place, attn_implementation="eager")
+        with torch.no_grad():
+            assert_close(got, peer(torch.tensor(tokens)).logits.numpy(), 1e-5)
+
+
+def test_a_saved_model_has_the_fields_that_are_given_and_no_end_of_its_own(place, tmp_path):
+    model, params = huggingface.load(place())
+    saved = tmp_path / "saved"
+    huggingface.save(saved, model, params)
+    assert json.loads((saved / "config.json").read_text())["eos_token_id"] is None
+    huggingface.save(saved, model, params, max_position_embeddings=64, eos_token_id=[2, 3])
+    fields = json.loads((saved / "config.json").read_text())
+    assert (fields["max_position_embeddings"], fields["eos_token_id"]) == (64, [2, 3])
+    assert spec(huggingface.load(saved)[0]) == spec(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"rope_theta": 3.0}, ValueError, "rope_theta=3.0 would change the model"),
+        ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor=0.5"),
+        ({"model_type": "mistral"}, ValueError, "save says model_type by itself"),
+        ({"dtype": "float16"}, ValueError, "save says dtype by itself"),
+        ({"quantization_config": {}}, ValueError, "quantization_config"),
+        ({"note": {1, 2}}, TypeError, "note must be of JSON's types"),
+    ],
+    ids=str,
+)
+def test_a_field_that_changes_the_model_is_refused_before_anything_is_written(
+    place, fields, error, words
+):
+    kept = place()
+    before = {x.name: x.read_bytes() for x in kept.iterdir()}
+    model, params = huggingface.load(kept)
+    with pytest.raises(error, match=words):
+        huggingface.save(kept, model, params, **fields)
+    assert {x.name: x.read_bytes() for x in kept.iterdir()} == before
+
+
+def test_tensors_of_several_types_become_the_one_that_holds_all(place, tmp_path):
+    from safetensors.numpy import save_file
+
+    kept = place()
+    arrays = tensors(kept / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    mixed = arrays | {name: arrays[name].astype(np.float16)}
+    save_file(mixed, kept / "model.safetensors")
+    model, params = huggingface.load(kept)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    save_file({x: y.astype(np.float64) for x, y in arrays.items()}, kept / "model.safetensors")
+    with pytest.raises(ValueError, match="float64, which jax does not compute in unless"):
+        huggingface.load(kept)
+    assert huggingface.load(kept, dtype=jnp.float32)[0].embedding.param_dtype == jnp.float32
+    whole = jax.tree.map(lambda x: x.astype(jnp.int8), params)
+    with pytest.raises(NotImplementedError, match="got int8"):
+        huggingface.save(tmp_path / "saved", model, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"rope_parameters": None, "partial_rotary_factor": 0.5}),
+        ("gemma3", {"attn_logit_softcapping": 0.4}),
+    ],
+    ids=str,
+)
+def test_what_transformers_would_not_honour_is_refused(name, fields, tmp_path):
+    shutil.copytree(HERE / name, tmp_path / name)
+    file = tmp_path / name / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(NotImplementedError, match=[*fields][-1]):
+        huggingface.load(tmp_path / name)

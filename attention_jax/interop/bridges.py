@@ -65,7 +65,8 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
     Returns:
         `{name: array}`, for `load_state_dict` after `torch.from_numpy` on each. With another width
-        of keys and values, that of a module with `kdim` and `vdim`.
+        of keys and values, that of a module with `kdim` and `vdim`. Parameters in bfloat16 come in
+        float32.
 
     Raises:
         ValueError: A parameter is missing or unknown, or a shape is none that the module can have.
@@ -89,7 +90,11 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
     if biases[0] is not None:
         state["in_proj_bias"] = np.concatenate(biases[:3])
         state["out_proj.bias"] = out[1]
-    return state | {"out_proj.weight": out[0]}
+    state["out_proj.weight"] = out[0]
+    # Copies that torch may write to. NumPy, and so `torch.from_numpy`, has no bfloat16.
+    return {
+        x: np.array(y, np.float32 if y.dtype == jnp.bfloat16 else None) for x, y in state.items()
+    }
 
 
 def from_nnx(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,10 +276,19 @@ def _flat(name: str, tree: Any, above: str = "") -> dict[str, np.ndarray]:
         if isinstance(value, Mapping):
             arrays |= _flat(name, value, f"{path}.")
         elif hasattr(value, "shape"):
-            arrays[path] = np.asarray(value)
+            arrays[path] = _as_numpy(value)
         else:
             raise TypeError(f"{name} must hold arrays: got {type(value).__name__} at {path}.")
     return arrays
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    """A copy of an array, or of a tensor or parameter of torch."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        if str(array.dtype) == "torch.bfloat16":  # Which NumPy has not.
+            return np.asarray(array.float()).astype(jnp.bfloat16)
+    return np.asarray(array)
 
 
 def _thirds(name: str, array: np.ndarray | None) -> list[np.ndarray | None]:
