@@ -14,6 +14,7 @@ def get_config():
     config = default_config("text")  # 4 layers, 4 heads, width 128, rotary positions.
     config.task.seq_length = 128
     config.train.batch_size = 12
+    config.model.matmul_precision = "bfloat16"  # Parameters and sums stay in float32.
     config.train.minutes = 5.0
     config.eval.num_batches = 64
     return config
