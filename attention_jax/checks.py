@@ -259,7 +259,10 @@ def as_integers(name: str, array: Array, axes: int = 0) -> Array:
     The result is signed and has 32 bits at least, so that differences do not wrap around. Integers
     of a numpy array may not fit, which is an error; jax arrays were truncated before.
     """
+    is_empty_list = isinstance(array, list | tuple) and not array
     array = as_array(name, array)
+    if is_empty_list:  # Which NumPy takes for floats.
+        array = array.astype(np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {array.dtype}.")
     if array.ndim < axes:

@@ -160,6 +160,7 @@ def test_no_tokens_are_none(model, params, tokens):
         ({"num_tokens": -1}, ValueError, "num_tokens"),
         ({"num_tokens": 2.0}, TypeError, "num_tokens"),
         ({"tokens": np.zeros((2, 0), int)}, ValueError, "tokens"),
+        ({"tokens": []}, ValueError, "T at least 1"),
         ({"tokens": np.zeros((2, 3))}, TypeError, "tokens"),
         ({"tokens": [[1, VOCABULARY]]}, ValueError, f"tokens.*{VOCABULARY - 1}, got {VOCABULARY}"),
         ({"tokens": [-1]}, ValueError, "tokens.*got -1"),
