@@ -400,7 +400,7 @@ def test_a_qwen2_without_a_window_is_saved_as_one(tmp_path):
     [
         ("llama", {"original_max_position_embeddings": 4}),
         ("llama_yarn", {"original_max_position_embeddings": 4}),
-        ("gpt_neox", {"rope_parameters": ..., "rotary_pct": 0.25, "partial_rotary_factor": 1.0}),
+        ("gpt_neox", {"rope_parameters": ..., "rotary_pct": 0.5, "partial_rotary_factor": 1.0}),
         (
             "gpt_neox",
             {"rope_parameters": ..., "rotary_pct": 0.5, "rotary_emb_base": 70.0, "rope_theta": 3.0},
