@@ -1041,11 +1041,11 @@ def test_a_run_killed_before_its_first_step_leaves_its_directory_to_another(tmp_
 
 def test_a_run_from_before_a_field_was_had_its_default(copy):
     kept = json.loads((copy / "config.json").read_text())
-    del kept["config"]["model"]["matmul_precision"]
+    del kept["config"]["model"]["init_scale"]
     (copy / "config.json").write_text(json.dumps(kept))
     assert experiment.run(tiny(), copy).metrics["step"] == 18
-    message = refusal(tiny(model__matmul_precision="bfloat16"), copy)
-    assert "model.matmul_precision is 'float32' there and 'bfloat16' here" in message
+    message = refusal(tiny(model__init_scale=0.5), copy)
+    assert "model.init_scale is 1.0 there and 0.5 here" in message
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "result.json"])
