@@ -143,8 +143,7 @@ class _OfPartsOrWords(type):
     def __call__(cls, *parts: Any, **fields: Any) -> Any:
         if parts or "features" not in fields or cls is not SequenceModel:
             return super().__call__(*parts, **fields)
-        of_flax = {name: fields.pop(name) for name in ("parent", "name") if name in fields}
-        return attention_jax.make_sequence_model(**fields).clone(**of_flax)
+        return attention_jax.make_sequence_model(**fields)
 
     @property
     def __signature__(cls) -> inspect.Signature:

@@ -306,6 +306,13 @@ def test_a_model_of_words_is_that_of_their_parts():
     with pytest.raises(TypeError, match="embedding"):
         SequenceModel()
     assert SequenceModel(**options, name="lm").name == "lm"
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return SequenceModel(**options, name="lm")(tokens)
+
+    jax.eval_shape(Outer().init, jax.random.key(0), tokens)
     with pytest.raises(TypeError, match="features"):  # It is no field, so flax must not drop remat.
         nn.remat(SequenceModel)(**options)
     parameters = inspect.signature(SequenceModel).parameters

@@ -283,7 +283,7 @@ def _flat(name: str, tree: Any, above: str = "") -> dict[str, np.ndarray]:
 
 
 def _as_numpy(array: Any) -> np.ndarray:
-    """A copy of an array, or of a tensor or parameter of torch."""
+    """An array, or a tensor or parameter of torch, for NumPy."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
         if str(array.dtype) == "torch.bfloat16":  # Which NumPy has not.

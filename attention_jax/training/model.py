@@ -98,6 +98,7 @@ def make_sequence_model(
     init_scale: float | Array = 1.0,
     short_conv: int = 0,
     matmul_precision: str = "float32",
+    name: str | None = None,
 ) -> SequenceModel:
     """The `SequenceModel` whose parts these words name; words.py lists them.
 
@@ -133,13 +134,14 @@ def make_sequence_model(
             residual stream. GPT-2 has (2 num_layers) ** -0.5.
         short_conv: The width of a `ShortConvolution` before each attention; 0 leaves it out.
         matmul_precision: "bfloat16" computes the projections of blocks by `bfloat16_dot_general`.
+        name: Of the module, as in flax.
 
     Raises:
         ValueError: A value is out of its range, is missing, or is not used.
         TypeError: A value has the wrong type.
         NotImplementedError: The part that a word names has no such option.
     """
-    for name, word, known in (
+    for argument, word, known in (
         ("attention", attention, words.ATTENTIONS),
         ("matmul_precision", matmul_precision, words.MATMUL_PRECISIONS),
         ("mlp", mlp, words.MLPS),
@@ -148,14 +150,14 @@ def make_sequence_model(
         ("positions", positions, words.POSITIONS),
         ("remat", remat, words.REMATS),
     ):
-        check_word(name, word, tuple(known))
+        check_word(argument, word, tuple(known))
     make_layer = _mechanism(mechanism)
     as_size("features", features)
     as_size("num_layers", num_layers, maximum=1000)  # Each is traced and compiled.
     sizes = {"vocab_size": vocab_size, "out_features": out_features}
-    for name, size in (sizes | {"max_length": max_length, "stride": stride}).items():
+    for argument, size in (sizes | {"max_length": max_length, "stride": stride}).items():
         if size is not None:
-            as_size(name, size)
+            as_size(argument, size)
     if window is not None:
         as_size("window", window, minimum=0)
     as_size("short_conv", short_conv, minimum=0)
@@ -254,6 +256,7 @@ def make_sequence_model(
         head=head,
         dropout_rate=dropout_rate,
         remat=words.REMATS[remat](jax),
+        name=name,
         **{field: placing},
     )
 
