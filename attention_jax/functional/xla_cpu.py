@@ -56,7 +56,7 @@ def bfloat16_dot_general(
 
     It is the `dot_general` of layers and of `nn.Dense`: their parameters, sums and everything but
     products of kernels stay in float32. A processor with instructions for bfloat16 computes such
-    products at twice the speed. So do accelerators.
+    products at twice the speed. Accelerators have them too.
 
     On a CPU it rounds large products alone, forward and backward. Small ones, and all under a mesh
     or where jax sees several devices, it computes in float32, which is not slower there. Other
