@@ -4,9 +4,8 @@
 
 Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.74 after 2000 steps. The whole process takes
 51 to 59 s on two cores of an AMD EPYC, 63 to 71 s with an empty compile cache (jax 0.10.2,
-2026-11-29).
-nanoGPT publishes 1.88. `benchmarks/text.py` measures it beside PyTorch. docs/text.md shows what it
-writes.
+2026-11-29). nanoGPT publishes 1.88. `benchmarks/text.py` measures it beside PyTorch. docs/text.md
+shows what it writes.
 """
 
 from attention_jax.training.config import default_config

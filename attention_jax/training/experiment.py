@@ -19,14 +19,14 @@ from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import budget, hosts
 from attention_jax.training import step as steps
 from attention_jax.training.build import build
-from attention_jax.training.build import make_task as make_task
+from attention_jax.training.build import make_task as make_task  # It stood here once.
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.clock import Finish, FirstCall
 from attention_jax.training.config import ConfigError, Target, check, refused, slice_settings
 from attention_jax.training.files import VOCABULARY, is_weights, local_path
 from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.metrics import Busy, Console, metrics_line
-from attention_jax.training.model import make_model as make_model
+from attention_jax.training.model import make_model as make_model  # Likewise.
 from attention_jax.training.optimizer import budget_end, with_budget
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
 from attention_jax.training.rules import MOST_32_BITS, label
