@@ -79,11 +79,13 @@ class Block(nn.Module):
         lengths: Array | None = None,
         bias: Array | Bias | None = None,
         positions: Array | None = None,
+        output_positions: Array | None = None,
     ) -> Array:
         """`[..., T, D] -> [..., T, D]`; the options are those of the attention layer's call.
 
         `positions` are not passed to an attention layer with `rotary=False`, which does not use
-        them.
+        them. `output_positions` `[..., P]` are the places to compute the output for, `[..., P, D]`:
+        the MLP runs for these alone.
 
         Raises:
             NotImplementedError: The attention layer has no such option, or `conv` is used in
@@ -120,9 +122,15 @@ class Block(nn.Module):
         options |= {"deterministic": deterministic, "sow_weights": sow_weights}
         attended = branch(x, "attention", self.attention, mask=mask, **options)
         if self.parallel:
+            x, attended = (_at_places(x, output_positions) for x in (x, attended))
             return add(x, "mlp", attended, branch(x, "mlp", self.mlp))
-        x = add(x, "attention", attended)
+        x = _at_places(add(x, "attention", attended), output_positions)
         return x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
+
+
+def _at_places(x: Array, places: Array | None) -> Array:
+    """`[..., T, D]` at the places `[..., P]`; all of it for None."""
+    return x if places is None else jnp.take_along_axis(x, places[..., None], axis=-2)
 
 
 def _check_layers(module: nn.Module, *names: str) -> None:
@@ -227,8 +235,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
                 fields `positions`, `bias` and `reach` and rotary attention use them; the field
                 `mask` goes by the order of the tokens in the row.
             output_positions: `[..., P]` integers: the places of the row, of all T, to compute
-                outputs for. None takes all. Fewer save time: logits over a large vocabulary are
-                most of a small model's work.
+                outputs for. None takes all. Fewer save time: the MLP of the last block and the head
+                run for these places alone.
             mask: Combined by `&` with the fields `mask` and `reach`.
             deterministic: Turns dropout off; otherwise an rng named "dropout" is needed.
             sow_weights, lengths: As in `MultiHeadAttention`.
@@ -264,10 +272,15 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             # static.
             policy = None if self.remat is True else self.remat
             run = nn.remat(run, static_argnums=(3, 4), policy=policy)
-        for block, seen in zip(self.blocks, self._masks(mask, row, places), strict=True):
-            x = run(block, x, seen, deterministic, sow_weights, lengths, bias, told)
-        if output_positions is not None:
-            x = jnp.take_along_axis(x, output_positions[..., None], axis=-2)  # [..., P, D]
+        # The last block skips what no output needs. Blocks of other types compute all.
+        is_early = bool(self.blocks) and type(self.blocks[-1]) is Block
+        is_early &= output_positions is not None and output_positions.shape[-1] < T
+        left = (output_positions,) if is_early else ()
+        seen = self._masks(mask, row, places)
+        for number, block in enumerate(self.blocks):
+            arguments = x, seen[number], deterministic, sow_weights, lengths, bias, told
+            x = run(block, *arguments, *(left if number == len(self.blocks) - 1 else ()))
+        x = _at_places(x, None if is_early else output_positions)
         x = x if self.norm is None else self.norm(name="last_norm")(x)
         return self.embedding.attend(x) if self.head is None else self.head(x)
 

@@ -90,6 +90,30 @@ def test_logits_come_at_the_asked_positions_alone(tie_embedding):
     assert_close(some, np.take_along_axis(np.asarray(every), asked[..., None], axis=1), 1e-6)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"parallel": True}, {"norm": None, "sum_norm": nn.LayerNorm}]
+)
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_last_mlp_runs_at_the_asked_positions_alone(fields, remat):
+    blocks = [Block(MultiHeadAttention(2), MLP(64), **fields) for _ in range(2)]
+    model = SequenceModel(TokenEmbedding(VOCAB, 8), blocks, mask=masks.causal(), remat=remat)
+    params = init(model, TOKENS)
+    asked = jnp.array([[1, 6, 6], [0, 3, 2]])
+
+    def some(params):
+        return run(model, params, TOKENS, output_positions=asked)
+
+    def of_all(params):
+        return jnp.take_along_axis(run(model, params, TOKENS), asked[..., None], axis=1)
+
+    assert_close(some(params), of_all(params), 1e-6)
+    grads = (jax.grad(lambda params, f=f: (f(params) ** 2).sum())(params) for f in (some, of_all))
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-5), *grads)
+    # Two products of 8 by 64 for each of the 7 - 3 tokens that are left out, in two rows.
+    costs = [jax.jit(f).lower(params).cost_analysis()["flops"] for f in (of_all, some)]
+    assert costs[0] - costs[1] >= 2 * 4 * 2 * (2 * 8 * 64)
+
+
 def test_continuous_outputs_have_the_asked_width():
     for width in (None, 5):
         model = make_sequence_model(**SMALL, out_features=width)
