@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,51 @@ def stream(
             for.
         FloatingPointError: As `generate`, instead of a part.
     """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "rng": rng}
+    options |= {"lengths": lengths, "context": context, "end": end, "chunk": chunk}
+    return _parts(**_checked(model, params, tokens, num_tokens, **options))
+
+
+def compile_ahead(
+    model: SequenceModel, params: PyTree, tokens: Array, num_tokens: int, **options: Any
+) -> list[Any]:
+    """Compiles the programs of `stream` for these arguments, and runs none.
+
+    Args:
+        model, params, tokens, num_tokens, **options: Of `stream`. `params` may be shapes.
+
+    Returns:
+        The compiled programs. jax finds them in a later call as long as they are kept.
+    """
+    call = _checked(model, params, tokens, num_tokens, **options)
+    tokens, lengths, capacity, _ = _room(
+        call["tokens"], call["lengths"], call["num_tokens"], call["context"]
+    )
+    model, settings, params = call["model"], call["settings"], call["params"]
+    rng, end, zero = call["rng"], call["end"], np.int32(0)
+    prompt = model, capacity, settings, params, tokens, lengths, rng, zero, end, None
+    cache, token, ended = _prefill.eval_shape(*prompt)
+    size = min(call["chunk"], capacity)
+    rest = model, size, settings, params, cache, token, rng, zero, zero, end, ended
+    return [_prefill.lower(*prompt).compile(), _continue.lower(*rest).compile()]
+
+
+def _checked(
+    model,
+    params,
+    tokens,
+    num_tokens,
+    *,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    rng=None,
+    lengths=None,
+    context=None,
+    end=None,
+    chunk=1,
+) -> dict[str, Any]:
+    """The arguments of `_parts`, from those of `stream`."""
     if not isinstance(model, SequenceModel):
         raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
     tokens = as_integers("tokens", tokens, axes=1).astype(jnp.int32)
@@ -130,6 +176,7 @@ def stream(
                 f"lengths must have the batch axes {tokens.shape[:-1]} of tokens, got shape "
                 f"{lengths.shape}."
             )
+        lengths = np.asarray(lengths)  # jax would compile each of these comparisons.
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= tokens.shape[-1]:
             raise ValueError(
                 f"lengths must lie in [1, T] with T={tokens.shape[-1]}, got {lengths.tolist()}."
@@ -147,8 +194,18 @@ def stream(
             f"tokens and num_tokens must fit the model's {longest} positions, got "
             f"{tokens.shape[-1]} + {num_tokens}. With context={longest} the text may be longer."
         )
-    model = decoding(model, rolling=True)
-    return _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, end, chunk)
+    return {
+        "model": decoding(model, rolling=True),
+        "params": params,
+        "tokens": tokens,
+        "num_tokens": num_tokens,
+        "settings": settings,
+        "rng": rng,
+        "lengths": lengths,
+        "context": context,
+        "end": end,
+        "chunk": chunk,
+    }
 
 
 def _ends(end, size: int | None) -> np.ndarray | None:
@@ -167,11 +224,14 @@ def _ends(end, size: int | None) -> np.ndarray | None:
 
 def _check_vocabulary(tokens: Array, lengths: Array | None, size: int | None) -> None:
     """Raises ValueError for a token that the model does not have, if the tokens are known."""
-    if size is None or isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+    if size is None or tokens.size == 0:
         return
+    if any(isinstance(x, jax.core.Tracer) for x in (tokens, lengths)):
+        return
+    tokens = np.asarray(tokens)  # jax would compile each of these operations.
     wrong = (tokens < 0) | (tokens >= size)
     if lengths is not None:  # Padding may be anything.
-        wrong &= jnp.arange(tokens.shape[-1]) < lengths[..., None]
+        wrong &= np.arange(tokens.shape[-1]) < np.asarray(lengths)[..., None]
     if wrong.any():
         raise ValueError(f"tokens must be from 0 to {size - 1}, got {tokens[wrong][0]}.")
 
@@ -203,13 +263,7 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
     made, ended = 0, None  # How many tokens are made; which rows have ended.
     before = None  # The latter, and the newest tokens.
     while made < num_tokens and not _all(ended):
-        T = tokens.shape[-1]
-        if context is not None and T > context:
-            tokens, lengths = _last(tokens, lengths, context)
-            T = context
-        room = num_tokens - made if context is None else min(num_tokens - made, context + 1 - T)
-        # The last new token is not read. Sliding texts have one capacity, so they compile once.
-        capacity = T + num_tokens if context is None else context
+        tokens, lengths, capacity, room = _room(tokens, lengths, num_tokens - made, context)
         cache, token, ended = _prefill(
             model, capacity, settings, params, tokens, lengths, rng, np.int32(made), end, before
         )
@@ -223,7 +277,7 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
             cache, token, ended, found = _continue(
                 model, size, settings, params, cache, token, rng, *numbers, end, ended
             )
-            found = _sound(found[..., :count])
+            found = _sound(found if count == size else found[..., :count])
             seen.append(found)
             yield found
             made, room = made + count, room - count
@@ -231,6 +285,17 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
             before = None if ended is None else (ended, token)
             tokens, lengths = _joined(seen, lengths)
             tokens, lengths = _last(tokens, lengths, max(1, context // 2))
+
+
+def _room(tokens, lengths, num_tokens, context):
+    """What is read, the capacity of the cache, and how many tokens are made before it is full."""
+    if context is None:
+        return tokens, lengths, tokens.shape[-1] + num_tokens, num_tokens
+    if tokens.shape[-1] > context:
+        tokens, lengths = _last(tokens, lengths, context)
+    longest = tokens.shape[-1] if lengths is None else int(np.max(lengths, initial=1))
+    # The last new token is not read. Sliding texts have one capacity, so they compile once.
+    return tokens, lengths, context, min(num_tokens, context + 1 - longest)
 
 
 def _all(ended: Array | None) -> bool:

@@ -270,7 +270,7 @@ def test_samples_of_steps_that_are_done_again_are_dropped(tmp_path):
 def test_lines_are_written_line_by_line(files):
     config = small(files / "names.txt")
     config.task.lines, config.eval.sample = True, 24
-    sample = make_sampler(config)
+    sample = make_sampler(config).sample
     params = build(config).init().params
     text = sample(params, 3)
     assert text.count("\n") == 24 // 8 - 1

@@ -34,10 +34,18 @@ class FirstCall:
 
     That call waits for the devices before and after, so that its time holds no other work. It says
     that it compiles if that takes long.
+
+    Args:
+        function: Compiled by jax.
+        what: Its name for the reader.
+        busy: Shows what takes long.
+        wait: Returns when another thread does not compile the function any more.
     """
 
-    def __init__(self, function: Callable, what: str, busy: Busy):
-        self._function, self._what, self._busy = function, what, busy
+    def __init__(
+        self, function: Callable, what: str, busy: Busy, wait: Callable[[], None] = lambda: None
+    ):
+        self._function, self._what, self._busy, self._wait = function, what, busy, wait
         self.seconds: float | None = None
 
     def __call__(self, *arguments):
@@ -46,6 +54,7 @@ class FirstCall:
         jax.block_until_ready(arguments)
         called = time.perf_counter()
         with self._busy(f"compiling {self._what}"):
+            self._wait()
             result = self._function(*arguments)
         jax.block_until_ready(result)
         self.seconds = time.perf_counter() - called

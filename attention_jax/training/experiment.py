@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from attention_jax.tasks.task import Task, about_held_out
 from attention_jax.training import budget, hosts
 from attention_jax.training import step as steps
+from attention_jax.training.ahead import Ahead
 from attention_jax.training.build import build
 from attention_jax.training.build import make_task as make_task  # It stood here once.
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
@@ -152,23 +153,27 @@ def _told_to_all():
 def _run(config, program, store, started):
     if program.task.text is not None:
         store.keep(VOCABULARY, program.task.text.to_dict())
-    with StopSignals() as stop:
-        state = _begin(config, program, store)
+    with StopSignals() as stop, Ahead() as ahead:
+        sampler = make_sampler(config) if config.eval.sample else None
+        state = _begin(config, program, store, sampler, ahead)
         if store.result is not None:
             say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")
             return Result(state.params, store.result, list(store.rows))
         state = program.put_state(state)
         what = f"{config.model.name}, {num_params(state.params):,} parameters"
         announce(config, what, state.step.sharding.device_set, store.step)
-        state, history, pace = _train(config, program, state, store, started, stop)
+        state, history, pace = _train(config, program, state, store, sampler, started, stop, ahead)
+        ahead.wait("baseline")
     result = _summary(config, program, state, history, pace)
     say(store.complete(result.metrics))
     return result
 
 
-def _begin(config, program, store):
+def _begin(config, program, store, sampler, ahead):
     """The state that the run begins with, which process 0 finds for all."""
     state = store.restore(program.init) if hosts.is_first() else None
+    if store.result is None and hosts.count() == 1 and _is_on_one_device(program.rows):
+        ahead.start(_programs_ahead(program, sampler))
     if state is None:
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
@@ -182,6 +187,24 @@ def _begin(config, program, store):
             raise ConfigError("config.task.path must be the same file as that of process 0.")
         store.step, store.rows, store.result = (message[x] for x in ("step", "rows", "result"))
     return hosts.share(state)
+
+
+def _is_on_one_device(rows):
+    return isinstance(rows, jax.Array) and len(rows.sharding.device_set) == 1
+
+
+def _programs_ahead(program, sampler):
+    """What compiles the programs of a run on one device, in the order of their calls."""
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows.sharding)
+    state = jax.tree.map(place, program.init.eval_shape())
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
+    sample = {} if sampler is None else {"sample": lambda: sampler.compile_ahead(params)}
+    return {
+        "epoch": lambda: program.epoch.lower(state, program.rows).compile(),
+        "evaluate": lambda: program.evaluate.lower(state.params, program.rows).compile(),
+        **sample,
+        "baseline": lambda: program.baseline.lower().compile(),
+    }
 
 
 def _first_state(config, program):
@@ -209,7 +232,7 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
         raise ConfigError(f"--init_from={init_from}: {error}") from error
 
 
-def _train(config, program, state, store, started, stop):
+def _train(config, program, state, store, sampler, started, stop, ahead):
     """Runs the remaining epochs; returns the state, all rows, and the steps per second.
 
     The speed leaves out the first epoch, in which programs are compiled; None if there was no
@@ -248,13 +271,18 @@ def _train(config, program, state, store, started, stop):
 
     begun, waiting, epoch = time.perf_counter(), None, first_epoch
     with contextlib.closing(Console(None if is_open else epochs, first_epoch)) as console:
-        run_epoch = FirstCall(program.epoch, "the training", console.busy)
-        evaluate = FirstCall(program.evaluate, "the evaluation", console.busy)
+        run_epoch = FirstCall(
+            program.epoch, "the training", console.busy, lambda: ahead.wait("epoch")
+        )
+        evaluate = FirstCall(
+            program.evaluate, "the evaluation", console.busy, lambda: ahead.wait("evaluate")
+        )
         watch = sample = None
         if config.eval.heads:
             watch = FirstCall(make_watch(config), "the heads", console.busy)
-        if config.eval.sample:
-            sample = FirstCall(make_sampler(config), "the samples", console.busy)
+        if sampler is not None:
+            ready = lambda: ahead.wait("sample")
+            sample = FirstCall(sampler.sample, "the samples", console.busy, ready)
         calls = [x for x in (run_epoch, evaluate, watch, sample) if x is not None]
 
         def look(state, step):

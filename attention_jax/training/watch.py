@@ -4,13 +4,13 @@ It stands above the other modules of training, because it looks at models and ge
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from attention_jax.generation import generate
+from attention_jax.generation import compile_ahead, generate
 from attention_jax.training.build import make_functions
 from attention_jax.training.model import row_mask
 from attention_jax.types import Array, PyTree
@@ -50,8 +50,21 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
     return watch
 
 
-def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
-    """The function `(params, step) -> text` of `config.eval.sample`.
+class Sampler(NamedTuple):
+    """Writes text while a model trains.
+
+    Attributes:
+        sample: `(params, step) -> text`.
+        compile_ahead: From the shapes of the parameters to the programs of `sample`, see
+            `generation.compile_ahead`.
+    """
+
+    sample: Callable[[PyTree, int], str]
+    compile_ahead: Callable[[PyTree], list[Any]]
+
+
+def make_sampler(config: ConfigDict) -> Sampler:
+    """What writes the text of `config.eval.sample`.
 
     It begins after a newline, or after the first token of a vocabulary that has none. Of lines it
     writes as many as the tokens hold. The text depends on the seed and the step.
@@ -64,7 +77,13 @@ def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
     rows, number = 1, config.eval.sample
     if text.lines:
         rows, number = max(1, number // T), T
-    start = np.full((rows, 1), first_token(text), np.int32)
+    context = max(2, T)
+    # A text that slides begins as it goes on, with half a context, so that one program reads both.
+    width = max(1, context // 2) if number > context else 1
+    start = np.full((rows, width), first_token(text), np.int32)
+    options = {"temperature": TEMPERATURE, "context": context}
+    if width > 1:
+        options["lengths"] = np.ones(rows, np.int32)
 
     def sample(params: PyTree, step: int) -> str:
         rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
@@ -72,11 +91,10 @@ def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
             found = generate(
                 functions.model,
                 params,
-                jnp.asarray(start),
+                start,
                 number,
-                temperature=TEMPERATURE,
                 rng=jax.random.fold_in(rng, step),
-                context=max(2, T),
+                **options,
             )
         except FloatingPointError:  # The held-out loss is NaN too: the loop says so, and the step.
             return ""
@@ -85,7 +103,14 @@ def make_sampler(config: ConfigDict) -> Callable[[PyTree, int], str]:
             written = [line.partition("\n")[0] for line in written]
         return "\n".join(written)
 
-    return sample
+    def ahead(params: PyTree) -> list[Any]:
+        rng = jax.random.key(0, impl="threefry2x32")
+        chunk = max(1, number)
+        return compile_ahead(
+            functions.model, params, start, number, rng=rng, chunk=chunk, **options
+        )
+
+    return Sampler(sample, ahead)
 
 
 def first_token(text) -> int:
