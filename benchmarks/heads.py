@@ -27,6 +27,8 @@ from attention_jax import (
 )
 from attention_jax.analysis import ablation, apply_with_gates, heads_of
 from attention_jax.functional.statistics import attention_statistics
+from attention_jax.training.build import make_functions
+from attention_jax.training.config import default_config
 
 ROUNDS = 9
 LENGTH, HEAD_DIM = 16384, 64
@@ -56,17 +58,31 @@ def compare_statistics(mask):
     return in_turn(lambda: forward(*arrays), lambda: statistics_of(*arrays))
 
 
-def compare(layers, heads, width, vocabulary, rows, length):
+def language_model(layers, heads, width, vocabulary, rows, length):
+    """A model, its parameters, tokens, and the options of its call."""
     blocks = [Block(MultiHeadAttention(heads, rotary=True), MLP(4 * width)) for _ in range(layers)]
     model = SequenceModel(TokenEmbedding(vocabulary, width), blocks, mask=masks.causal())
     tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, vocabulary)
-    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
-    counts = heads_of(model, params, tokens)
+    return model, jax.jit(model.init)(jax.random.key(1), tokens)["params"], tokens, {}
+
+
+def recall(rows):
+    """The model of `configs/recall.py` with 4 heads in each of its 2 layers, and its questions."""
+    config = default_config("recall")
+    config.model.num_heads = 4
+    functions = make_functions(config)
+    batch = functions.task.sample(jax.random.key(0), jnp.arange(rows))
+    options = {"output_positions": batch.positions}
+    return functions.model, jax.jit(functions.init)().params, batch.inputs, options
+
+
+def compare(model, params, tokens, options):
+    counts = heads_of(model, params, tokens, **options)
     opened = {path: jnp.ones(count) for path, count in counts.items()}
 
     @jax.jit
     def forward(params, tokens, gates):
-        return loss(apply_with_gates(model, params, tokens, gates)).mean()
+        return loss(apply_with_gates(model, params, tokens, gates, **options)).mean()
 
     def loop():
         found = {}
@@ -75,7 +91,7 @@ def compare(layers, heads, width, vocabulary, rows, length):
             found[path] = jnp.stack([forward(params, tokens, gates) for gates in without])
         return found
 
-    together = jax.jit(functools.partial(ablation, model, loss=loss))
+    together = jax.jit(functools.partial(ablation, model, loss=loss, **options))
     program = lambda: together(params, tokens)
     difference = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), program(), loop())
     return in_turn(program, loop), max(difference.values())
@@ -101,8 +117,11 @@ def main():
             f"ratio {ratio}",
             flush=True,
         )
-    for name, sizes in MODELS.items():
-        times, difference = compare(*sizes)
+    models = {name: functools.partial(language_model, *x) for name, x in MODELS.items()}
+    for rows in (64, 512):
+        models[f"recall, {rows} rows"] = functools.partial(recall, rows)
+    for name, make in models.items():
+        times, difference = compare(*make())
         program, loop, ratio = medians(times)
         print(
             f"ablation, {name}: program {program:.3f} s, loop {loop:.3f} s, ratio {ratio}; "

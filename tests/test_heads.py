@@ -21,6 +21,7 @@ from attention_jax import (
 from attention_jax.analysis import (
     ablation,
     apply_with_gates,
+    heads,
     heads_of,
     importance,
     mean_outputs,
@@ -89,18 +90,26 @@ def test_a_closed_gate_is_a_head_that_gives_nothing(model_and_params):
     assert_close(closed(jax.tree.map(jnp.ones_like, gates)), apply(params), 1e-6)
 
 
-def test_ablation_in_one_program_is_the_loop_over_heads(plain):
+@pytest.mark.parametrize("side_by_side", [1, 2, 4])
+def test_ablation_in_one_program_is_the_loop_over_heads(plain, side_by_side, monkeypatch):
     model, params = plain
+    monkeypatch.setattr(heads, "_POSITIONS", side_by_side * TOKENS.size)  # What a CPU goes by.
     apply = jax.jit(lambda params: loss(model.apply({"params": params}, TOKENS)).mean())
     found = ablation(model, params, TOKENS, loss)
     for path in (FIRST, SECOND):
         want = [apply(with_zeroed(params, path, head)) for head in range(4)]
         assert_close(found[path], np.array(want), 1e-6)
+
+
+def test_pairs_hold_each_head_alone_and_with_another(plain):
+    model, params = plain
     both = ablation(model, params, TOKENS, loss, pairs=True)
+    found = ablation(model, params, TOKENS, loss)
     assert both.shape == (8, 8)
     assert_close(np.diag(both), np.concatenate([found[FIRST], found[SECOND]]), 1e-6)
     assert_close(both, both.T, 1e-6)
-    assert_close(both[1, 6], apply(with_zeroed(with_zeroed(params, FIRST, 1), SECOND, 2)), 1e-6)
+    without = with_zeroed(with_zeroed(params, FIRST, 1), SECOND, 2)
+    assert_close(both[1, 6], loss(model.apply({"params": without}, TOKENS)).mean(), 1e-6)
 
 
 def test_a_mean_stands_for_the_head_that_is_removed(plain):
