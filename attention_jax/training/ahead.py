@@ -31,10 +31,11 @@ class Ahead:
                     self._kept.append(compilation())
             self._ready[name].set()
 
-    def wait(self, name: str) -> None:
-        """Waits until a program is compiled, if it is among them."""
-        if name in self._ready:
-            self._ready[name].wait()
+    def wait(self, name: str | None = None) -> None:
+        """Waits until a program is compiled, if it is among them; None waits for all."""
+        for each, ready in self._ready.items():
+            if name in (None, each):
+                ready.wait()
 
     def __enter__(self) -> "Ahead":
         return self

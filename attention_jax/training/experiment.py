@@ -297,6 +297,8 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
             return held_out, sample(params, step) if hosts.is_first() else None
 
         while epoch < epochs:
+            if is_open and epoch + 1 == first_epoch + budget.FIRST:
+                ahead.wait()  # Else the epoch that decides is slower than the rest.
             epoch, epoch_begun = epoch + 1, time.perf_counter()
             state, metrics = run_epoch(state, program.rows)
             decides = is_open and epoch == first_epoch + budget.FIRST
