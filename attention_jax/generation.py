@@ -133,16 +133,21 @@ def compile_ahead(
         The compiled programs. jax finds them in a later call as long as they are kept.
     """
     call = _checked(model, params, tokens, num_tokens, **options)
-    tokens, lengths, capacity, _ = _room(
-        call["tokens"], call["lengths"], call["num_tokens"], call["context"]
-    )
     model, settings, params = call["model"], call["settings"], call["params"]
-    rng, end, zero = call["rng"], call["end"], np.int32(0)
+    rng, end, context, zero = call["rng"], call["end"], call["context"], np.int32(0)
+    tokens, lengths, capacity, room = _room(call["tokens"], call["lengths"], num_tokens, context)
+
     prompt = model, capacity, settings, params, tokens, lengths, rng, zero, end, None
     cache, token, ended = _prefill.eval_shape(*prompt)
     size = min(call["chunk"], capacity)
     rest = model, size, settings, params, cache, token, rng, zero, zero, end, ended
-    return [_prefill.lower(*prompt).compile(), _continue.lower(*rest).compile()]
+    programs = [_prefill.lower(*prompt).compile(), _continue.lower(*rest).compile()]
+    if num_tokens > room:  # What stays of a text that slides.
+        tokens = np.zeros((*tokens.shape[:-1], _kept(context)), np.int32)
+        before = None if ended is None else (ended, token)
+        again = model, capacity, settings, params, tokens, lengths, rng, zero, end, before
+        programs.append(_prefill.lower(*again).compile())
+    return programs
 
 
 def _checked(
@@ -284,7 +289,7 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
         if made < num_tokens and not _all(ended):
             before = None if ended is None else (ended, token)
             tokens, lengths = _joined(seen, lengths)
-            tokens, lengths = _last(tokens, lengths, max(1, context // 2))
+            tokens, lengths = _last(tokens, lengths, _kept(context))
 
 
 def _room(tokens, lengths, num_tokens, context):
@@ -296,6 +301,11 @@ def _room(tokens, lengths, num_tokens, context):
     longest = tokens.shape[-1] if lengths is None else int(np.max(lengths, initial=1))
     # The last new token is not read. Sliding texts have one capacity, so they compile once.
     return tokens, lengths, context, min(num_tokens, context + 1 - longest)
+
+
+def _kept(context: int) -> int:
+    """How many tokens stay of a text that slides."""
+    return max(1, context // 2)
 
 
 def _all(ended: Array | None) -> bool:

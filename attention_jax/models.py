@@ -274,7 +274,10 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             run = nn.remat(run, static_argnums=(3, 4), policy=policy)
         # The last block skips what no output needs. Blocks of other types compute all.
         is_early = bool(self.blocks) and type(self.blocks[-1]) is Block
-        is_early &= output_positions is not None and output_positions.shape[-1] < T
+        is_early = is_early and output_positions is not None
+        if is_early:
+            P = output_positions.shape[-1]  # An export may leave it and T open.
+            is_early = isinstance(P, int) and isinstance(T, int) and P < T
         left = (output_positions,) if is_early else ()
         seen = self._masks(mask, row, places)
         for number, block in enumerate(self.blocks):

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from attention_jax.training import experiment
 from attention_jax.training.ahead import Ahead
 from attention_jax.training.config import default_config
+from attention_jax.training.experiment import steps_per_second
 
 
 def test_programs_are_compiled_in_turn_beside_the_host():
@@ -57,6 +59,48 @@ def test_the_end_waits_for_one_program_and_starts_no_other():
     ahead.wait()  # What was left out holds up no call.
 
 
+def test_under_a_context_of_jax_the_call_compiles():
+    seen = []
+    with Ahead() as ahead, jax.default_matmul_precision("highest"):
+        ahead.start({"program": lambda: seen.append("compiled")})
+        ahead.wait()
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("compiled", "want"),
+    [(0.0, 90 / (80 - 20 - 6)), (21.0, 60 / (80 - 30 - 6)), (75.0, 90 / (80 - 20 - 6))],
+    ids=["before", "in the second epoch", "too late"],
+)
+def test_the_speed_is_that_of_the_epochs_without_compilation(compiled, want):
+    ends = [(30, 20.0), (60, 30.0), (90, 60.0), (120, 80.0)]
+    calls = [SimpleNamespace(called=called, seconds=6.0) for called in (5.0, 50.0, None)]
+    assert steps_per_second(ends, calls, compiled) == pytest.approx(want)
+    assert steps_per_second(ends[:1], calls, compiled) is None
+    assert steps_per_second([], calls, compiled) is None
+
+
+def test_what_a_run_does_not_call_is_not_compiled(tmp_path, monkeypatch):
+    """A sharded run, even on one device; and a complete run whose result was lost."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    begun = []
+    monkeypatch.setattr(Ahead, "start", lambda self, programs: begun.append([*programs]))
+    config = default_config()
+    config.task.seq_length, config.train.epochs, config.train.steps_per_epoch = 4, 2, 2
+    config.optimizer.warmup_steps = 1
+    config.launcher = "sharded"
+    experiment.run(config)
+    assert not begun
+    config.launcher = "single"
+    whole = experiment.run(config, tmp_path / "run")
+    assert begun[0] == ["epoch", "evaluate", "baseline"]
+    begun.clear()
+    (tmp_path / "run" / "result.json").unlink()
+    again = experiment.run(config, tmp_path / "run")
+    assert not begun
+    assert again.metrics["fingerprint"] == whole.metrics["fingerprint"]
+
+
 @pytest.mark.parametrize("minutes", [0, 0.01])
 def test_a_run_compiles_each_program_once(minutes, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
@@ -83,5 +127,6 @@ def test_a_run_compiles_each_program_once(minutes, tmp_path, monkeypatch, caplog
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-    for name in ("init", "epoch", "evaluate", "baseline", "_prefill", "_continue"):
+    for name in ("init", "epoch", "evaluate", "baseline", "_continue"):
         assert compiled.count(name) == 1, name
+    assert compiled.count("_prefill") == 2  # Of the first token, and of what stays.

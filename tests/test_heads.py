@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close
+from flax import linen as nn
 
 from attention_jax import (
     AlibiBias,
@@ -99,6 +100,21 @@ def test_ablation_in_one_program_is_the_loop_over_heads(plain, side_by_side, mon
     for path in (FIRST, SECOND):
         want = [apply(with_zeroed(params, path, head)) for head in range(4)]
         assert_close(found[path], np.array(want), 1e-6)
+
+
+def test_the_inputs_of_any_model_may_be_a_tree(plain):
+    model, params = plain
+
+    class OfTree(nn.Module):
+        model: SequenceModel
+
+        @nn.compact
+        def __call__(self, inputs):
+            return self.model(inputs["tokens"])
+
+    found = ablation(OfTree(model), {"model": params}, {"tokens": TOKENS}, loss)
+    want = ablation(model, params, TOKENS, loss)
+    assert_close(found[f"model/{FIRST}"], want[FIRST], 1e-6)
 
 
 def test_pairs_hold_each_head_alone_and_with_another(plain):

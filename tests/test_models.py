@@ -114,6 +114,23 @@ def test_the_last_mlp_runs_at_the_asked_positions_alone(fields, remat):
     assert costs[0] - costs[1] >= 2 * 4 * 2 * (2 * 8 * 64)
 
 
+@pytest.mark.parametrize(("T", "P"), [("t", 2), (7, "p"), ("t", "t")])
+def test_an_export_may_leave_the_asked_positions_open(T, P):
+    blocks = [Block(MultiHeadAttention(2), MLP(16))]
+    model = SequenceModel(TokenEmbedding(VOCAB, 8), blocks, mask=masks.causal())
+    params = init(model, TOKENS)
+    scope = jax.export.SymbolicScope()
+    tokens, places = (
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"2, {n}", scope=scope), jnp.int32)
+        for n in (T, P)
+    )
+    call = lambda tokens, places: run(model, params, tokens, output_positions=places)
+    exported = jax.export.export(jax.jit(call))(tokens, places)
+    asked = jnp.array([[6, 1], [3, 2]]) if P != T else jnp.tile(jnp.arange(7), (2, 1))
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    assert_close(exported.call(tokens, asked.astype(jnp.int32)), call(tokens, asked), 1e-6)
+
+
 def test_continuous_outputs_have_the_asked_width():
     for width in (None, 5):
         model = make_sequence_model(**SMALL, out_features=width)

@@ -202,7 +202,7 @@ def ablation(
     return all_heads(params, inputs)
 
 
-def _side_by_side(count: int, inputs: Array) -> int:
+def _side_by_side(count: int, inputs: PyTree) -> int:
     """How many of the `count` heads of a layer to remove side by side; it divides `count`.
 
     Side by side they read the parameters once. On a CPU a head at a time is faster where one fills
@@ -210,9 +210,11 @@ def _side_by_side(count: int, inputs: Array) -> int:
     """
     if jax.default_backend() != "cpu":
         return count
-    is_tokens = jnp.issubdtype(inputs.dtype, jnp.integer)
-    positions = math.prod(inputs.shape if is_tokens else inputs.shape[:-1])
-    most = max(1, _POSITIONS // max(1, positions))
+    positions = 1
+    for x in jax.tree.leaves(inputs):
+        is_tokens = jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        positions = max(positions, math.prod(jnp.shape(x) if is_tokens else jnp.shape(x)[:-1]))
+    most = max(1, _POSITIONS // positions)
     return max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
 
 

@@ -1,47 +1,63 @@
 """Programs that a run will call, compiled beside others."""
 
-import contextlib
-import threading
+import concurrent.futures
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 
 class Ahead:
-    """Compiles programs, one after the other, on a thread of its own.
+    """Compiles programs on a thread of its own, which uses the cores that others leave idle.
 
-    jax keeps a program for the call to come. An error is left to that call, which meets it too.
+    More threads were no faster on two cores. jax keeps a program for the call to come. An error is
+    left to that call, which meets it too. Under a context of jax, as `jax.enable_x64(True)`,
+    nothing is compiled: contexts hold for one thread, so jax would not take the programs.
+
+    Attributes:
+        ended: When the last program was compiled, by `time.perf_counter`.
     """
 
     def __init__(self):
-        self._ready: dict[str, threading.Event] = {}
-        self._kept: list[Any] = []
-        self._thread: threading.Thread | None = None
-        self._is_closed = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._programs: dict[str, concurrent.futures.Future] = {}
+        self.ended = 0.0
 
     def start(self, compilations: Mapping[str, Callable[[], Any]]) -> None:
-        """Begins with the first of these functions; each compiles a program and returns it."""
-        self._ready = {name: threading.Event() for name in compilations}
-        self._thread = threading.Thread(target=self._work, args=(compilations,), daemon=True)
-        self._thread.start()
+        """Begins with the first of these functions; each compiles a program and returns it.
 
-    def _work(self, compilations: Mapping[str, Callable[[], Any]]) -> None:
+        A second call does nothing.
+        """
+        if self._programs or jax.config.jax_disable_jit:
+            return
+        modes = _modes()
+
+        def compiled(compilation):
+            try:
+                return compilation() if modes == _modes() else None
+            finally:
+                self.ended = time.perf_counter()
+
         for name, compilation in compilations.items():
-            if not self._is_closed:
-                with contextlib.suppress(Exception):  # The call raises it.
-                    self._kept.append(compilation())
-            self._ready[name].set()
+            self._programs[name] = self._pool.submit(compiled, compilation)
 
     def wait(self, name: str | None = None) -> None:
         """Waits until a program is compiled, if it is among them; None waits for all."""
-        for each, ready in self._ready.items():
-            if name in (None, each):
-                ready.wait()
+        concurrent.futures.wait(
+            [program for each, program in self._programs.items() if name in (None, each)]
+        )
 
     def __enter__(self) -> "Ahead":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Waits for the program that is being compiled: XLA may crash if Python exits meanwhile."""
-        self._is_closed = True
-        if self._thread is not None:
-            self._thread.join()
+        """Waits for what is being compiled: XLA may crash if Python exits meanwhile."""
+        self._pool.shutdown(cancel_futures=True)
+        self._programs.clear()
+
+
+def _modes() -> object:
+    """What jax compiles by beside its arguments, as this thread sees it."""
+    values = {name: getattr(jax.config, name, None) for name in jax.config.values}
+    return values, jax.sharding.get_abstract_mesh()

@@ -40,22 +40,26 @@ class FirstCall:
         what: Its name for the reader.
         busy: Shows what takes long.
         wait: Returns when another thread does not compile the function any more.
+
+    Attributes:
+        called: When the first call began, by `time.perf_counter`; None before it.
+        seconds: How long it took; None before its end.
     """
 
     def __init__(
         self, function: Callable, what: str, busy: Busy, wait: Callable[[], None] = lambda: None
     ):
         self._function, self._what, self._busy, self._wait = function, what, busy, wait
-        self.seconds: float | None = None
+        self.called = self.seconds = None
 
     def __call__(self, *arguments):
         if self.seconds is not None:
             return self._function(*arguments)
         jax.block_until_ready(arguments)
-        called = time.perf_counter()
+        self.called = time.perf_counter()
         with self._busy(f"compiling {self._what}"):
             self._wait()
             result = self._function(*arguments)
         jax.block_until_ready(result)
-        self.seconds = time.perf_counter() - called
+        self.seconds = time.perf_counter() - self.called
         return result

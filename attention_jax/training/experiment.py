@@ -172,9 +172,9 @@ def _run(config, program, store, started):
 def _begin(config, program, store, sampler, ahead):
     """The state that the run begins with, which process 0 finds for all."""
     state = store.restore(program.init) if hosts.is_first() else None
-    if store.result is None and hosts.count() == 1 and _is_on_one_device(program.rows):
-        ahead.start(_programs_ahead(program, sampler))
     if state is None:
+        if not config.init_from:  # Which may be refused.
+            _compile_ahead(program, sampler, ahead)
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
     files = files_of([program.task])
@@ -189,22 +189,23 @@ def _begin(config, program, store, sampler, ahead):
     return hosts.share(state)
 
 
-def _is_on_one_device(rows):
-    return isinstance(rows, jax.Array) and len(rows.sharding.device_set) == 1
-
-
-def _programs_ahead(program, sampler):
-    """What compiles the programs of a run on one device, in the order of their calls."""
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows.sharding)
+def _compile_ahead(program, sampler, ahead):
+    """Begins to compile the programs of a run on one device, in the order of their calls."""
+    sharding = getattr(program.rows, "sharding", None)
+    if not isinstance(sharding, jax.sharding.SingleDeviceSharding) or hosts.count() > 1:
+        return
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.tree.map(place, program.init.eval_shape())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     sample = {} if sampler is None else {"sample": lambda: sampler.compile_ahead(params)}
-    return {
-        "epoch": lambda: program.epoch.lower(state, program.rows).compile(),
-        "evaluate": lambda: program.evaluate.lower(state.params, program.rows).compile(),
-        **sample,
-        "baseline": lambda: program.baseline.lower().compile(),
-    }
+    ahead.start(
+        {
+            "epoch": lambda: program.epoch.lower(state, program.rows).compile(),
+            "evaluate": lambda: program.evaluate.lower(state.params, program.rows).compile(),
+            **sample,
+            "baseline": lambda: program.baseline.lower().compile(),
+        }
+    )
 
 
 def _first_state(config, program):
@@ -233,11 +234,7 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
 
 
 def _train(config, program, state, store, sampler, started, stop, ahead):
-    """Runs the remaining epochs; returns the state, all rows, and the steps per second.
-
-    The speed leaves out the first epoch, in which programs are compiled; None if there was no
-    other.
-    """
+    """Runs the remaining epochs; returns the state, all rows, and the steps per second."""
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     is_open = bool(config.train.minutes)  # Whether the number of epochs is still to be found.
     if is_open and (end := budget_end(state.opt_state)) is not None:
@@ -250,6 +247,8 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
     target = program.target
     if is_at(target, history):  # The process died before it wrote its result.
         return state, history, None
+    if first_epoch < epochs:
+        _compile_ahead(program, sampler, ahead)
 
     def record(epoch, metrics, held_out, written, finish):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
@@ -262,6 +261,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
         check_metrics(held_out, epoch * num_steps, "held-out ")
         for row in rows_of_epoch(config, epoch, metrics, held_out):
             if row["step"] == epoch * num_steps:  # The first step has no time.
+                finished.append((row["step"], finish.time()))
                 row["seconds"] = round(finish.time() - started, 3)
             history.append(row)
             store.write(row)
@@ -269,7 +269,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
         if written is not None:
             store.write_sample(epoch * num_steps, written)
 
-    begun, waiting, epoch = time.perf_counter(), None, first_epoch
+    waiting, epoch, finished = None, first_epoch, []
     with contextlib.closing(Console(None if is_open else epochs, first_epoch)) as console:
         run_epoch = FirstCall(
             program.epoch, "the training", console.busy, lambda: ahead.wait("epoch")
@@ -341,11 +341,26 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
                 leave(stopped, epoch * num_steps, store)
             if last:
                 break
-    done = (epoch - first_epoch - 1) * num_steps
-    if done <= 0:
-        return state, history, None
-    first_calls = sum(call.seconds for call in calls)
-    return state, history, done / (time.perf_counter() - begun - first_calls)
+    return state, history, steps_per_second(finished, calls, ahead.ended)
+
+
+def steps_per_second(
+    ends: Sequence[tuple[int, float]], calls: Sequence[FirstCall], compiled: float
+) -> float | None:
+    """The speed of a run once its programs are compiled; None if it ended sooner.
+
+    Args:
+        ends: The steps done at the end of each epoch, and the time by `time.perf_counter`.
+        calls: Of what the run calls. A first call counts for nothing.
+        compiled: When all programs were compiled. Epochs that ended sooner count if no two others
+            did later.
+    """
+    if not ends:
+        return None
+    later = [end for end in ends if end[1] >= compiled]
+    (first, begun), (last, ended) = (later if len(later) > 1 else ends)[0], ends[-1]
+    skipped = sum(call.seconds for call in calls if call.called is not None and call.called > begun)
+    return (last - first) / (ended - begun - skipped) if last > first else None
 
 
 def leave(number: int, step: int, store: RunDirectory | NoDirectory) -> NoReturn:

@@ -77,13 +77,8 @@ def make_sampler(config: ConfigDict) -> Sampler:
     rows, number = 1, config.eval.sample
     if text.lines:
         rows, number = max(1, number // T), T
-    context = max(2, T)
-    # A text that slides begins as it goes on, with half a context, so that one program reads both.
-    width = max(1, context // 2) if number > context else 1
-    start = np.full((rows, width), first_token(text), np.int32)
-    options = {"temperature": TEMPERATURE, "context": context}
-    if width > 1:
-        options["lengths"] = np.ones(rows, np.int32)
+    start = np.full((rows, 1), first_token(text), np.int32)
+    options = {"temperature": TEMPERATURE, "context": max(2, T)}
 
     def sample(params: PyTree, step: int) -> str:
         rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
