@@ -58,10 +58,11 @@ def model_bytes(model: Model, rows: float, answers: int | None = None, itemsize:
 
     A block sums the outputs of its attention and of its MLP. Its backward pass sums the gradients
     of the inputs of query, key, value and MLP. The table sums the embedded tokens, and the
-    gradients of the vectors whose logits are asked for, which may be fewer than T in a row.
+    gradients of the vectors whose logits are asked for. These may be fewer than T in a row, and the
+    MLP of the last block runs for them alone.
     """
     answers = model.length if answers is None else answers
-    positions = (6 * model.layers + 1) * model.length + answers
+    positions = (6 * model.layers - 1) * model.length + 3 * answers
     return positions * rows * model.width * itemsize
 
 
