@@ -133,6 +133,12 @@ def _at_places(x: Array, places: Array | None) -> Array:
     return x if places is None else jnp.take_along_axis(x, places[..., None], axis=-2)
 
 
+def _are_fewer(places: Array | None, T: int) -> bool:
+    """Whether these are surely fewer than T places; an export may leave both numbers open."""
+    count = T if places is None else places.shape[-1]
+    return isinstance(count, int) and isinstance(T, int) and count < T
+
+
 def _check_layers(module: nn.Module, *names: str) -> None:
     """Raises TypeError unless these parts are layers, and the norm makes them."""
     for name in names:
@@ -274,10 +280,7 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             run = nn.remat(run, static_argnums=(3, 4), policy=policy)
         # The last block skips what no output needs. Blocks of other types compute all.
         is_early = bool(self.blocks) and type(self.blocks[-1]) is Block
-        is_early = is_early and output_positions is not None
-        if is_early:
-            P = output_positions.shape[-1]  # An export may leave it and T open.
-            is_early = isinstance(P, int) and isinstance(T, int) and P < T
+        is_early = is_early and _are_fewer(output_positions, T)
         left = (output_positions,) if is_early else ()
         seen = self._masks(mask, row, places)
         for number, block in enumerate(self.blocks):

@@ -20,7 +20,7 @@ from attention_jax.types import Array, PyTree
 # The path of a layer, as "blocks_0/attention", and one number for each of its heads.
 Gates = Mapping[str, Array]
 Loss = Callable[[Array], Array]
-# Of all rows, which a CPU computes side by side.
+# How many positions, of all rows, a CPU computes side by side.
 _POSITIONS = 2048
 
 
