@@ -384,6 +384,18 @@ def test_a_run_whose_steps_were_all_skipped_has_no_result():
 # Interruptions -----------------------------------------------------------------------------------
 
 
+def test_the_time_left_is_told_from_the_epoch_that_decides():
+    stream = io.StringIO()
+    with contextlib.closing(Console(None, stream=stream)) as console:
+        for epoch, seconds in ((1, 30.0), (2, 33.0), (3, 44.0), (4, 50.0)):
+            if epoch == 2:  # The rows come one epoch late; two evaluations took 5 s.
+                console.set_epochs(4, (2, 38.0))
+            console.write({"step": epoch, "epoch": epoch, "loss": 1.0, "seconds": seconds})
+    lines = stream.getvalue().splitlines()
+    assert "44.0 s, 0:06 left" in lines[2]
+    assert not any("left" in line for line in (*lines[:2], lines[3]))
+
+
 def test_the_pace_is_that_of_the_epochs_after_the_first(monkeypatch, capsys):
     program, now = experiment.build(tiny()), [0.0]
 

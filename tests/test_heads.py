@@ -102,6 +102,25 @@ def test_ablation_in_one_program_is_the_loop_over_heads(plain, side_by_side, mon
         assert_close(found[path], np.array(want), 1e-6)
 
 
+@pytest.mark.parametrize("wrong", [jnp.sum, lambda x: x])
+def test_importance_asks_for_the_loss_of_each_row(plain, wrong):
+    model, params = plain
+    with pytest.raises(ValueError, match=r"loss must give a number for each of the 3 rows.*shape"):
+        importance(model, params, TOKENS, lambda outputs: wrong(outputs.mean(-1)))
+
+
+def test_the_gradient_of_a_gate_is_summed_in_float32():
+    tokens = jax.random.randint(jax.random.key(0), (2, 512), 0, VOCABULARY)
+    rows = lambda outputs: jax.nn.logsumexp(outputs.astype(jnp.float32), axis=-1).mean(-1)
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        layer = MultiHeadAttention(4, dtype=dtype)
+        model = SequenceModel(TokenEmbedding(VOCABULARY, 16), [Block(layer)], mask=masks.causal())
+        params = model.init(jax.random.key(1), tokens)["params"]
+        found[dtype] = importance(model, params, tokens, rows)[FIRST]
+    np.testing.assert_allclose(found[jnp.bfloat16], found[jnp.float32], rtol=0.02)
+
+
 def test_the_inputs_of_any_model_may_be_a_tree(plain):
     model, params = plain
 

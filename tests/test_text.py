@@ -194,6 +194,15 @@ def trained(files):
     return directory, result
 
 
+@pytest.mark.parametrize(
+    ("content", "want"), [("日本語\n" * 20, 10 / 4), ("ab" * 40, 1)], ids=["Japanese", "ASCII"]
+)
+def test_bytes_count_the_characters_that_they_stand_for(content, want, tmp_path):
+    (tmp_path / "text.txt").write_text(content, encoding="utf-8")
+    task = TASKS["text"](path=str(tmp_path / "text.txt"), tokens="bytes", seq_length=4)
+    assert task.text.tokens_per_character == want
+
+
 def test_a_run_says_bits_per_character(trained):
     metrics = trained[1].metrics
     bits = metrics["eval_loss_in_bits_per_character"]

@@ -52,7 +52,9 @@ def apply_with_gates(
         if path not in gates:
             return mixed
         used.add(path)
-        kept, N = jnp.asarray(gates[path], mixed.dtype), mixed.shape[-2]
+        # Their gradients sum over positions, so gates have 32 bits at least.
+        dtype, N = jnp.promote_types(mixed.dtype, jnp.float32), mixed.shape[-2]
+        kept = jnp.asarray(gates[path], dtype)
         each_row = (mixed.shape[0], N) if mixed.ndim > 3 else None
         if kept.shape not in ((N,), each_row):
             raise ValueError(
@@ -61,9 +63,8 @@ def apply_with_gates(
             )
         ones = (1,) * (mixed.ndim - 2 - len(kept.shape[:-1]))
         kept = kept.reshape(*kept.shape[:-1], *ones, N, 1)
-        if means is None:
-            return kept * mixed
-        return kept * mixed + (1 - kept) * means[path].astype(mixed.dtype)
+        changed = kept * mixed if means is None else kept * mixed + (1 - kept) * means[path]
+        return changed.astype(mixed.dtype)
 
     with _at_outputs(gate):
         found = model.apply({"params": params}, inputs, **options)
@@ -117,6 +118,9 @@ def importance(
     Returns:
         `[N]` for each layer, by its path.
 
+    Raises:
+        ValueError: The loss gives other than a number for each row.
+
     Reference:
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", equation 2.
         https://arxiv.org/abs/1905.10650
@@ -128,7 +132,13 @@ def importance(
     def of_rows(params, inputs):
         # Each row has gates of its own, so one pass gives the gradient of each.
         def losses(gates):
-            return loss(apply_with_gates(model, params, inputs, gates, **options)).sum()
+            found = loss(apply_with_gates(model, params, inputs, gates, **options))
+            if jnp.shape(found) != (rows,):
+                raise ValueError(
+                    f"loss must give a number for each of the {rows} rows, got shape "
+                    f"{jnp.shape(found)}."
+                )
+            return found.sum()
 
         each = jax.tree.map(lambda gate: jnp.broadcast_to(gate, (rows, *gate.shape)), gates)
         return jax.tree.map(lambda grad: jnp.abs(grad).mean(0), jax.grad(losses)(each))
@@ -197,7 +207,9 @@ def ablation(
             return one(parts)
 
         heads = jnp.arange(len(closed))
-        return jax.lax.map(lambda i: jax.vmap(lambda j: both(i, j))(heads), heads)
+        size = _side_by_side(len(closed), inputs)
+        row = lambda i: jax.lax.map(lambda j: both(i, j), heads, batch_size=size)
+        return jax.lax.map(row, heads)
 
     return all_heads(params, inputs)
 

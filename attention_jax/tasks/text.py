@@ -129,10 +129,18 @@ def _read(path, tokens, lines, *stamps) -> _Source:
         name=name,
         vocabulary=vocabulary,
         sha256=hashlib.sha256(content).hexdigest(),
-        tokens_per_character=len(found) / (len(letters) or len(content)),
+        tokens_per_character=len(found) / (len(letters) or _count(content)),
         lines=lines,
     )
     return _Source(text, found, _ends(found, vocabulary, name) if lines else None)
+
+
+def _count(content: bytes) -> int:
+    """The number of characters; of bytes where they are no UTF-8."""
+    try:
+        return len(content.decode())
+    except UnicodeDecodeError:
+        return len(content)
 
 
 def _bytes(path: str) -> bytes:

@@ -313,7 +313,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
                     lambda: jax.block_until_ready(look(state, 0)),  # noqa: B023
                 )
                 is_open, config.train.epochs = False, epochs
-                console.set_epochs(epochs)
+                console.set_epochs(epochs, (epoch, time.perf_counter() - started))
                 ends = epoch * num_steps, epochs * num_steps
                 state = state._replace(opt_state=with_budget(state.opt_state, *ends))
                 state = program.put_state(state)
@@ -424,7 +424,9 @@ def _summary(config, program, state, history, pace):
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
     # The first loss of a mixture is over all its parts, so it does not compare.
     below = (
-        f", {first / final:,.1f} times below the first" if final and not config.train.slices else ""
+        f", {first / final:,.1f} times below the first"
+        if 0 < final < first and not config.train.slices
+        else ""
     )
     say(
         f"first loss         {first:.4g}",

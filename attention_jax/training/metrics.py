@@ -296,7 +296,7 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._epochs, self._interval = 0, 1
         self._shows_left = epochs is None
-        self._begun = None  # The first epoch after their number was known, and its time.
+        self._begun = None  # The epoch after which their number was known, and the time.
         self._next = PATIENCE  # The second at which the next line is due, in any epoch.
         self._bar = None
         self.busy = Busy(self._note)
@@ -309,9 +309,9 @@ class Console:
         if epochs is not None:
             self.set_epochs(epochs)
 
-    def set_epochs(self, epochs: int) -> None:
-        """Says how many epochs there are."""
-        self._epochs, self._interval = epochs, max(1, epochs // 10)
+    def set_epochs(self, epochs: int, begun: tuple[int, float] | None = None) -> None:
+        """Says how many epochs there are; `begun`: the last one that is done, and the seconds."""
+        self._epochs, self._interval, self._begun = epochs, max(1, epochs // 10), begun
         if self._bar is not None:
             self._bar.total = epochs
 
@@ -346,13 +346,10 @@ class Console:
 
     def _left(self, epoch, seconds):
         """How long the rest of a run with a budget takes, at the speed so far."""
-        if not (self._shows_left and self._epochs and seconds is not None):
-            return ""
-        if self._begun is None:
-            self._begun = epoch, seconds
+        if not (self._shows_left and self._begun and seconds is not None):
             return ""
         first, begun = self._begun
-        if epoch == first or epoch == self._epochs:
+        if epoch <= first or epoch == self._epochs:
             return ""
         left = round((seconds - begun) / (epoch - first) * (self._epochs - epoch))
         return f", {left // 60}:{left % 60:02} left"

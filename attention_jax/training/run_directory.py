@@ -17,6 +17,7 @@ again.
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +176,7 @@ def claim(
         if is_begun(path):
             raise ConfigError(
                 f"the run directory {path} holds another run: {differing}. To go on from its "
-                f"parameters in a new one: --init_from={path} --workdir=NEW."
+                f"parameters in a new one: --init_from={shlex.quote(str(path))} --workdir=NEW."
             )
         clear(path)
         theirs = None
