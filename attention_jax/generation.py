@@ -79,8 +79,7 @@ def generate(
         end=end,
         chunk=max(1, num_tokens) if isinstance(num_tokens, int) else 1,
     )
-    empty = jnp.zeros((*np.shape(tokens)[:-1], 0), jnp.int32)
-    made = jnp.concatenate([empty, *found], axis=-1)
+    made = _concatenated([np.zeros((*np.shape(tokens)[:-1], 0), np.int32), *found])
     missing = num_tokens - made.shape[-1]  # All rows have ended: each goes on with its end.
     return jnp.pad(made, [(0, 0)] * (made.ndim - 1) + [(0, missing)], "edge") if missing else made
 
@@ -282,7 +281,7 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
             cache, token, ended, found = _continue(
                 model, size, settings, params, cache, token, rng, *numbers, end, ended
             )
-            found = _sound(found if count == size else found[..., :count])
+            found = _sound(found, count)
             seen.append(found)
             yield found
             made, room = made + count, room - count
@@ -313,13 +312,23 @@ def _all(ended: Array | None) -> bool:
     return ended is not None and not isinstance(ended, jax.core.Tracer) and bool(ended.all())
 
 
-def _sound(found: Array) -> Array:
-    """The same tokens; FloatingPointError if a row has none, as far as that is known."""
-    if not isinstance(found, jax.core.Tracer) and (np.asarray(found) < 0).any():
-        row = np.argwhere(np.asarray(found) < 0)[0, :-1].tolist()
+def _sound(found: Array, count: int | None = None) -> Array:
+    """The first `count` tokens; FloatingPointError if a row has none, as far as that is known."""
+    if isinstance(found, jax.core.Tracer):
+        return found[..., :count]
+    known = np.asarray(found)[..., :count]
+    if (known < 0).any():
+        row = np.argwhere(known < 0)[0, :-1].tolist()
         where = f" in row {row}" if row else ""
         raise FloatingPointError(f"the logits of the model are NaN or infinite{where}.")
-    return found
+    return found if known.shape == found.shape else jnp.asarray(known)
+
+
+def _concatenated(parts: list[Array]) -> Array:
+    """The parts as one. Known ones are joined by NumPy, for which jax compiles no program."""
+    if any(isinstance(part, jax.core.Tracer) for part in parts):
+        return jnp.concatenate(parts, axis=-1)
+    return jnp.asarray(np.concatenate(parts, axis=-1))
 
 
 def _joined(parts, lengths):

@@ -3,9 +3,10 @@
     python benchmarks/text.py my.txt
 
 Runs `train.py --config=configs/text.py` and `torch_text.py` in turn, each time in a new process:
-import, compilation and exit count. The first run of `train.py` finds an empty compile cache, all
-others a warm one. Prints for both the seconds, the steps per second and the held-out loss, and the
-ratios of each round. Needs the extra: `pip install .[torch]`.
+import, compilation and exit count. `train.py` divides the cores into two devices, or with
+`--devices=1` it takes them as one. Its first run finds an empty compile cache, all others a warm
+one. Prints for both the seconds, the steps per second and the held-out loss, and the ratios of each
+round. Needs the extra: `pip install .[torch]`.
 """
 
 import argparse
@@ -32,17 +33,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=2, help="of train.py")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     arguments = parser.parse_args()
     versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "torch"))
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {versions}")
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        env["JAX_NUM_CPU_DEVICES"] = str(arguments.devices)
+        launcher = "pmap" if arguments.devices > 1 else "single"
         for number in range(arguments.rounds):
             workdir = f"{folder}/{number}"
             config = [f"--config={HERE.parent / 'configs' / 'text.py'}", f"--workdir={workdir}"]
-            path = f"--config.task.path={arguments.file}"
-            ours, _ = timed([sys.executable, str(HERE.parent / "train.py"), *config, path], env)
+            path = [f"--config.task.path={arguments.file}", f"--launcher={launcher}"]
+            ours, _ = timed([sys.executable, str(HERE.parent / "train.py"), *config, *path], env)
             result = json.loads(Path(workdir, "result.json").read_text())
             peer = [sys.executable, str(HERE / "torch_text.py"), arguments.file]
             theirs, out = timed([*peer, f"--threads={arguments.threads}"], env)

@@ -12,7 +12,7 @@ import pytest
 
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.teacher import attention_layer
-from attention_jax.training import build, experiment
+from attention_jax.training import build, experiment, step
 from attention_jax.training.config import ConfigError, default_config
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.step import (
@@ -94,6 +94,33 @@ def evaluated(name):
 @many
 def test_evaluation_agrees(name):
     chex.assert_trees_all_close(evaluated(name), evaluated("single"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [2**18, 3])
+def test_sums_over_devices_keep_their_types_and_shapes(limit, monkeypatch):
+    monkeypatch.setattr(step, "_SMALL", limit)
+
+    def loss_fn(params, batch, rng):
+        sums = {
+            "weight": batch.sum(),
+            "count": batch.astype(jnp.int32).sum() + 2**24 + 1,  # No float32.
+            "vector": jnp.stack([batch, 2 * batch]),
+            "half": batch.sum().astype(jnp.bfloat16),
+        }
+        return batch.sum(), sums
+
+    launcher = LAUNCHERS["pmap"]()
+    evaluate = launcher.compile(make_eval_step(loss_fn, axis_name=launcher.axis_name))
+    rows = np.arange(8, dtype=np.float32)
+    found = evaluate({}, launcher.put_batch(rows))
+    assert {name: x.dtype.name for name, x in found.items()} == {
+        **dict.fromkeys(["loss", "weight", "vector"], "float32"),
+        "count": "int32",
+        "half": "bfloat16",
+    }
+    assert found["loss"] == found["weight"] == found["half"] == 28
+    assert found["count"] == 28 + 8 * (2**24 + 1)
+    np.testing.assert_array_equal(found["vector"], [[28], [56]])
 
 
 @many

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention_jax.functional.mesh import full_like, vary_alike
 from attention_jax.types import Array, PyTree
 
 # Before jax 0.11 XLA computes a batch of small products on one core.
@@ -58,10 +59,11 @@ def bfloat16_dot_general(
     products of kernels stay in float32. A processor with instructions for bfloat16 computes such
     products at twice the speed. Accelerators have them too.
 
-    On a CPU it rounds large products alone, forward and backward. Small ones, and all under a mesh
-    or where jax sees several devices, it computes in float32, which is not slower there. Other
-    types, and what asks for a `precision` or another type of the result, it computes as
-    `lax.dot_general` does. It has no forward-mode derivatives on a CPU.
+    On a CPU it rounds large products alone, forward and backward, and where no compiler can split
+    them: where jax sees one device, in a `jax.pmap`, and in a `jax.shard_map` over all axes. It
+    computes others in float32, which is not slower for small ones. Other types, and what asks for a
+    `precision` or another type of the result, it computes as `lax.dot_general` does. It has no
+    forward-mode derivatives on a CPU.
     """
     asks = any(options.get(name) is not None for name in ("precision", "preferred_element_type"))
     if asks or not x.dtype == kernel.dtype == jnp.float32:
@@ -69,9 +71,11 @@ def bfloat16_dot_general(
     if jax.default_backend() != "cpu":
         options |= {"precision": lax.DotAlgorithmPreset.BF16_BF16_F32}
         return lax.dot_general(x, kernel, dimension_numbers, **options)
-    is_alone = jax.device_count() == 1 and not jax.sharding.get_abstract_mesh().axis_names
+    mesh = jax.sharding.get_abstract_mesh()
+    is_alone = mesh.are_all_axes_manual if mesh.axis_names else jax.device_count() == 1
     if not (is_alone and _is_large(x, kernel, dimension_numbers, narrowest=16)):
         return kernel_product(x, kernel, dimension_numbers, **options)
+    x, kernel = vary_alike((x, kernel))
     return _flat(functools.partial(_rounded_product, None), x, kernel, dimension_numbers)
 
 
@@ -182,7 +186,7 @@ def _turned_to_bfloat16(x):
     """
     is_usual = lax.bitcast_convert_type(x[0, 0], jnp.uint32) != np.uint32(0x7FC12345)
     turned = lambda x: lax.optimization_barrier(x.T).astype(jnp.bfloat16)
-    other = lambda x: jnp.full(x.shape[::-1], jnp.nan, jnp.bfloat16)
+    other = lambda x: full_like(x, jnp.nan, x.shape[::-1], jnp.bfloat16)
     return lax.cond(is_usual, turned, other, x)
 
 

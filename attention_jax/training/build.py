@@ -150,12 +150,13 @@ def _build(config):
 
 def _check_rounded(config):
     """Raises ValueError where `bfloat16_dot_general` would round nothing."""
+    if config.model.matmul_precision != "bfloat16" or jax.default_backend() != "cpu":
+        return
     devices = jax.device_count()
-    alone = devices == 1 and config.launcher == "single"
-    if config.model.matmul_precision == "bfloat16" and jax.default_backend() == "cpu" and not alone:
+    if config.launcher != "pmap" and (config.launcher != "single" or devices > 1):
         raise ValueError(
-            f"{label('model.matmul_precision')}=bfloat16 on a CPU is for launcher=single and one "
-            f"device: got launcher={config.launcher} and {devices} devices."
+            f"{label('model.matmul_precision')}=bfloat16 on a CPU is for launcher=pmap, and for "
+            f"single with one device: got {config.launcher} and {devices} devices."
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.tasks.task import Task, about_held_out
@@ -174,7 +175,7 @@ def _begin(config, program, store, sampler, ahead):
     state = store.restore(program.init) if hosts.is_first() else None
     if state is None:
         if not config.init_from:  # Which may be refused.
-            _compile_ahead(program, sampler, ahead)
+            _compile_ahead(config, program, sampler, ahead)
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
     files = files_of([program.task])
@@ -189,11 +190,14 @@ def _begin(config, program, store, sampler, ahead):
     return hosts.share(state)
 
 
-def _compile_ahead(program, sampler, ahead):
-    """Begins to compile the programs of a run on one device, in the order of their calls."""
-    sharding = getattr(program.rows, "sharding", None)
-    if not isinstance(sharding, jax.sharding.SingleDeviceSharding) or hosts.count() > 1:
+def _compile_ahead(config, program, sampler, ahead):
+    """Begins to compile the programs of a run, in the order of their calls.
+
+    Not where a process cannot know the shapes of all arguments, or the compiler how they are split.
+    """
+    if config.launcher == "sharded" or hosts.count() > 1:
         return
+    sharding = program.put_state(np.int32(0)).sharding
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.tree.map(place, program.init.eval_shape())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
@@ -248,7 +252,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
     if is_at(target, history):  # The process died before it wrote its result.
         return state, history, None
     if first_epoch < epochs:
-        _compile_ahead(program, sampler, ahead)
+        _compile_ahead(config, program, sampler, ahead)
 
     def record(epoch, metrics, held_out, written, finish):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""

@@ -14,6 +14,7 @@ step; any other applies it.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ Sums = dict[str, Array]
 LossFn = Callable[[PyTree, Batch, Array | None], tuple[Array, Sums]]
 Apply = Callable[[PyTree, Batch, Array | None], Array]
 
+_SMALL = 2**18  # Numbers of an array that is sent with others.
 # A count of bad steps above any limit: it marks a broken state.
 _BROKEN = 2**31 - 1
 
@@ -143,7 +145,7 @@ def make_train_step(
         # Sum first, divide last: a mean of per-device means is wrong as soon as the devices hold
         # different weights.
         if axis_name is not None:
-            sums, grads = jax.lax.psum((sums, grads), axis_name)
+            sums, grads = _sum_over(axis_name, (sums, grads))
         grads = jax.tree.map(lambda g: g / sums["weight"].astype(g.dtype), grads)
         with jax_defaults():  # optax takes powers of a float to a step.
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -162,6 +164,24 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return step
+
+
+def _sum_over(axis_name: str, tree: PyTree) -> PyTree:
+    """`jax.lax.psum`, which on a CPU sends small arrays of a type as one.
+
+    XLA waits for all devices once per array there. Other compilers join small arrays themselves.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    together: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        small = leaf.size <= _SMALL and jax.default_backend() == "cpu"
+        together.setdefault(leaf.dtype if small else i, []).append(i)
+    for indices in together.values():
+        joined = jax.lax.psum(jnp.concatenate([leaves[i].ravel() for i in indices]), axis_name)
+        ends = np.cumsum([leaves[i].size for i in indices])[:-1]
+        for i, part in zip(indices, jnp.split(joined, ends), strict=True):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -185,7 +205,7 @@ def make_eval_step(
     def step(params: PyTree, batch: Batch) -> Sums:
         loss, sums = loss_fn(params, batch, None)
         sums = {"loss": loss, **sums}
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        return sums if axis_name is None else _sum_over(axis_name, sums)
 
     return step
 

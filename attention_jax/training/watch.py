@@ -80,17 +80,15 @@ def make_sampler(config: ConfigDict) -> Sampler:
     start = np.full((rows, 1), first_token(text), np.int32)
     options = {"temperature": TEMPERATURE, "context": max(2, T)}
 
-    def sample(params: PyTree, step: int) -> str:
+    @jax.jit
+    def key(step: Array) -> Array:
         rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
+        return jax.random.fold_in(rng, step)
+
+    def sample(params: PyTree, step: int) -> str:
+        rng = key(np.int32(step))
         try:
-            found = generate(
-                functions.model,
-                params,
-                start,
-                number,
-                rng=jax.random.fold_in(rng, step),
-                **options,
-            )
+            found = generate(functions.model, params, start, number, rng=rng, **options)
         except FloatingPointError:  # The held-out loss is NaN too: the loop says so, and the step.
             return ""
         written = [text.vocabulary.decode(row) for row in np.asarray(found).tolist()]
@@ -99,7 +97,7 @@ def make_sampler(config: ConfigDict) -> Sampler:
         return "\n".join(written)
 
     def ahead(params: PyTree) -> list[Any]:
-        rng = jax.random.key(0, impl="threefry2x32")
+        rng = key(np.int32(0))
         chunk = max(1, number)
         return compile_ahead(
             functions.model, params, start, number, rng=rng, chunk=chunk, **options
