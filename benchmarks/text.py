@@ -3,10 +3,10 @@
     python benchmarks/text.py my.txt
 
 Runs `train.py --config=configs/text.py` and `torch_text.py` in turn, each time in a new process:
-import, compilation and exit count. `train.py` divides the cores into two devices, or with
-`--devices=1` it takes them as one. Its first run finds an empty compile cache, all others a warm
-one. Prints for both the seconds, the steps per second and the held-out loss, and the ratios of each
-round. Needs the extra: `pip install .[torch]`.
+import, compilation and exit count. The first run of `train.py` finds an empty compile cache, all
+others a warm one. With `--devices=2` it divides the cores into two devices for `pmap`. Prints for
+both the seconds, the steps per second and the held-out loss, and the ratios of each round. Needs
+the extra: `pip install .[torch]`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=2, help="of train.py")
+    parser.add_argument("--devices", type=int, default=1, help="of train.py")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     arguments = parser.parse_args()
     versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "torch"))

@@ -5,9 +5,10 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from attention_jax.training import experiment
+from attention_jax.training import build, experiment
 from attention_jax.training.ahead import Ahead
 from attention_jax.training.config import default_config
 from attention_jax.training.experiment import steps_per_second
@@ -133,3 +134,20 @@ def test_a_run_compiles_each_program_once(launcher, minutes, tmp_path, monkeypat
     for name, times in {"init": 1, **split, "baseline": 1, "_continue": 1}.items():
         assert compiled.count(name) == times, name
     assert compiled.count("_prefill") == 2  # Of the first token, and of what stays.
+
+
+@pytest.mark.parametrize("task", ["teacher", "memorization"])
+def test_what_is_compiled_at_a_lower_level_has_the_same_bits(task):
+    disabled = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        config = default_config(task)
+        program, functions = build.build(config), build.make_functions(config)
+        for name in ("init", "baseline"):
+            want = jax.jit(getattr(functions, name)).lower().compile()
+            got = getattr(program, name).lower().compile()
+            for one, other in zip(*map(jax.tree.leaves, (got(), want())), strict=True):
+                if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+                    np.testing.assert_array_equal(one, other)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", disabled)

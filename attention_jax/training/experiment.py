@@ -193,7 +193,8 @@ def _begin(config, program, store, sampler, ahead):
 def _compile_ahead(config, program, sampler, ahead):
     """Begins to compile the programs of a run, in the order of their calls.
 
-    Not where a process cannot know the shapes of all arguments, or the compiler how they are split.
+    `sharded` compiles when it is called, because the state tells how it is split. So do several
+    processes.
     """
     if config.launcher == "sharded" or hosts.count() > 1:
         return

@@ -14,7 +14,6 @@ step; any other applies it.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,16 +170,21 @@ def _sum_over(axis_name: str, tree: PyTree) -> PyTree:
 
     XLA waits for all devices once per array there. Other compilers join small arrays themselves.
     """
+    if jax.default_backend() != "cpu":
+        return jax.lax.psum(tree, axis_name)
     leaves, structure = jax.tree.flatten(tree)
-    together: dict[Any, list[int]] = {}
+    small: dict[np.dtype, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        small = leaf.size <= _SMALL and jax.default_backend() == "cpu"
-        together.setdefault(leaf.dtype if small else i, []).append(i)
-    for indices in together.values():
-        joined = jax.lax.psum(jnp.concatenate([leaves[i].ravel() for i in indices]), axis_name)
-        ends = np.cumsum([leaves[i].size for i in indices])[:-1]
-        for i, part in zip(indices, jnp.split(joined, ends), strict=True):
-            leaves[i] = part.reshape(leaves[i].shape)
+        if leaf.size <= _SMALL:
+            small.setdefault(leaf.dtype, []).append(i)
+        else:
+            leaves[i] = jax.lax.psum(leaf, axis_name)
+    for places in small.values():
+        parts = [leaves[i] for i in places]
+        joined = jax.lax.psum(jnp.concatenate([part.ravel() for part in parts]), axis_name)
+        ends = np.cumsum([part.size for part in parts])[:-1]
+        for i, part, found in zip(places, parts, jnp.split(joined, ends), strict=True):
+            leaves[i] = found.reshape(part.shape)
     return jax.tree.unflatten(structure, leaves)
 
 
