@@ -16,17 +16,21 @@ from attention_jax import (
     GatedDeltaAttention,
     MultiHeadAttention,
     SequenceModel,
+    SingleHeadAttention,
     TokenEmbedding,
+    linear_attention,
     masks,
 )
 from attention_jax.analysis import (
     ablation,
     apply_with_gates,
+    attention_maps,
     heads,
     heads_of,
     importance,
     mean_outputs,
     prune_heads,
+    removal_curve,
 )
 
 VOCABULARY = 11
@@ -253,3 +257,36 @@ def test_what_cannot_be_pruned_or_gated_is_refused(plain):
         apply_with_gates(model, params, TOKENS, {"blocks_9": jnp.ones(3)})
     with pytest.raises(ValueError, match="by"):
         ablation(model, params, TOKENS, loss, by="noise")
+    with pytest.raises(ValueError, match="orders must have one"):
+        removal_curve(model, params, TOKENS, loss, [])
+
+
+def test_a_model_without_gates_is_refused_and_not_answered_with_none():
+    model = SequenceModel(TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention(8))])
+    params = random_params(model)
+    assert heads_of(model, params, TOKENS) == {}
+    arguments = model, params, TOKENS, loss
+    calls = [
+        lambda: importance(*arguments),
+        lambda: ablation(*arguments),
+        lambda: ablation(*arguments, by="mean", pairs=True),
+        lambda: removal_curve(*arguments, [[(FIRST, 0)]]),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"heads with gates.*got SequenceModel"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (functools.partial(GatedDeltaAttention, 4), "got GatedDeltaAttention with gated_delta_att"),
+        (
+            functools.partial(MultiHeadAttention, 4, attention_fn=linear_attention),
+            "got MultiHeadAttention with linear_attention",
+        ),
+    ],
+)
+def test_layers_without_weights_are_named(make, words):
+    with pytest.raises(NotImplementedError, match=words):
+        attention_maps(*made(make), TOKENS)

@@ -90,6 +90,17 @@ def heads_of(model: nn.Module, params: PyTree, inputs: Array, **options: Any) ->
     return found
 
 
+def gated_heads(model: nn.Module, params: PyTree, inputs: Array, **options: Any) -> dict[str, int]:
+    """`heads_of`, or a NotImplementedError if there are none."""
+    found = heads_of(model, params, inputs, **options)
+    if not found:
+        raise NotImplementedError(
+            "model must have heads with gates, which are those of layers that mix them by a "
+            f"projection named out, got {type(model).__name__} without one."
+        )
+    return found
+
+
 def mean_outputs(
     model: nn.Module, params: PyTree, inputs: Array, **options: Any
 ) -> dict[str, Array]:
@@ -120,12 +131,13 @@ def importance(
 
     Raises:
         ValueError: The loss gives other than a number for each row.
+        NotImplementedError: No head of the model has a gate.
 
     Reference:
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", equation 2.
         https://arxiv.org/abs/1905.10650
     """
-    gates = _open(heads_of(model, params, inputs, **options))
+    gates = _open(gated_heads(model, params, inputs, **options))
     rows = inputs.shape[0]
 
     @jax.jit
@@ -172,9 +184,10 @@ def ablation(
 
     Raises:
         ValueError: `by` is another word.
+        NotImplementedError: No head of the model has a gate.
     """
     check_word("by", by, ("zero", "mean"))
-    counts = heads_of(model, params, inputs, **options)
+    counts = gated_heads(model, params, inputs, **options)
     gates = _open(counts)
 
     def without(params, inputs, means, removed):

@@ -48,8 +48,10 @@ def attention_maps(
         for i, weights in enumerate(sown):
             found["/".join(path[:-1]) + (f"[{i}]" if len(sown) > 1 else "")] = weights
     if not found:
+        layers = _attention_layers(model, params, inputs, **options)
         raise NotImplementedError(
-            f"model must have layers that can show their weights, got {type(model).__name__}."
+            "model must have layers that can show their weights, got "
+            f"{', '.join(layers) or type(model).__name__}."
         )
     return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
 
@@ -59,6 +61,23 @@ def _sown(model, params, inputs, data, words):
     with nn.intercept_methods(_with_weights):
         options = {**data, **dict(words)}
         return model.apply({"params": params}, inputs, mutable=["intermediates"], **options)[1]
+
+
+def _attention_layers(model, params, inputs, **options):
+    """What the attention layers of a model are, as `MultiHeadAttention with linear_attention`."""
+    found = {}
+
+    def note(run, arguments, named, context):
+        layer = context.module
+        if layer.name == "attention" or hasattr(layer, "attention_fn"):
+            name, function = type(layer).__name__, getattr(layer, "attention_fn", None)
+            of = getattr(function, "__name__", None) or type(function).__name__
+            found[name if function is None else f"{name} with {of}"] = None
+        return run(*arguments, **named)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda: model.apply({"params": params}, inputs, **options))
+    return list(found)
 
 
 def _in_order(path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attention_jax.analysis.heads import Loss, apply_with_gates, check_heads, heads_of
+from attention_jax.analysis.heads import Loss, apply_with_gates, check_heads, gated_heads
 from attention_jax.types import Array, PyTree
 
 Head = tuple[str, int]  # The path of its layer, and its number.
@@ -50,13 +50,16 @@ def removal_curve(
         `[len(orders), len(counts)]`.
 
     Raises:
-        ValueError: A head does not exist, or a count is longer than an order.
+        ValueError: A head does not exist, there is no order, or a count is longer than one.
+        NotImplementedError: No head of the model has a gate.
 
     Reference:
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.2.
         https://arxiv.org/abs/1905.10650
     """
-    heads = heads_of(model, params, inputs, **options)
+    heads = gated_heads(model, params, inputs, **options)
+    if not orders:
+        raise ValueError("orders must have one order of heads at least, got none.")
     shortest = min(map(len, orders))
     counts = range(shortest + 1) if counts is None else counts
     if not all(0 <= count <= shortest for count in counts):

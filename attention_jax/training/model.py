@@ -300,7 +300,8 @@ def _make(word: str, make: Callable[..., Any], given: Mapping[str, Any], **other
     taken = inspect.signature(make).parameters
     for name, value in given.items():
         if name not in taken or name in settled:
-            raise NotImplementedError(f"{word} has no {name}={value!r}.")
+            hint = ": take positions='none', or others." if name == "rotary" else "."
+            raise NotImplementedError(f"{word} has no {name}={value!r}{hint}")
     options = {x: value for x, value in others.items() if x in taken and x not in settled}
     options |= given
     for name, parameter in taken.items():
