@@ -382,6 +382,30 @@ def test_a_run_whose_steps_were_all_skipped_has_no_result():
         experiment.result_metrics(tiny(optimizer__max_skipped=9), None, None, {}, history, 0.5)
 
 
+def test_a_long_first_call_is_named_while_it_compiles_and_while_it_runs(monkeypatch):
+    monkeypatch.setattr(metrics, "SILENCE", 0.05)
+    stream = io.StringIO()
+
+    def slow(x):
+        time.sleep(0.3)
+        return x
+
+    class Waits:
+        """A result that is not ready when the call returns."""
+
+        def block_until_ready(self):
+            time.sleep(0.3)
+
+    with contextlib.closing(Console(1, stream=stream)) as console:
+        call = clock.FirstCall(lambda: slow(Waits()), "the training", console.busy)
+        call()
+        call()
+    assert stream.getvalue().splitlines() == [
+        "compiling the training",
+        "running the training for the first time",
+    ]
+
+
 # Interruptions -----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import attention_jax
 from attention_jax import analysis
 from attention_jax.laboratory import findings, inspect
 from attention_jax.laboratory import subject as subjects
-from attention_jax.training import experiment
+from attention_jax.training import experiment, metrics
 from attention_jax.training.config import ConfigError, default_config
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +278,31 @@ def test_a_run_is_inspected_in_one_command(run, tmp_path, capsys):
     assert all(0 <= float(x.strip(" |")) for row in rows for x in row[2:])
     for name in ("maps.png", "pruning.png", "phase.png", "page.html"):
         assert f"({name})" in table
+
+
+def test_work_that_takes_long_is_named(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "SILENCE", 0.0)
+    inspect.main(["inspect", str(run), f"--out={tmp_path}", "--rows=2"])
+    lines = capsys.readouterr().out.splitlines()
+    for line in ("looking at the heads", "removing each head", "looking at checkpoint 2 of 3"):
+        assert line in lines
+    assert inspect.inspect(run, tmp_path, rows=2)  # From Python it is silent.
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_of_one_token_are_inspected_without_scores(tmp_path):
+    config = default_config("text")
+    config.task.seq_length = 1
+    config.model.update(features=8, num_layers=1, num_heads=2)
+    config.train.update(epochs=1, steps_per_epoch=2, batch_size=4)
+    config.optimizer.warmup_steps = config.eval.sample = 0
+    experiment.run(config, workdir=str(tmp_path / "run"))
+    inspect.inspect(tmp_path / "run", tmp_path / "out", rows=3)
+    table = (tmp_path / "out" / "heads.md").read_text()
+    assert "| importance |" in table
+    assert "induction" not in table
+    assert "TransformerLens" not in table
 
 
 def test_a_model_of_hugging_face_is_inspected(tmp_path):

@@ -326,8 +326,25 @@ def test_as_many_epochs_are_left_as_fit(monkeypatch, epoch, evaluation, fits):
     config = default_config("text")
     config.train.minutes = 2.0
     config.eval.every_epochs = 5
+    config.train.steps_per_epoch = 20  # More than 100 steps of warmup in all.
     found = budget.epochs_that_fit(config, 7, 0.0, epoch, evaluate)
-    assert found == 7 + fits
+    assert found.epochs == 7 + fits
+    # The whole run: what has passed, the epochs, and an evaluation after every fifth and the last.
+    seconds = 20 + 2 * evaluation + fits * (epoch + evaluation / 5) + evaluation
+    assert found.seconds == pytest.approx(seconds)
+    assert (found.seconds > 120) == (epoch == 1000)
+
+
+def test_minutes_without_room_for_the_warmup_are_refused(files, tmp_path, capsys):
+    config = small(files / "poem.txt")
+    config.train.minutes, config.eval.sample, config.checkpoint.every_epochs = 0.01, 0, 10
+    config.optimizer.update(schedule="cosine", warmup_steps=12)
+    with pytest.raises(ConfigError, match=r"--minutes=0.01 is time for 12 steps, and .*=12 must"):
+        experiment.run(config, tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
+    config.optimizer.warmup_steps = 11
+    assert experiment.run(config, tmp_path / "run").metrics["step"] == 12
+    assert "--minutes=0.01 is less than 3 epochs take" in capsys.readouterr().out
 
 
 def test_the_learning_rate_falls_to_0_at_the_end_of_the_budget():

@@ -1,7 +1,7 @@
 """What `attention-jax inspect` finds out about the heads of a model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from attention_jax.analysis.scores import KINDS
 from attention_jax.laboratory.report import markdown
 from attention_jax.laboratory.subject import Subject
 from attention_jax.training.experiment import count
+from attention_jax.training.metrics import Busy
 
 AT_ANSWERS = "induction_at_answers"
 PREFIX = "prefix_matching"
@@ -139,7 +140,7 @@ class Findings(NamedTuple):
 
 def _notes(subject, findings):
     notes = []
-    if subject.vocab_size is not None:
+    if findings.newest.scores:
         notes.append(
             "The scores of heads are TransformerLens' over all tokens; prefix matching is Olsson's,"
             " on repeated random tokens."
@@ -151,7 +152,14 @@ def _notes(subject, findings):
     return [" ".join(notes)] if notes else []
 
 
-def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Findings:
+def find(
+    subject: Subject,
+    *,
+    points: int,
+    orders: int,
+    checkpoints: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> Findings:
     """Finds out all of it.
 
     Args:
@@ -159,38 +167,53 @@ def find(subject: Subject, *, points: int, orders: int, checkpoints: int) -> Fin
         points: Of the curve of pruning, at most.
         orders: How many random orders it compares.
         checkpoints: Of how many to look at, evenly taken.
+        say: Takes a line about work that takes some seconds, from another thread.
     """
-    newest = _at(subject, subject.params)
-    few = subject.inputs[:_PAGE_ROWS]
-    maps = analysis.attention_maps(subject.model, subject.params, few, **subject.options)
+    busy = Busy(say)
+    with busy("looking at the heads"):
+        newest = _at(subject, subject.params)
+        few = subject.inputs[:_PAGE_ROWS]
+        maps = _numbers(
+            analysis.attention_maps(subject.model, subject.params, few, **subject.options)
+        )
     arguments = subject.model, subject.params, subject.inputs
     importance, without, curve, groups = {}, {}, None, {}
     if analysis.heads_of(*arguments, **subject.options):  # Not in a layer of a single head.
-        importance = analysis.importance(*arguments, subject.loss, **subject.options)
+        with busy("measuring the importance of heads"):
+            importance = _numbers(analysis.importance(*arguments, subject.loss, **subject.options))
         measures = {"loss": subject.loss}
         if newest.accuracy is not None:
             measures["accuracy"] = subject.accuracy
-        without = {
-            name: analysis.ablation(*arguments, measure, **subject.options)
-            for name, measure in measures.items()
-        }
-        curve = _curve(arguments, subject, measures, importance, points, orders)
-        groups = _groups(arguments, subject, measures[curve.measure], importance, newest)
+        with busy("removing each head"):
+            without = {
+                name: _numbers(analysis.ablation(*arguments, measure, **subject.options))
+                for name, measure in measures.items()
+            }
+        with busy("removing more and more heads"):
+            curve = _curve(arguments, subject, measures, importance, points, orders)
+            groups = _groups(arguments, subject, measures[curve.measure], importance, newest)
     steps = subject.steps[-1:] if checkpoints == 1 else evenly(subject.steps, checkpoints)
     by_step = {}
     if len(steps) > 1:
-        by_step = {step: _at(subject, subject.restore(step)) for step in steps[:-1]}
+        for i, step in enumerate(steps[:-1]):
+            with busy(f"looking at checkpoint {i + 1} of {len(steps)}"):
+                by_step[step] = _at(subject, subject.restore(step))
         by_step[steps[-1]] = newest
     return Findings(
         newest=newest,
         step=subject.steps[-1] if subject.steps else None,
-        maps=jax.tree.map(np.asarray, maps),
-        importance=jax.tree.map(np.asarray, importance),
-        without=jax.tree.map(np.asarray, without),
+        maps=maps,
+        importance=importance,
+        without=without,
         curve=curve,
         groups=groups,
         by_step=by_step,
     )
+
+
+def _numbers(arrays):
+    """On the host; waits for the devices."""
+    return jax.tree.map(np.asarray, arrays)
 
 
 def evenly(values: Sequence, most: int) -> list:
@@ -213,7 +236,7 @@ def _at(subject, params) -> AtStep:
     mean = lambda values: float((values * weights).sum() / max(weights.sum(), 1e-9))
     some = min(_SCORED_ROWS, len(subject.inputs))
     run = functools.partial(analysis.attention_maps, subject.model, params)
-    maps = jax.tree.map(np.asarray, run(subject.inputs[:some], **subject.options))
+    maps = _numbers(run(subject.inputs[:some], **subject.options))
     places = _early_and_late(subject)
     in_context = None
     if places is not None:
@@ -242,7 +265,7 @@ def _early_and_late(subject):
 
 
 def _scores(subject, params, maps, rows):
-    if subject.vocab_size is None:
+    if subject.vocab_size is None or subject.length < 2:  # The scores compare places.
         return {}
     tokens, queries = subject.inputs[:rows], subject.queries[:rows]
     square = {path: x for path, x in maps.items() if x.shape[-1] == x.shape[-2]}

@@ -18,12 +18,13 @@ A run keeps the newest `--config.checkpoint.keep` checkpoints.
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import CHECKPOINTS, local_path, locate
+from attention_jax.training.process import prepare, say
 
 ROWS, MAX_CHECKPOINTS = 128, 50
 MAX_POINTS = 17  # Of the curve of pruning: as many as there are up to 16 heads.
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", help="for Hugging Face: the numbers of a row, as '3 1 4'")
     parser.add_argument("--text", help="for Hugging Face: a text for its tokenizer")
     try:
-        written = inspect(**vars(parser.parse_args(argv[1:])))
+        written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -65,6 +66,7 @@ def inspect(
     checkpoints: int | None = None,
     tokens: Sequence[int] | str | None = None,
     text: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Writes pictures, a page and a table of the heads of a model.
 
@@ -74,6 +76,7 @@ def inspect(
         rows: How many held-out rows of the run's task; None: 128.
         checkpoints: Of how many of the run's checkpoints at most, evenly taken; None: 50.
         tokens, text: One of them, for a directory of Hugging Face: the row to run it on.
+        say: Takes a line about work that takes some seconds, from another thread.
 
     Returns:
         The written files.
@@ -99,14 +102,15 @@ def inspect(
     # Imported after the checks, so that errors do not wait for jax.
     from attention_jax.laboratory import subject as subjects
     from attention_jax.laboratory.findings import find
-    from attention_jax.training.process import prepare
 
     prepare()
     if of_run:
         subject = subjects.of_run(place, rows)
     else:
         subject = subjects.of_directory(place, tokens=tokens, text=text)
-    findings = find(subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1)
+    findings = find(
+        subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
+    )
     out.mkdir(parents=True, exist_ok=True)
     return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, text))
 

@@ -8,14 +8,28 @@ so every checkpoint does, and a resumed run is the same run. Until then a cosine
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from attention_jax.training.config import flatten
+from attention_jax.training.config import ConfigError, flatten
 from attention_jax.training.files import read_config
 
 FIRST = 2  # Epochs of a process after which it knows its speed.
+LEAST = FIRST + 1  # Epochs of any run.
 SPARE = 0.02  # Of the time that is left, for checkpoints and the end of the run.
+
+
+class Fit(NamedTuple):
+    """What a run has time for.
+
+    Attributes:
+        epochs: In all.
+        seconds: How long the whole run takes with them.
+    """
+
+    epochs: int
+    seconds: float
 
 
 def noted(config: ConfigDict, run: Path | None) -> ConfigDict:
@@ -42,8 +56,8 @@ def epochs_that_fit(
     started: float,
     epoch_seconds: float,
     evaluate: Callable[[], None],
-) -> int:
-    """How many epochs a run with a budget shall have in all; one more than `done` at least.
+) -> Fit:
+    """What a run with a budget has time for; one epoch more than `done` at least.
 
     Args:
         config: Of the run.
@@ -51,6 +65,9 @@ def epochs_that_fit(
         started: When the run began, by `time.perf_counter`.
         epoch_seconds: How long an epoch takes, without compilation.
         evaluate: Does what is done at an evaluation, and waits for it.
+
+    Raises:
+        ConfigError: These steps do not hold the warmup of a cosine.
     """
     evaluate()  # It may compile.
     begun = time.perf_counter()
@@ -60,4 +77,16 @@ def epochs_that_fit(
     left = (60 * config.train.minutes - elapsed) * (1 - SPARE)
     # The last epoch is evaluated too.
     each = epoch_seconds + evaluation / config.eval.every_epochs
-    return done + max(1, int((left - evaluation) / each))
+    more = max(1, int((left - evaluation) / each))
+    _check_warmup(config, (done + more) * config.train.steps_per_epoch)
+    return Fit(done + more, elapsed + more * each + evaluation)
+
+
+def _check_warmup(config, total_steps):
+    optimizer = config.optimizer
+    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"--minutes={config.train.minutes:g} is time for {total_steps} steps, "
+            f"and config.optimizer.warmup_steps={optimizer.warmup_steps} must leave the cosine "
+            "some of them."
+        )

@@ -33,7 +33,7 @@ class FirstCall:
     """A compiled function that measures its first call, with compilation.
 
     That call waits for the devices before and after, so that its time holds no other work. It says
-    that it compiles if that takes long.
+    that it compiles or runs if that takes long.
 
     Args:
         function: Compiled by jax.
@@ -60,6 +60,7 @@ class FirstCall:
         with self._busy(f"compiling {self._what}"):
             self._wait()
             result = self._function(*arguments)
-        jax.block_until_ready(result)
+        with self._busy(f"running {self._what} for the first time"):
+            jax.block_until_ready(result)
         self.seconds = time.perf_counter() - self.called
         return result

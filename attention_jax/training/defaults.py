@@ -52,7 +52,8 @@ DEFAULTS = {
     },
     # target: stop when it is reached, "accuracy=0.99" say; "": never. See Target.
     # slices: the task with other settings, trained on or evaluated beside it: slice_settings.
-    # minutes: 0: the epochs count. Above 0: the run finds how many epochs it has time for.
+    # minutes: 0: the epochs count. Above 0: the run finds how many epochs it has time for, 3 at
+    # least.
     "train": {
         "batch_size": 32,
         "steps_per_epoch": 32,

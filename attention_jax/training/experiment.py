@@ -310,14 +310,21 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
             if decides:
                 jax.block_until_ready(state)
                 now = time.perf_counter()
-                epochs = budget.epochs_that_fit(
+                fit = budget.epochs_that_fit(
                     config,
                     epoch,
                     started,
                     now - epoch_begun,
                     lambda: jax.block_until_ready(look(state, 0)),  # noqa: B023
                 )
-                is_open, config.train.epochs = False, epochs
+                is_open, epochs = False, fit.epochs
+                config.train.epochs = epochs
+                if fit.seconds > 60 * config.train.minutes:
+                    console.say(
+                        f"--minutes={config.train.minutes:g} is less than "
+                        f"{budget.LEAST} epochs take, the fewest: about {fit.seconds:.0f} s. A "
+                        "smaller config.train.steps_per_epoch makes them shorter."
+                    )
                 console.set_epochs(epochs, (epoch, time.perf_counter() - started))
                 ends = epoch * num_steps, epochs * num_steps
                 state = state._replace(opt_state=with_budget(state.opt_state, *ends))

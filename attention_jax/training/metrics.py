@@ -354,6 +354,13 @@ class Console:
         left = round((seconds - begun) / (epoch - first) * (self._epochs - epoch))
         return f", {left // 60}:{left % 60:02} left"
 
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
     def _note(self, text):
         if self._bar is not None:
             self._bar.set_postfix_str(text)
