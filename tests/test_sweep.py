@@ -318,10 +318,10 @@ def test_the_console_tells_best_mean_and_spread(whole, capsys):
     assert "complete" in said
     losses = np.array([trial["eval_loss"] for trial in result.metrics["trials"]]).reshape(2, 2)
     for rate, of_seeds in zip(("0.03", "0.01"), losses, strict=True):
-        (line,) = [line for line in said.splitlines() if line.strip().startswith(rate)]
+        (line,) = [line for line in said.splitlines() if rate in line.split()]
         mean, spread = of_seeds.mean(), abs(of_seeds[0] - of_seeds[1]) / 2**0.5
         best, mean, spread = (f"{x:.4g}" for x in (of_seeds.min(), mean, spread))
-        assert line.split() == [rate, "2", best, mean, "±", spread, "0"]
+        assert line.split()[2:] == [rate, "2", best, mean, "±", spread, "0"]
 
 
 def test_a_sweep_that_was_cut_ends_like_an_uninterrupted_one(whole, tmp_path, at_step):
@@ -459,9 +459,24 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
         run_of(np.nan, 1, model__window=16),
     ]
     heading, first, second = report.table(runs, x="model.window", published={"8": 0.5})
-    assert heading[:2] == ["model.window", "runs"]
-    assert first == ["8", "2", "1", "2 ± 1.414", "0", "0.5"]
-    assert second == ["16", "2", "5", "5 ± -", "1", "-"]
+    assert heading[:3] == ["directory", "model.window", "runs"]
+    assert first == ["run, run", "8", "2", "1", "2 ± 1.414", "0", "0.5"]
+    assert second == ["run, run", "16", "2", "5", "5 ± -", "1", "-"]
+
+
+def test_the_table_names_the_directories():
+    names = [f"runs/sweep/trials/00{i}" for i in range(5)] + ["runs/alone"]
+    runs = [run_of(1.0, i, model__window=i // 4)._replace(name=n) for i, n in enumerate(names)]
+    rows = report.table(runs)
+    some = "sweep/trials/000 … sweep/trials/003"
+    assert [row[0] for row in rows] == ["directory", some, "sweep/trials/004, alone"]
+    assert [row[0] for row in report.table(runs[4:5])] == ["directory", "004"]
+
+
+def test_a_directory_of_runs_is_no_run(whole):
+    runs = whole[0].parent
+    with pytest.raises(ValueError, match=r"holds no run. Its directories do: take .*/\*\.$"):
+        report.show([runs])
 
 
 def test_the_table_and_a_picture_tell_what_became_of_each_slice(tmp_path):

@@ -23,6 +23,7 @@ from attention_jax.laboratory.pictures import about, draw_against, draw_curves, 
 from attention_jax.laboratory.runs import (
     SEED,
     Run,
+    folders,
     is_loss,
     lines,
     load,
@@ -41,7 +42,8 @@ def table(
     x: str | None = None,
     published: Mapping[str, float] | None = None,
 ) -> list[list[str]]:
-    """A heading and a row for each line of runs: best, mean and spread over the seeds.
+    """A heading and a row for each line of runs: their directories, best, mean and spread over the
+    seeds.
 
     The spread is the standard deviation of a sample, over n - 1. Slices show only their mean.
 
@@ -54,16 +56,16 @@ def table(
     metric = main_metric(runs) if metric is None else metric
     found = lines(runs, metric)
     has_target = any("target_step" in run.result for run in runs)
-    heading = [*found[0].fields, "runs", f"best {metric}", "mean ± spread", "diverged"]
+    heading = ["directory", *found[0].fields, "runs", f"best {metric}", "mean ± spread", "diverged"]
     parts = slices(runs, metric)
     heading += [f"mean@{name}" for name in parts]
     heading += ["reached", "seconds to target"] if has_target else []
     heading += ["published"] if published else []
     rows = [heading]
-    for line in found:
+    for name, line in zip(folders(found), found, strict=True):
         values = line.values
         best = (min if is_loss(metric) else max)(values) if values else math.nan
-        row = [str(value) for value in line.fields.values()]
+        row = [name, *map(str, line.fields.values())]
         row += [str(len(line.runs)), _number(best)]
         row += [f"{_number(mean(values))} ± {_number(spread(values))}"]
         row += [str(sum("diverged_step" in run.result for run in line.runs))]

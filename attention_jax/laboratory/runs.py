@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,9 +94,18 @@ def load(directory: str | Path) -> list[Run]:
             )
         ]
     except FileNotFoundError as error:
-        raise ValueError(f"{directory} holds no run.") from error
+        inside = (
+            ""
+            if not any(path.glob("*/config.json"))
+            else f" Its directories do: take {directory}/*."
+        )
+        raise ValueError(f"{directory} holds no run.{inside}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} holds no run that can be read: {error!r}.") from error
+
+
+def _has_runs(path):
+    return any(path.glob("*/config.json"))
 
 
 def _rows(text):
@@ -109,6 +119,20 @@ def main_metric(runs: Iterable[Run]) -> str:
     has_accuracy = results and all("eval_accuracy" in result for result in results)
     of_text = any("eval_loss_in_bits_per_character" in result for result in results)
     return "eval_accuracy" if has_accuracy and not of_text else "eval_loss"
+
+
+def folders(found: Sequence[Line]) -> list[str]:
+    """The directories of the runs of each line, below the one that holds them all.
+
+    Of more than three the first and the last stand for all.
+    """
+    paths = [Path(run.name) for line in found for run in line.runs]
+    above = os.path.commonpath([path.absolute().parent for path in paths])
+    names = []
+    for line in found:
+        own = [os.path.relpath(run.name, above) for run in line.runs]
+        names.append(", ".join(own) if len(own) < 4 else f"{own[0]} … {own[-1]}")
+    return names
 
 
 def is_loss(metric: str) -> bool:

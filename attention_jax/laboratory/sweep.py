@@ -253,9 +253,9 @@ class _Log:
                 lines.sync()
 
     def runs(self, metrics):
-        """The trials as `Run`s for a report."""
+        """The trials as `Run`s for a report, named as their directories."""
         return [
-            Run(f"trial {number}", flatten(config), result, rows)
+            Run(f"{number:03}", flatten(config), result, rows)
             for number, (config, result, rows) in enumerate(
                 zip(self.configs, metrics["trials"], self.histories, strict=True)
             )
