@@ -198,6 +198,11 @@ def check_takes(function: Callable, options: Mapping[str, object]) -> None:
             raise NotImplementedError(f"{called(function)} has no {name}{came}.")
 
 
+def takes(function: Callable, name: str) -> bool:
+    """Whether a function or a layer has an argument of this name."""
+    return name in inspect.signature(function).parameters
+
+
 def check_part(name: str, part: object) -> None:
     """Raises TypeError unless a part of a model is a layer, and not the class of one."""
     if isinstance(part, type) or not callable(part):
@@ -287,6 +292,17 @@ def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
             f"{positions.shape}."
         )
     return positions
+
+
+def as_places(name: str, places: Array, batch: Sequence[int]) -> Array:
+    """`places` as integers `[..., P]` with these batch axes, or the error that says why not."""
+    places = as_integers(name, places, axes=1)
+    if places.shape[:-1] != tuple(batch):
+        raise ValueError(
+            f"{name} must be [..., P] with the batch axes {tuple(batch)} of inputs, got shape "
+            f"{places.shape}."
+        )
+    return places
 
 
 def as_array(name: str, array: Array) -> Array:

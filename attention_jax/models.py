@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import attention_jax
 from attention_jax.checks import (
-    as_integers,
+    as_places,
     as_positions,
     check_broadcastable,
     check_fields,
@@ -20,12 +20,14 @@ from attention_jax.checks import (
     check_part,
     check_takes,
     jax_defaults,
+    takes,
     told,
 )
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.layers.cache import put, reach_back
+from attention_jax.layers.multi_head import at_places
 from attention_jax.layers.parts import Dropout
 from attention_jax.types import Array
 
@@ -85,7 +87,7 @@ class Block(nn.Module):
 
         `positions` are not passed to an attention layer with `rotary=False`, which does not use
         them. `output_positions` `[..., P]` are the places to compute the output for, `[..., P, D]`:
-        the MLP runs for these alone.
+        the MLP runs for these alone, and the attention if the layer's call has this option.
 
         Raises:
             NotImplementedError: The attention layer has no such option, or `conv` is used in
@@ -120,17 +122,18 @@ class Block(nn.Module):
         options = {name: option for name, option in options.items() if option is not None}
         check_takes(self.attention, options)
         options |= {"deterministic": deterministic, "sow_weights": sow_weights}
+        places = output_positions
+        skips = places is not None and takes(self.attention, "output_positions")
+        if skips:
+            options["output_positions"] = places
         attended = branch(x, "attention", self.attention, mask=mask, **options)
+        if places is not None:
+            x = at_places(x, places)
+            attended = attended if skips else at_places(attended, places)
         if self.parallel:
-            x, attended = (_at_places(x, output_positions) for x in (x, attended))
             return add(x, "mlp", attended, branch(x, "mlp", self.mlp))
-        x = _at_places(add(x, "attention", attended), output_positions)
+        x = add(x, "attention", attended)
         return x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
-
-
-def _at_places(x: Array, places: Array | None) -> Array:
-    """`[..., T, D]` at the places `[..., P]`; all of it for None."""
-    return x if places is None else jnp.take_along_axis(x, places[..., None], axis=-2)
 
 
 def _are_fewer(places: Array | None, T: int) -> bool:
@@ -241,8 +244,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
                 fields `positions`, `bias` and `reach` and rotary attention use them; the field
                 `mask` goes by the order of the tokens in the row.
             output_positions: `[..., P]` integers: the places of the row, of all T, to compute
-                outputs for. None takes all. Fewer save time: the MLP of the last block and the head
-                run for these places alone.
+                outputs for. None takes all. Fewer save time: the queries and the MLP of the last
+                block, and the head, run for these places alone.
             mask: Combined by `&` with the fields `mask` and `reach`.
             deterministic: Turns dropout off; otherwise an rng named "dropout" is needed.
             sow_weights, lengths: As in `MultiHeadAttention`.
@@ -286,7 +289,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
         for number, block in enumerate(self.blocks):
             arguments = x, seen[number], deterministic, sow_weights, lengths, bias, told
             x = run(block, *arguments, *(left if number == len(self.blocks) - 1 else ()))
-        x = _at_places(x, None if is_early else output_positions)
+        if output_positions is not None and not is_early:
+            x = at_places(x, output_positions)
         x = x if self.norm is None else self.norm(name="last_norm")(x)
         return self.embedding.attend(x) if self.head is None else self.head(x)
 
@@ -326,12 +330,7 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
     def _check_call(self, batch, positions, output_positions, lengths) -> None:
         """Raises an error for arguments that do not fit."""
         if output_positions is not None:
-            shape = as_integers("output_positions", output_positions, axes=1).shape
-            if shape[:-1] != batch:
-                raise ValueError(
-                    f"output_positions must be [..., P] with the batch axes {batch} of inputs, got "
-                    f"shape {shape}."
-                )
+            as_places("output_positions", output_positions, batch)
         if lengths is not None and not self._decodes:
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")
         if self._decodes:

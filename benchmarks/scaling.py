@@ -59,10 +59,10 @@ def model_bytes(model: Model, rows: float, answers: int | None = None, itemsize:
     A block sums the outputs of its attention and of its MLP. Its backward pass sums the gradients
     of the inputs of query, key, value and MLP. The table sums the embedded tokens, and the
     gradients of the vectors whose logits are asked for. These may be fewer than T in a row, and the
-    MLP of the last block runs for them alone.
+    queries and the MLP of the last block run for them alone.
     """
     answers = model.length if answers is None else answers
-    positions = (6 * model.layers - 1) * model.length + 3 * answers
+    positions = (6 * model.layers - 3) * model.length + 5 * answers
     return positions * rows * model.width * itemsize
 
 
@@ -108,7 +108,6 @@ def axis_of(groups: str, data: int, model: int) -> str:
 
 def measured(data: int, model: int) -> tuple[Model, dict[str, int]]:
     """The sums of a compiled epoch of one step."""
-    import jax
 
     from attention_jax.training import build
     from attention_jax.training.config import default_config
@@ -122,7 +121,7 @@ def measured(data: int, model: int) -> tuple[Model, dict[str, int]]:
     config.launcher = "sharded"
     config.mesh.update(data=data, model=model)
     program = build.build(config)
-    state = program.put_state(jax.jit(program.init)())
+    state = program.put_state(program.init())
     text = program.epoch.lower(state, program.rows).compile().as_text()
     return sizes, found_bytes(text, data, model)
 
@@ -140,7 +139,7 @@ def tflops_here() -> float:
     config.model.update(num_heads=8, features=sizes.width, num_layers=sizes.layers, mlp_ratio=4.0)
     config.train.update(batch_size=rows, steps_per_epoch=2)
     program = build.build(config)
-    state, times = program.put_state(jax.jit(program.init)()), []
+    state, times = program.put_state(program.init()), []
     for _ in range(4):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(program.epoch(state, program.rows))

@@ -222,6 +222,37 @@ def test_distances_are_those_of_positions(kind):
             assert_close(a, b, 3e-5)  # Distances of 200 are rounded in another order.
 
 
+@pytest.mark.parametrize("kind", ["alibi", "relative", "dense", "placed", "rule"])
+def test_the_bias_of_some_tokens_has_their_rows(kind):
+    tokens = np.array([[0, 3, 6, 6, 2], [5, 1, 1, 0, 4]])
+    rng = np.random.default_rng(0)
+    table, slopes = rng.standard_normal((8, 6)), rng.standard_normal(6)
+    make = {
+        "alibi": lambda x: biases.alibi(x),
+        "relative": lambda x: biases.relative(x, max_distance=20),
+        "dense": lambda x: biases.as_bias(x),
+        "placed": lambda x: biases.placed(biases.alibi(x), np.arange(14).reshape(2, 7) % 5),
+        "rule": lambda x: biases.rule(lambda t, s, x: x * (t - 2 * s), x[:, None, None]),
+    }[kind]
+    numbers = {"relative": table, "dense": rng.standard_normal((6, 7, 7))}.get(kind, slopes)
+    query, key, value = random_qkv()
+
+    def loss(numbers, attend, chosen):
+        bias, whole = make(numbers), Tile.whole(7, 7)
+        some = biases.of_tokens(bias, tokens)
+        if not chosen:
+            every = jnp.broadcast_to(bias.tile(whole), (2, 6, 7, 7))
+            some = jnp.take_along_axis(every, tokens[:, None, :, None], axis=2)
+        out = attend(query, key, value, some)
+        return (out**2).sum(), out
+
+    for case in DOT_PRODUCT:
+        step = jax.grad(functools.partial(loss, attend=case.attend), has_aux=True)
+        both = jax.jit(lambda x, step=step: (step(x, chosen=True), step(x, chosen=False)))
+        for a, b in zip(*both(jnp.asarray(numbers, jnp.float32)), strict=True):
+            assert_close(a, b, 1e-5)
+
+
 def test_positions_that_do_not_fit_a_bias_are_refused():
     for make, error, words in [
         (lambda: biases.placed(biases.alibi(6), np.ones(5)), TypeError, "positions.*float64"),

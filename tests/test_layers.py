@@ -21,6 +21,7 @@ from attention_jax import (
     linear_attention,
     masks,
     positions,
+    sigmoid_attention,
 )
 from attention_jax.functional import xla_cpu
 from attention_jax.functional.xla_cpu import kernel_product
@@ -222,6 +223,107 @@ def test_rotary_turns_tokens_by_the_positions_that_are_given():
     mixed, _ = oracles.dot_product(*qkv, mask=oracles.causal(4, 4))
     want = np.einsum("btnh,nhd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
     assert_close(got, want, 1e-5)
+
+
+ASKED = np.array([[3, 0], [1, 1]])
+SOME = {
+    "plain": (MultiHeadAttention, {}, {}),
+    "grouped, rotary, causal": (
+        MultiHeadAttention,
+        {"num_kv_heads": 1, "rotary": True, "sinks": True},
+        {"mask": masks.causal()},
+    ),
+    "positions": (
+        MultiHeadAttention,
+        {"rotary": True, "qk_norm": True},
+        {"mask": masks.placed(masks.window(3), GAPS), "positions": GAPS},
+    ),
+    "one row of positions": (MultiHeadAttention, {"rotary": True}, {"positions": GAPS[1]}),
+    "arrays": (
+        MultiHeadAttention,
+        {},
+        {
+            "mask": np.random.default_rng(0).integers(0, 2, (2, 1, 4, 4)) > 0,
+            "bias": np.random.default_rng(1).standard_normal((2, 4, 4)).astype(np.float32),
+        },
+    ),
+    "alibi, blockwise": (
+        MultiHeadAttention,
+        {"implementation": "blockwise"},
+        {"bias": biases.alibi(2), "mask": masks.causal()},
+    ),
+    "differential": (DifferentialAttention, {"head_dim": 8}, {"mask": masks.causal()}),
+    "sigmoid": (MultiHeadAttention, {"attention_fn": sigmoid_attention}, {"mask": masks.causal()}),
+    # Its sums run through all queries.
+    "linear": (MultiHeadAttention, {"attention_fn": linear_attention}, {"mask": masks.causal()}),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_some_outputs_are_those_of_all(name):
+    make, fields, options = SOME[name]
+    x = normal(2, 4, 12)
+    layer = make(num_heads=2, **fields)
+    variables = init(layer, x)
+
+    def some(variables, x):
+        return layer.apply(variables, x, output_positions=ASKED, **options)
+
+    def of_all(variables, x):
+        out = layer.apply(variables, x, **options)
+        return jnp.take_along_axis(out, ASKED[..., None], axis=1)
+
+    results = []
+    for run in (some, of_all):
+        square = lambda *inputs, run=run: (run(*inputs) ** 2).sum()
+        results.append(
+            (jax.jit(run)(variables, x), jax.jit(jax.grad(square, (0, 1)))(variables, x))
+        )
+    jax.tree.map(lambda got, want: assert_close(got, want, 1e-5), *results)
+
+
+def test_weights_are_shown_of_all_queries_though_some_outputs_are_asked_for():
+    x = normal(2, 4, 12)
+    layer = MultiHeadAttention(num_heads=2, rotary=True)
+    variables = init(layer, x)
+    run = functools.partial(layer.apply, variables, x, output_positions=ASKED)
+    out, state = run(sow_weights=True, mutable=["intermediates"])
+    assert state["intermediates"]["attention_weights"][0].shape == (2, 2, 4, 4)
+    assert_close(out, run(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("places", "options", "error", "words"),
+    [
+        (
+            ASKED,
+            {"inputs_kv": np.ones((2, 3, 12))},
+            NotImplementedError,
+            "output_positions are for",
+        ),
+        (ASKED[:1], {}, ValueError, r"output_positions must be \[..., P\].*\(2,\).*\(1, 2\)"),
+        (ASKED * 1.0, {}, TypeError, "output_positions must hold integers"),
+        (ASKED, {"mask": np.ones((2, 1, 3, 4), bool)}, ValueError, r"dense.*T=3.*T=4"),
+        (ASKED, {"bias": np.ones((5, 4))}, ValueError, r"bias must broadcast"),
+    ],
+)
+def test_outputs_that_cannot_be_asked_for_are_refused(places, options, error, words):
+    x = normal(2, 4, 12)
+    layer = MultiHeadAttention(num_heads=2)
+    variables = init(layer, x)
+    with pytest.raises(error, match=words):
+        layer.apply(variables, x, output_positions=places, **options)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped, rotary, window", "alibi, qk-norm"])
+def test_some_outputs_of_new_tokens_are_those_of_all(name):
+    decoder = decoder_of(name)
+    _, cache = decoder.jitted(decoder.cache, decoder.x[:, :5])
+    asked = np.array([[2], [0]])
+    out, state = decoder.jitted(cache, decoder.x[:, 5:8], output_positions=asked)
+    assert_close(out, jnp.take_along_axis(decoder.want[:, 5:8], asked[..., None], axis=1), 1e-5)
+    _, every = decoder.jitted(cache, decoder.x[:, 5:8])
+    jax.tree.map(np.testing.assert_array_equal, state, every)  # All are keys for what follows.
 
 
 @pytest.mark.parametrize("make", [MultiHeadAttention, DifferentialAttention])

@@ -68,6 +68,7 @@ def test_blocks_see_themselves_and_the_summaries(offset):
 
 
 PLACES = np.random.default_rng(0).integers(-4, 9, (2, 11))
+TOKENS = np.random.default_rng(1).integers(0, 11, (2, 6))  # Some of eleven, some of them twice.
 PATTERNS = [
     masks.strided(1),
     masks.strided(3, offset=2),
@@ -83,6 +84,10 @@ PATTERNS = [
     masks.placed(masks.causal("end") & masks.blocks(3), PLACES[0, :6], PLACES[0]),
     masks.shifted(masks.placed(masks.window(1), PLACES), 2),
     masks.causal() & masks.placed(masks.window(0, 3) | masks.strided(2), PLACES[:, :6], PLACES),
+    masks.of_tokens(masks.window(2, 1), TOKENS),
+    masks.of_tokens(masks.causal() & masks.segments(PLACES // 4), TOKENS),
+    masks.of_tokens(masks.placed(masks.window(1), PLACES), TOKENS),
+    masks.of_tokens(masks.blocks(3, summary=1), TOKENS[0]),
 ]
 
 
@@ -160,6 +165,47 @@ def test_placed_rules_count_positions():
     # What belongs to a token is still that of the token.
     ids = np.arange(6) // 2
     assert_mask(masks.placed(masks.segments(ids), T_at), oracles.segments(ids), 6, 6)
+
+
+WHOLE = np.random.default_rng(0).integers(0, 2, (2, 1, 11, 11)) > 0
+OF_ALL = [
+    masks.window(2, 1),
+    masks.causal("end") & masks.strided(3),
+    masks.blocks(3) | masks.key_lengths(np.array([2, 5])),
+    ~masks.query_lengths(np.array([4, 7])),
+    masks.segments(PLACES // 4) & masks.placed(masks.causal(), PLACES),
+    masks.shifted(masks.window(3), np.array([2, 0])),
+    masks.causal() & WHOLE,
+    masks.dense(WHOLE[0, 0]) & masks.dense(WHOLE[:, :, :1]),
+    masks.rule(lambda t, s: (t * s) % 3 == 0),
+]
+
+
+@pytest.mark.parametrize("mask", OF_ALL, ids=repr)
+def test_the_mask_of_some_tokens_has_their_rows(mask):
+    whole = np.broadcast_to(mask.materialize(11, 11), (2, 1, 11, 11))
+    want = np.take_along_axis(whole, TOKENS[:, None, :, None], axis=2)
+    assert_mask(masks.of_tokens(mask, TOKENS), want, 6, 11)
+    assert_mask(masks.of_tokens(mask, TOKENS[0]), whole[:, :, TOKENS[0]], 6, 11)
+    query, key, value = (
+        np.random.default_rng(i).standard_normal((2, n, 3, 4), np.float32)
+        for i, n in enumerate((6, 11, 11))
+    )
+    attend = jax.jit(dot_product_attention, static_argnames=("implementation", "block_size"))
+    tiles = {"implementation": "blockwise", "block_size": (4, 4)}
+    got = attend(query, key, value, mask=masks.of_tokens(mask, TOKENS), **tiles)
+    np.testing.assert_allclose(got, attend(query, key, value, mask=want), atol=1e-6)
+
+
+def test_the_mask_of_some_tokens_fits_these_alone():
+    some = masks.of_tokens(masks.segments(np.arange(5)), np.array([1, 2]))
+    with pytest.raises(ValueError, match=r"of_tokens.*T=2.*T=3"):
+        some.materialize(3, 5)
+    with pytest.raises(ValueError, match="S=5: got S=4"):
+        some.materialize(2, 4)
+    with pytest.raises(TypeError, match=r"places.*float"):
+        masks.of_tokens(masks.causal(), np.ones(2))
+    assert repr(some) == "of_tokens(segments(query_ids[5]), [2])"
 
 
 def rows_of(mask, T):

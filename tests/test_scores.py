@@ -183,7 +183,10 @@ def test_layers_without_weights_are_left_out():
     model, params = made(linear, MultiHeadAttention(2), GatedDeltaAttention(2), remat=True)
     assert list(attention_maps(model, params, TOKENS)) == ["blocks_1/attention"]
     model, params = made(linear)
-    with pytest.raises(NotImplementedError, match=r"model must have layers.*SequenceModel"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"model must have layers.*MultiHeadAttention with linear_attention",
+    ):
         attention_maps(model, params, TOKENS)
 
 

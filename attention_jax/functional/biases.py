@@ -191,6 +191,28 @@ class Shifted(Bias):
         return f"shifted({self.bias!r}, {words(self.offset)})"
 
 
+@value_class(places="T")
+class OfTokens(Bias):
+    """The rules of `bias`, for queries that are chosen tokens of the sequence."""
+
+    bias: Bias
+    places: Array
+
+    def tile(self, at):
+        return self.bias.tile(at.chosen(self.places))
+
+    def hidden(self, at):
+        return self.bias.hidden(at.chosen(self.places))
+
+    def check(self, T, S):
+        if self.places.shape[-1] != T:
+            raise ValueError(f"bias {self!r} was made for T={self.places.shape[-1]}, got {T=}.")
+        self.bias.check_keys(S)
+
+    def __repr__(self):
+        return f"of_tokens({self.bias!r}, {words(self.places)})"
+
+
 @value_class(query_positions="L", key_positions="S")
 class Placed(Bias):
     """The rules of `bias`, for tokens with given positions."""
@@ -366,6 +388,15 @@ def shifted(bias: Bias, offset: int | Array) -> Bias:
     Rules count from the sequence's start; an array is that of these queries.
     """
     return Shifted(bias, as_offset(offset))
+
+
+def of_tokens(bias: Bias, places: Array) -> Bias:
+    """`bias` for queries that are the tokens `places` of the sequence, `[..., P]` integers.
+
+    Rules go by the tokens; an array keeps the rows of these tokens.
+    """
+    places = as_integers("places", places, axes=1)
+    return OfTokens(as_bias(bias).of_tokens(places), places)
 
 
 def placed(bias: Bias, positions: Array, key_positions: Array | None = None) -> Bias:

@@ -482,6 +482,30 @@ class Shifted(Mask):
         return f"shifted({self.mask!r}, {words(self.offset)})"
 
 
+@value_class(places="T")
+class OfTokens(Mask):
+    """The rules of `mask`, for queries that are chosen tokens of the sequence."""
+
+    mask: Mask
+    places: Array
+
+    def tile(self, at):
+        return self.mask.tile(at.chosen(self.places))
+
+    def bounds(self, at):
+        return self.mask.bounds(at.chosen(self.places))
+
+    def size(self):
+        return self.places.shape[-1], None
+
+    def check(self, T, S):
+        super().check(T, S)
+        self.mask.check_keys(S)
+
+    def __repr__(self):
+        return f"of_tokens({self.mask!r}, {words(self.places)})"
+
+
 @value_class(query_positions="L", key_positions="S")
 class Placed(Mask):
     """The rules of `mask`, for tokens with given positions."""
@@ -687,6 +711,19 @@ def shifted(mask: Mask, offset: int | Array) -> Mask:
     `offset` is an integer or `[...]` integers, one per batch row.
     """
     return Shifted(mask, as_offset(offset))
+
+
+def of_tokens(mask: Mask, places: Array) -> Mask:
+    """`mask` for queries that are the tokens `places` of the sequence, `[..., P]` integers.
+
+    Rules and ids go by the tokens; a `dense` array keeps the rows of these tokens.
+
+    >>> print(of_tokens(causal(), jnp.array([2, 0])).materialize(2, 3).astype(int))
+    [[1 1 1]
+     [1 0 0]]
+    """
+    places = as_integers("places", places, axes=1)
+    return OfTokens(as_mask(mask).of_tokens(places), places)
 
 
 def placed(mask: Mask, positions: Array, key_positions: Array | None = None) -> Mask:

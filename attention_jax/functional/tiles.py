@@ -74,6 +74,15 @@ class Tile(NamedTuple):
         places = self.of_queries(query_positions), key_positions[..., None, :]
         return self._replace(places=tuple(with_head_axis(x) for x in places))
 
+    def chosen(self, places: Array) -> "Tile":
+        """The same for queries that are the tokens `[..., T or t_size]` of the sequence."""
+        if places.shape[-1] != self.t_size:
+            places = lax.dynamic_slice_in_dim(places, self.t_start, self.t_size, axis=-1)
+        ahead = places - (self.t_start + jnp.arange(self.t_size, dtype=jnp.int32))
+        offset = with_head_axis(ahead[..., None])
+        at = None if self.places is None else (self.places[0] + offset, self.places[1])
+        return self._replace(T=self.S, offset=self.offset + offset, places=at)
+
     def of_queries(self, x: Array) -> Array:
         """The entries that belong to the tile's queries, `[..., L] -> [..., t_size, 1]`."""
         if isinstance(self.offset, int) and self.offset == 0:
@@ -150,6 +159,25 @@ class Rule:
             return at.add(x, part, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         return self._over_arrays(add, part)
+
+    def of_tokens(self, places: Array) -> Self:
+        """The same rule, whose arrays with a row for each query keep those of the tokens `places`,
+        `[..., P]`."""
+        index = places[..., None, :, None]
+
+        def take(x, axes):
+            if "T" not in axes or 1 in (1, *x.shape)[-2:-1]:
+                return x
+            axes = (1,) * max(0, index.ndim - x.ndim)
+            return jnp.take_along_axis(x.reshape(*axes, *x.shape), index, axis=-2, mode="clip")
+
+        return self._over_arrays(take)
+
+    def check_keys(self, S: int) -> None:
+        """Raises ValueError when an array of the rule was made for another number of keys."""
+        for x, axes in self.arrays():
+            if axes.endswith("S") and (1, *x.shape)[-1] not in (1, S):
+                raise ValueError(f"{self!r} was made for S={x.shape[-1]}: got {S=}.")
 
     def arrays(self) -> list[tuple[Array, str]]:
         """Every array in the rule with the letters of its axes, in the order of the pytree."""

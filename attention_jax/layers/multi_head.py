@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from attention_jax.checks import (
     Named,
+    as_places,
     as_positions,
     as_size,
     called,
@@ -22,6 +23,7 @@ from attention_jax.checks import (
     public,
     told,
 )
+from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.masks import Mask
@@ -234,6 +236,7 @@ class MultiHeadAttention(Named, nn.Module):
         sow_weights: bool = False,
         lengths: Array | None = None,
         positions: Array | None = None,
+        output_positions: Array | None = None,
     ) -> Array:
         """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
 
@@ -257,16 +260,20 @@ class MultiHeadAttention(Named, nn.Module):
                 cache. Only differences matter, so documents side by side and left padding need no
                 positions. With `decode` give those of the new tokens; cached keys keep theirs.
                 `mask` and `bias` do not use them: see `masks.placed`.
+            output_positions: `[..., P]` integers: which of the T tokens to compute outputs for;
+                self-attention only. None takes all. The others are keys alone, which saves time.
 
         Returns:
-            `[..., T, out_features]`. With `decode` under `jit`, a row returns NaN and keeps its
-            cache if its cache has no room for the new tokens or its length is not in [0, T].
+            `[..., T, out_features]`, with `output_positions` `[..., P, out_features]`. With
+            `decode` under `jit`, a row returns NaN and keeps its cache if its cache has no room for
+            the new tokens or its length is not in [0, T].
 
         Raises:
             ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
                 (outside `jit`) the cache has no room.
-            NotImplementedError: `rotary` with `inputs_kv`, or `decode` with dropout; in
-                cross-attention with `decode`, a rule that depends on the places of queries.
+            NotImplementedError: `rotary` or `output_positions` with `inputs_kv`, or `decode` with
+                dropout; in cross-attention with `decode`, a rule that depends on the places of
+                queries.
         """
         check_fields(self)
         _check_both(inputs_q, inputs_kv)
@@ -282,6 +289,17 @@ class MultiHeadAttention(Named, nn.Module):
             if not self.rotary:
                 raise ValueError("positions need rotary=True: nothing else in the layer uses them.")
             positions = as_positions(positions, inputs_q.shape[:-2], inputs_q.shape[-2])
+        places = output_positions
+        if places is not None:
+            if memory is not None or inputs_kv is not None:
+                raise NotImplementedError(
+                    "output_positions are for self-attention: in cross-attention give the "
+                    "inputs_q of these places alone."
+                )
+            places = as_places("output_positions", places, inputs_q.shape[:-2])
+        # The other queries are left out where each query has weights of its own.
+        has_weights = hasattr(self.attention_fn, "weights")
+        is_early = places is not None and has_weights and not sow_weights
         rotate = self._rotation()
         self._check_cache_length(sow_weights)
         _check_use_bias(self.use_bias)
@@ -298,7 +316,8 @@ class MultiHeadAttention(Named, nn.Module):
                 key = self._by_part(self._norm("key_ln"), key)
             return key, value
 
-        query = project("query", self.num_heads, head_dim, inputs_q)  # [..., T, N, H]
+        asking = at_places(inputs_q, places) if is_early else inputs_q
+        query = project("query", self.num_heads, head_dim, asking)  # [..., T or P, N, H]
         if self.qk_norm is not False:
             query = self._by_part(self._norm("query_ln"), query)
         if memory is None:
@@ -312,16 +331,30 @@ class MultiHeadAttention(Named, nn.Module):
             # Keys are stored rotated, so a cached key is never turned again.
             if positions is None and cache is not None:
                 positions = cache.positions()
-            rotate = functools.partial(rotate, positions=positions)
-            query, key = self._by_part(rotate, query), self._by_part(rotate, key)
+            turn = lambda positions: functools.partial(rotate, positions=positions)
+            asked = positions
+            if is_early:
+                asked = places
+                if positions is not None:
+                    row = jnp.broadcast_to(positions, inputs_q.shape[:-1])
+                    asked = jnp.take_along_axis(row, places, axis=-1)
+            query = self._by_part(turn(asked), query)
+            key = self._by_part(turn(positions), key)
         overflow = None
         if cache is not None:
             key, value, mask, bias, overflow = cache.extend(key, value, mask, bias, lengths)
 
+        if is_early:
+            sizes = inputs_q.shape[-2], key.shape[-3]
+            mask, bias = _of_tokens(mask, bias, places, *sizes)
         mixed = self._mix(query, key, value, mask, bias, deterministic, sow_weights)
+        if places is not None and not is_early:
+            mixed = at_places(mixed, places, axis=-3)
         out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
         out_init = self.out_kernel_init or self.kernel_init
-        out = self._dense_general(out_features, (-2, -1), "out", out_init)(mixed)  # [..., T, D]
+        out = self._dense_general(out_features, (-2, -1), "out", out_init)(
+            mixed
+        )  # [..., T or P, D]
         if overflow is not None:
             out = jnp.where(overflow[..., None, None], jnp.nan, out)
         return out
@@ -405,6 +438,24 @@ class MultiHeadAttention(Named, nn.Module):
                 "change with the length: cached keys would keep old ones."
             )
         return functools.partial(rotary, **settings)
+
+
+def _of_tokens(mask, bias, places, T, S):
+    """The mask and the bias of some of the T queries."""
+    if mask is not None:
+        mask = masks.as_mask(mask)
+        mask.check(T, S)
+        mask = masks.of_tokens(mask, places)
+    if bias is not None:
+        bias = biases.as_bias(bias)
+        bias.check(T, S)
+        bias = biases.of_tokens(bias, places)
+    return mask, bias
+
+
+def at_places(x: Array, places: Array, axis: int = -2) -> Array:
+    """`[..., T, D]` at the places `[..., P]`; `axis` is that of T."""
+    return jnp.take_along_axis(x, jnp.expand_dims(places, range(axis + 1, 0)), axis=axis)
 
 
 # Arguments of attention functions that a layer gives itself.
