@@ -1128,6 +1128,17 @@ def test_a_pipe_gets_about_ten_lines_and_a_terminal_a_bar():
     assert "loss" in terminal.getvalue()
 
 
+def test_a_bar_keeps_the_newest_held_out_numbers():
+    terminal = Terminal()
+    with contextlib.closing(Console(3, stream=terminal)) as console:
+        console.write({"step": 1, "epoch": 1, "loss": 1.0, "accuracy": 0.1})
+        held_out = {"eval_loss": 0.5, "eval_accuracy": 0.25, "eval_loss@9": 7.0}
+        console.write({"step": 2, "epoch": 2, "loss": 0.9, "accuracy": 0.2, **held_out})
+        time.sleep(0.12)  # A bar is drawn ten times a second at most.
+        console.write({"step": 3, "epoch": 3, "loss": 0.8, "accuracy": 0.3})
+        assert "loss 0.8  held-out 0.5, 25.0%" in terminal.getvalue()
+
+
 def test_a_pipe_gets_a_line_when_ten_seconds_passed():
     pipe = io.StringIO()
     with contextlib.closing(Console(1000, stream=pipe)) as console:

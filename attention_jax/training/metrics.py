@@ -43,6 +43,8 @@ _LABELS = {
     "best_eval_accuracy": "best held-out accuracy",
 }
 
+_HELD_OUT = ("eval_loss", "eval_accuracy")
+
 
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
     """The JSON text of an object. JSON has no NaN or infinity.
@@ -299,6 +301,7 @@ class Console:
         self._begun = None  # The epoch after which their number was known, and the time.
         self._next = PATIENCE  # The second at which the next line is due, in any epoch.
         self._bar = None
+        self._held_out: dict[str, float] = {}  # The newest numbers, for the bar.
         self.busy = Busy(self._note)
         if self._stream is not None and self._stream.isatty():  # None: closed by the shell.
             from tqdm import tqdm
@@ -322,7 +325,8 @@ class Console:
         if self._bar is not None:
             if shown is not None:
                 self._bar.write(shown, file=self._stream)
-            self._bar.set_postfix_str(metrics_line(row), refresh=False)
+            self._held_out |= {name: row[name] for name in _HELD_OUT if name in row}
+            self._bar.set_postfix_str(_bar_line(row, self._held_out), refresh=False)
             self._bar.update(epoch - self._bar.n)
             self.busy.since = time.monotonic()
             return
@@ -370,6 +374,21 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _bar_line(row: Row, held_out: Row) -> str:
+    """What stands beside a bar of progress, where a terminal leaves some 40 letters.
+
+    >>> _bar_line({"loss": 0.51, "accuracy": 0.5}, {"eval_loss": 0.25, "eval_accuracy": 0.987})
+    'loss 0.51  held-out 0.25, 98.7%'
+    """
+    if not held_out or "active" in row:  # That of a sweep has other numbers.
+        return metrics_line(row)
+    shown = [f"{name} {row[name]:.4g}" for name in ("loss", "skipped") if name in row]
+    numbers = f"held-out {held_out['eval_loss']:.4g}"
+    if "eval_accuracy" in held_out:
+        numbers += f", {held_out['eval_accuracy']:.1%}"
+    return "  ".join([*shown, numbers])
 
 
 def metrics_line(row: Row) -> str:
