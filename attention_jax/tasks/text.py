@@ -261,7 +261,7 @@ def _make_task(seq_length: int, text: Text, source: Callable[[], _Source]) -> Ta
         trained, _ = _parts(found, seq_length)
         end = trained if found.ends is None else found.ends[trained - 1, 1] + 1
         counts = np.bincount(found.tokens[:end], minlength=text.vocabulary.size) + 1.0
-        return -np.log(counts / counts.sum()).astype(np.float32)
+        return np.log(counts.sum() / counts).astype(np.float32)
 
     def baseline(batch: Batch) -> Array:
         losses = jnp.asarray(shares())[batch.targets]
