@@ -294,15 +294,21 @@ def as_positions(positions: Array, batch: Sequence[int], length: int) -> Array:
     return positions
 
 
-def as_places(name: str, places: Array, batch: Sequence[int]) -> Array:
-    """`places` as integers `[..., P]` with these batch axes, or the error that says why not."""
+def as_places(name: str, places: Array, batch: Sequence[int], length: int) -> Array:
+    """`places` as integers `[..., P]` with these batch axes, or the error that says why not.
+
+    Negative ones count from the end, as in numpy. Outside `jit` all must be in a row of `length`.
+    """
     places = as_integers(name, places, axes=1)
     if places.shape[:-1] != tuple(batch):
         raise ValueError(
             f"{name} must be [..., P] with the batch axes {tuple(batch)} of inputs, got shape "
             f"{places.shape}."
         )
-    return places
+    is_known = isinstance(length, int) and not isinstance(places, jax.core.Tracer)
+    if is_known and not ((places >= -length) & (places < length)).all():
+        raise ValueError(f"{name} must be places in a row of {length}, got {told(places)}.")
+    return jnp.where(places < 0, places + length, places)
 
 
 def as_array(name: str, array: Array) -> Array:

@@ -27,7 +27,7 @@ from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.layers.cache import put, reach_back
-from attention_jax.layers.multi_head import at_places
+from attention_jax.layers.multi_head import at_places, outside
 from attention_jax.layers.parts import Dropout
 from attention_jax.types import Array
 
@@ -122,18 +122,24 @@ class Block(nn.Module):
         options = {name: option for name, option in options.items() if option is not None}
         check_takes(self.attention, options)
         options |= {"deterministic": deterministic, "sow_weights": sow_weights}
-        places = output_positions
+        places, T = output_positions, x.shape[-2]
+        if places is not None:
+            places = as_places("output_positions", places, x.shape[:-2], T)
+            # The layer gets places that surely exist. `outside` tells at the end which do not.
+            clipped = jnp.clip(places, 0, T - 1)
         skips = places is not None and takes(self.attention, "output_positions")
         if skips:
-            options["output_positions"] = places
+            options["output_positions"] = clipped
         attended = branch(x, "attention", self.attention, mask=mask, **options)
         if places is not None:
             x = at_places(x, places)
             attended = attended if skips else at_places(attended, places)
         if self.parallel:
-            return add(x, "mlp", attended, branch(x, "mlp", self.mlp))
-        x = add(x, "attention", attended)
-        return x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
+            x = add(x, "mlp", attended, branch(x, "mlp", self.mlp))
+        else:
+            x = add(x, "attention", attended)
+            x = x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
+        return x if places is None else outside(x, places, T)
 
 
 def _are_fewer(places: Array | None, T: int) -> bool:
@@ -244,8 +250,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
                 fields `positions`, `bias` and `reach` and rotary attention use them; the field
                 `mask` goes by the order of the tokens in the row.
             output_positions: `[..., P]` integers: the places of the row, of all T, to compute
-                outputs for. None takes all. Fewer save time: the queries and the MLP of the last
-                block, and the head, run for these places alone.
+                outputs for; -1 is the last. None takes all. Fewer save time: the queries and the
+                MLP of the last block, and the head, run for these places alone.
             mask: Combined by `&` with the fields `mask` and `reach`.
             deterministic: Turns dropout off; otherwise an rng named "dropout" is needed.
             sow_weights, lengths: As in `MultiHeadAttention`.
@@ -264,7 +270,10 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
         mask = None if mask is None else masks.as_mask(mask)
         x = self.embedding(inputs)
         *batch, T, _ = x.shape
-        self._check_call(tuple(batch), positions, output_positions, lengths)
+        self._check_call(positions, lengths)
+        if output_positions is not None:
+            places = as_places("output_positions", output_positions, batch, T)
+            output_positions = jnp.clip(places, 0, T - 1)  # See `outside`.
         positions, told, row, places = self._stand(positions, mask, tuple(batch), T)
         if self.positions is not None:
             x = self.positions(x, positions)
@@ -292,7 +301,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
         if output_positions is not None and not is_early:
             x = at_places(x, output_positions)
         x = x if self.norm is None else self.norm(name="last_norm")(x)
-        return self.embedding.attend(x) if self.head is None else self.head(x)
+        x = self.embedding.attend(x) if self.head is None else self.head(x)
+        return x if output_positions is None else outside(x, places, T)
 
     def _check_parts(self) -> None:
         """Raises an error for invalid parts."""
@@ -327,10 +337,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             called = type(self.embedding).__name__
             raise TypeError(f"head must be given: the embedding, {called}, makes no logits.")
 
-    def _check_call(self, batch, positions, output_positions, lengths) -> None:
+    def _check_call(self, positions, lengths) -> None:
         """Raises an error for arguments that do not fit."""
-        if output_positions is not None:
-            as_places("output_positions", output_positions, batch)
         if lengths is not None and not self._decodes:
             raise ValueError("lengths is for decode=True; use mask=masks.key_lengths(lengths).")
         if self._decodes:

@@ -25,12 +25,15 @@ from attention_jax.analysis import (
     ablation,
     apply_with_gates,
     attention_maps,
+    head_statistics,
     heads,
     heads_of,
     importance,
+    map_statistics,
     mean_outputs,
     prune_heads,
     removal_curve,
+    summarize,
 )
 
 VOCABULARY = 11
@@ -166,6 +169,61 @@ def test_a_mean_stands_for_the_head_that_is_removed(plain):
         assert_close(found[head], want, 1e-6)
 
 
+def test_remat_and_layers_that_run_twice_change_no_statistics():
+    block = Block(MultiHeadAttention(4, num_kv_heads=2, rotary=True))
+    model = SequenceModel(TokenEmbedding(VOCABULARY, 8), [block] * 2, mask=masks.causal())
+    params = random_params(model)
+    maps = map_statistics(attention_maps(model, params, TOKENS))
+    assert list(maps) == [f"{FIRST}[0]", f"{FIRST}[1]"]
+
+    def found(model):
+        summary = summarize(head_statistics(model, params, TOKENS))
+        means = mean_outputs(model, params, TOKENS)
+        return summary, means, ablation(model, params, TOKENS, loss, by="mean")
+
+    summary, means, _ = plain = found(model)
+    for path, statistics in maps.items():
+        assert_close(summary[path]["entropy"], statistics["entropy"], 1e-5)
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), found(model.clone(remat=True)), plain)
+    # The mean of a head is that over both runs of its layer.
+    seen = []
+
+    def intercept(run, arguments, options, context):
+        if context.module.name == "out" and context.method_name == "__call__":
+            seen.append(arguments[0])
+        return run(*arguments, **options)
+
+    with nn.intercept_methods(intercept):
+        model.apply({"params": params}, TOKENS)
+    assert_close(means[FIRST], jnp.stack(seen).mean((0, 1, 2)), 1e-6)
+
+
+def test_statistics_and_means_are_those_of_all_tokens(plain):
+    model, params = plain
+    some = {"output_positions": jnp.array([[1], [5], [3]])}
+    found, want = (head_statistics(model, params, TOKENS, **x) for x in (some, {}))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    found, want = (mean_outputs(model, params, TOKENS, **x) for x in (some, {}))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def test_statistics_of_one_head_and_of_other_layers():
+    model = SequenceModel(
+        TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention())], mask=masks.causal()
+    )
+    params = random_params(model)
+    found = summarize(head_statistics(model, params, TOKENS))
+    want = map_statistics(attention_maps(model, params, TOKENS))
+    assert_close(found[FIRST]["entropy"], want[FIRST]["entropy"], 1e-5)
+    flax = nn.MultiHeadDotProductAttention(num_heads=2)
+    x = jnp.ones((1, 3, 4))
+    with pytest.raises(NotImplementedError, match="statistics are of dot_product_attention"):
+        head_statistics(flax, flax.init(jax.random.key(0), x)["params"], x)
+    other, theirs = made(functools.partial(GatedDeltaAttention, 4))
+    with pytest.raises(NotImplementedError, match=r"blocks_0/attention has .*gated_delta"):
+        head_statistics(other, theirs, TOKENS)
+
+
 def test_importance_is_the_mean_size_of_the_gradient_of_each_gate(plain):
     model, params = plain
     found = importance(model, params, TOKENS, loss)
@@ -251,6 +309,15 @@ def test_what_cannot_be_pruned_or_gated_is_refused(plain):
     other, theirs = made(functools.partial(GatedDeltaAttention, 4))
     with pytest.raises(NotImplementedError, match="GatedDeltaAttention"):
         prune_heads(other, theirs, {FIRST: [0]})
+    rules = masks.rule(lambda t, s, w: t - s <= w, jnp.arange(4)[:, None, None])
+    for name in ("mask", "reach"):
+        changed = model.clone(**{name: masks.causal() & rules})
+        with pytest.raises(NotImplementedError, match=f"beside {name}=.*a part for each head"):
+            prune_heads(changed, params, {FIRST: [0]})
+    block = Block(LAYERS["multi-head"]())
+    shared = SequenceModel(TokenEmbedding(VOCABULARY, 8), [block] * 2)
+    with pytest.raises(NotImplementedError, match=f"several places, {FIRST}, {SECOND}"):
+        prune_heads(shared, random_params(shared), {FIRST: [0]})
     with pytest.raises(ValueError, match=r"gates.*4 heads"):
         apply_with_gates(model, params, TOKENS, {FIRST: jnp.ones(3)})
     with pytest.raises(ValueError, match=r"gates.*blocks_9"):
@@ -259,6 +326,8 @@ def test_what_cannot_be_pruned_or_gated_is_refused(plain):
         ablation(model, params, TOKENS, loss, by="noise")
     with pytest.raises(ValueError, match="orders must have one"):
         removal_curve(model, params, TOKENS, loss, [])
+    with pytest.raises(ValueError, match="orders must name each head once"):
+        removal_curve(model, params, TOKENS, loss, [[(FIRST, 0), (FIRST, 0)]])
 
 
 def test_a_model_without_gates_is_refused_and_not_answered_with_none():

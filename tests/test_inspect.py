@@ -330,6 +330,23 @@ def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
     assert subject.words == [["<s>", "the", "cat", "sat", "the", "cat"]]
 
 
+def test_a_tokenizer_neither_pads_nor_cuts_and_shows_where_words_begin(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from attention_jax.laboratory.subject import of_directory
+
+    words = {"▁the": 1, "▁cat": 4, "▁sat": 7, "<pad>": 0}
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    coder.decoder = tokenizers.decoders.Metaspace()
+    coder.enable_padding(length=12, pad_id=0, pad_token="<pad>")
+    coder.enable_truncation(2)
+    shutil.copytree(GPT2, tmp_path / "cats")
+    coder.save(str(tmp_path / "cats" / "tokenizer.json"))
+    subject = of_directory(tmp_path / "cats", text="the cat sat")
+    assert subject.inputs.tolist() == [[1, 4, 7]]
+    assert subject.words == [["␣the", "␣cat", "␣sat"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -346,6 +363,7 @@ def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
         (["RUN", "--rows=0"], "--rows must be at least 1: got 0."),
         (["RUN", "--checkpoints=0"], "--checkpoints must be at least 1: got 0."),
         (["RUN", "--text=The"], "--text is for a directory of Hugging Face."),
+        (["RUN", f"--out={__file__}"], "--out must be a directory: "),
         (["RUN", "--depth=3"], "unrecognized arguments: --depth=3"),
     ],
 )

@@ -11,6 +11,8 @@ from cases import assert_close
 from flax import linen as nn
 
 from attention_jax import (
+    MLP,
+    Block,
     DifferentialAttention,
     GatedDeltaAttention,
     MultiHeadAttention,
@@ -253,6 +255,12 @@ SOME = {
         {"bias": biases.alibi(2), "mask": masks.causal()},
     ),
     "differential": (DifferentialAttention, {"head_dim": 8}, {"mask": masks.causal()}),
+    # Its frequencies go by the length of the row.
+    "dynamic": (
+        MultiHeadAttention,
+        {"rotary": True, "rotary_scaling": positions.dynamic(8.0, 2)},
+        {"mask": masks.causal()},
+    ),
     "sigmoid": (MultiHeadAttention, {"attention_fn": sigmoid_attention}, {"mask": masks.causal()}),
     # Its sums run through all queries.
     "linear": (MultiHeadAttention, {"attention_fn": linear_attention}, {"mask": masks.causal()}),
@@ -282,6 +290,46 @@ def test_some_outputs_are_those_of_all(name):
     jax.tree.map(lambda got, want: assert_close(got, want, 1e-5), *results)
 
 
+def test_the_last_output_is_that_of_minus_one():
+    x = normal(2, 4, 12)
+    layer = MultiHeadAttention(num_heads=2, rotary=True)
+    variables = init(layer, x)
+    run = functools.partial(layer.apply, variables, x, mask=masks.causal())
+    last = np.full((2, 1), -1)
+    assert_close(run(output_positions=last), run()[:, -1:], 1e-6)
+    jitted = jax.jit(lambda places: run(output_positions=places))
+    assert_close(jitted(last), run()[:, -1:], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [MultiHeadAttention, functools.partial(Block, MultiHeadAttention(2))]
+)
+def test_a_traced_place_that_is_none_is_nan_and_spoils_no_gradient(make):
+    x = normal(2, 4, 12)
+    layer = make(2) if make is MultiHeadAttention else make(MLP(8))
+    variables = init(layer, x)
+    places, is_in = np.array([[3, 4], [-5, 1]]), np.array([[True, False], [False, True]])
+
+    @jax.jit
+    def run(variables, places):
+        out = layer.apply(variables, x, output_positions=places)
+        return jnp.where(is_in[..., None], out, 0).sum(), out
+
+    (_, out), grads = jax.value_and_grad(run, has_aux=True)(variables, places)
+    np.testing.assert_array_equal(np.isfinite(out).all(-1), is_in)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), grads)
+
+
+def test_asking_for_some_outputs_drops_no_other_weights():
+    x = normal(2, 4, 12)
+    layer = MultiHeadAttention(num_heads=2, dropout_rate=0.5)
+    variables = init(layer.clone(deterministic=True), x)
+    rngs = {"dropout": jax.random.key(3)}
+    run = functools.partial(layer.apply, variables, x, deterministic=False, rngs=rngs)
+    want = jnp.take_along_axis(run(), ASKED[..., None], axis=1)
+    assert_close(run(output_positions=ASKED), want, 1e-6)
+
+
 def test_weights_are_shown_of_all_queries_though_some_outputs_are_asked_for():
     x = normal(2, 4, 12)
     layer = MultiHeadAttention(num_heads=2, rotary=True)
@@ -303,6 +351,8 @@ def test_weights_are_shown_of_all_queries_though_some_outputs_are_asked_for():
         ),
         (ASKED[:1], {}, ValueError, r"output_positions must be \[..., P\].*\(2,\).*\(1, 2\)"),
         (ASKED * 1.0, {}, TypeError, "output_positions must hold integers"),
+        (ASKED + 1, {}, ValueError, r"output_positions must be places in a row of 4, got"),
+        (ASKED - 5, {}, ValueError, r"output_positions must be places in a row of 4, got"),
         (ASKED, {"mask": np.ones((2, 1, 3, 4), bool)}, ValueError, r"dense.*T=3.*T=4"),
         (ASKED, {"bias": np.ones((5, 4))}, ValueError, r"bias must broadcast"),
     ],

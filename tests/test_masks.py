@@ -197,6 +197,20 @@ def test_the_mask_of_some_tokens_has_their_rows(mask):
     np.testing.assert_allclose(got, attend(query, key, value, mask=want), atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", OF_ALL, ids=repr)
+def test_some_tokens_of_some_tokens_are_those_of_all(mask):
+    again = np.array([[3, 0], [5, 5]])
+    once = masks.of_tokens(mask, np.take_along_axis(TOKENS, again, axis=1))
+    for some in (
+        masks.of_tokens(masks.of_tokens(mask, TOKENS), again),
+        masks.of_tokens(masks.of_tokens(mask, TOKENS) & masks.key_lengths(11), again),
+    ):
+        assert_mask(some, once.materialize(2, 11), 2, 11)
+    for some in (masks.of_tokens(mask, TOKENS[0]), masks.of_tokens(mask, TOKENS)):
+        first = np.broadcast_to(some.materialize(6, 11), (2, 1, 6, 11))
+        assert_mask(masks.of_tokens(some, again[0]), first[:, :, again[0]], 2, 11)
+
+
 def test_the_mask_of_some_tokens_fits_these_alone():
     some = masks.of_tokens(masks.segments(np.arange(5)), np.array([1, 2]))
     with pytest.raises(ValueError, match=r"of_tokens.*T=2.*T=3"):
@@ -205,6 +219,10 @@ def test_the_mask_of_some_tokens_fits_these_alone():
         some.materialize(2, 4)
     with pytest.raises(TypeError, match=r"places.*float"):
         masks.of_tokens(masks.causal(), np.ones(2))
+    with pytest.raises(ValueError, match="places must not be negative"):
+        masks.of_tokens(masks.causal(), np.array([0, -1]))
+    with pytest.raises(ValueError, match="is of chosen tokens, so it cannot be shifted"):
+        masks.shifted(some, 1).materialize(2, 5)
     assert repr(some) == "of_tokens(segments(query_ids[5]), [2])"
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from attention_jax.analysis.maps import sown
 from attention_jax.checks import check_word, told
 from attention_jax.types import Array, PyTree
 
@@ -22,6 +23,7 @@ Gates = Mapping[str, Array]
 Loss = Callable[[Array], Array]
 # How many positions, of all rows, a CPU computes side by side.
 _POSITIONS = 2048
+_SOWN = "mean_output"
 
 
 def apply_with_gates(
@@ -104,16 +106,24 @@ def gated_heads(model: nn.Module, params: PyTree, inputs: Array, **options: Any)
 def mean_outputs(
     model: nn.Module, params: PyTree, inputs: Array, **options: Any
 ) -> dict[str, Array]:
-    """What each head gives on the average over rows and positions, `[N, V]`, by its layer."""
-    found = {}
+    """What each head gives on the average over rows and positions, `[N, V]`, by its layer.
 
-    def note(mixed, path):
-        found[path] = mixed.reshape(-1, *mixed.shape[-2:]).mean(0)
-        return mixed
+    Of a layer that runs several times it is the average over all runs. All positions count, also
+    with `output_positions`.
+    """
+    options.pop("output_positions", None)
 
-    with _at_outputs(note):
-        model.apply({"params": params}, inputs, **options)
-    return found
+    def intercept(run, arguments, named, context):
+        if _is_out(context):
+            mixed = arguments[0]
+            mean = mixed.reshape(-1, *mixed.shape[-2:]).mean(0)
+            context.module.sow("intermediates", _SOWN, mean)
+        return run(*arguments, **named)
+
+    found: dict[str, list[Array]] = {}
+    for path, mean in sown(model, params, inputs, intercept, _SOWN, **options).items():
+        found.setdefault(path.rpartition("/")[0], []).append(mean)
+    return {path: jnp.stack(means).mean(0) for path, means in found.items()}
 
 
 def importance(
@@ -251,19 +261,23 @@ def _at_outputs(change: Callable[[Array, str], Array]):
     """A context in which the input `[..., T, N, V]` of every `out` projection is changed."""
 
     def intercept(run, arguments, options, context):
-        module = context.module
-        is_out = (
-            context.method_name == "__call__"
-            and isinstance(module, nn.DenseGeneral)
-            and module.name == "out"
-            and module.axis in ((-2, -1), [-2, -1])
-        )
-        if not is_out:
+        if not _is_out(context):
             return run(*arguments, **options)
         mixed, *rest = arguments
-        return run(change(mixed, "/".join(module.path[:-1])), *rest, **options)
+        return run(change(mixed, "/".join(context.module.path[:-1])), *rest, **options)
 
     return nn.intercept_methods(intercept)
+
+
+def _is_out(context) -> bool:
+    """Whether a call is that of an `out` projection of several heads."""
+    module = context.module
+    return (
+        context.method_name == "__call__"
+        and isinstance(module, nn.DenseGeneral)
+        and module.name == "out"
+        and module.axis in ((-2, -1), [-2, -1])
+    )
 
 
 def check_heads(heads: Mapping[str, Any], counts: Mapping[str, int]) -> None:

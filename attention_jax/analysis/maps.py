@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,30 +40,45 @@ def attention_maps(
     # Words and flags decide what is compiled; arrays and masks are data.
     words = {k: v for k, v in options.items() if v is None or isinstance(v, bool | str)}
     data = {k: v for k, v in options.items() if k not in words}
-    state = _sown(model, params, inputs, data, tuple(words.items()))
-    found = {}
-    for path, sown in flatten_dict(dict(state).get("intermediates", {})).items():
-        if path[-1] != _SOWN:
-            continue
-        for i, weights in enumerate(sown):
-            found["/".join(path[:-1]) + (f"[{i}]" if len(sown) > 1 else "")] = weights
+    found = _compiled(model, params, inputs, data, tuple(words.items()))
     if not found:
-        layers = _attention_layers(model, params, inputs, **options)
+        layers = attention_layers(model, params, inputs, **options)
         raise NotImplementedError(
             "model must have layers that can show their weights, got "
             f"{', '.join(layers) or type(model).__name__}."
         )
+    # jit has put them into the order of the alphabet.
     return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "words"))
-def _sown(model, params, inputs, data, words):
-    with nn.intercept_methods(_with_weights):
-        options = {**data, **dict(words)}
-        return model.apply({"params": params}, inputs, mutable=["intermediates"], **options)[1]
+def _compiled(model, params, inputs, data, words):
+    return sown(model, params, inputs, _with_weights, _SOWN, **data, **dict(words))
 
 
-def _attention_layers(model, params, inputs, **options):
+def sown(
+    model: nn.Module, params: PyTree, inputs: Array, intercept: Callable, name: str, **options: Any
+) -> dict[str, Any]:
+    """What the layers of a model sow under a name, where an interceptor makes them do so.
+
+    A value that is sown passes `nn.remat`, which another one does not.
+
+    Returns:
+        By the path of the layer, in the order of the model; with `[0]`, `[1]` behind the path of a
+        layer that runs several times.
+    """
+    with nn.intercept_methods(intercept):
+        options["mutable"] = ["intermediates"]
+        _, state = model.apply({"params": params}, inputs, **options)
+    found = {}
+    for path, values in flatten_dict(dict(state).get("intermediates", {})).items():
+        if path[-1] == name:
+            for i, value in enumerate(values):
+                found["/".join(path[:-1]) + (f"[{i}]" if len(values) > 1 else "")] = value
+    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+
+
+def attention_layers(model, params, inputs, **options):
     """What the attention layers of a model are, as `MultiHeadAttention with linear_attention`."""
     found = {}
 

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from attention_jax.analysis.heads import check_heads
+from attention_jax.functional.tiles import Rule
 from attention_jax.layers import MultiHeadAttention
 from attention_jax.models import SequenceModel
 from attention_jax.types import PyTree
@@ -34,7 +35,8 @@ def prune_heads(
     Raises:
         ValueError: A layer or a head does not exist.
         TypeError: A head is no whole number, as in a mask of booleans.
-        NotImplementedError: A layer is of another kind, or the model has a bias for each head.
+        NotImplementedError: A layer is of another kind or stands in several places, or the model
+            has a bias or a mask for each head.
 
     Reference:
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.
@@ -48,6 +50,14 @@ def prune_heads(
         raise NotImplementedError(
             f"heads cannot be removed beside bias={model.bias}, which has a part for each head."
         )
+    for name in ("mask", "reach") if removed else ():
+        rules = getattr(model, name)
+        for rule in rules if isinstance(rules, Sequence) else (rules,):
+            if rule is not None and _has_heads(rule):
+                raise NotImplementedError(
+                    f"heads cannot be removed beside {name}={rule!r}, which has a part for each "
+                    "head."
+                )
     blocks, params = list(model.blocks), dict(params)
     for path, numbers in removed.items():
         i, layer, name = names[path], layers[path], path.split("/")[0]
@@ -56,11 +66,26 @@ def prune_heads(
                 f"heads of {path} cannot be removed: it is {type(layer).__name__}, not "
                 "MultiHeadAttention."
             )
+        places = [other for other, x in layers.items() if x is layer]
+        if len(places) > 1:
+            raise NotImplementedError(
+                f"heads of {path} cannot be removed: its layer stands in several places, "
+                f"{', '.join(places)}."
+            )
         kept = [n for n in range(layer.num_heads) if n not in numbers]
         smaller, found = _without(layer, params[name]["attention"], kept)
         blocks[i] = blocks[i].clone(attention=smaller)
         params[name] = {**params[name], "attention": found}
     return model.clone(blocks=tuple(blocks)), params
+
+
+def _has_heads(rule: Rule) -> bool:
+    """Whether an array of a rule has an axis of several heads."""
+    return any(
+        x.shape[i] > 1
+        for x, axes in rule.arrays()
+        if "N" in axes and x.ndim >= -(i := axes.index("N") - len(axes))
+    )
 
 
 def _without(layer: nn.Module, params: PyTree, kept: list[int]) -> tuple[nn.Module, PyTree]:

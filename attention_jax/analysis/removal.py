@@ -68,6 +68,8 @@ def removal_curve(
     for i, order in enumerate(orders):
         for path, n in order:
             check_heads({path: [n]}, heads)
+        if len(set(order)) < len(order):
+            raise ValueError(f"orders must name each head once, got {list(order)}.")
         for j, count in enumerate(counts):
             for path, n in order[:count]:
                 gates[path][i, j, n] = 0

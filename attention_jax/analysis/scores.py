@@ -166,11 +166,17 @@ def prefix_matching(
         out. https://arxiv.org/abs/2209.11895
     """
     length, rows = as_size("length", length), as_size("rows", rows)
+    vocab_size = as_size("vocab_size", vocab_size, 2)  # One token has no other to follow it.
     repeats = as_size("repeats", repeats, 2)
     tokens = repeated_tokens(
         rng, vocab_size=vocab_size, length=length, repeats=repeats, rows=rows, first=first
     )
     maps = attention_maps(model, params, tokens, **options)
+    if any(np.isnan(np.asarray(weights, np.float32)).any() for weights in maps.values()):
+        raise ValueError(
+            f"model gives NaN for some tokens below vocab_size={vocab_size}: its table may be "
+            "smaller."
+        )
     pattern = head_pattern(tokens, "induction_head")
     later = slice(tokens.shape[-1] - length * (repeats - 1), None)
     return {

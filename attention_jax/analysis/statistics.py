@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attention_jax.analysis.maps import attention_layers, sown
 from attention_jax.functional.dot_product import dot_product_attention
 from attention_jax.functional.statistics import AttentionStatistics, attention_statistics
 from attention_jax.types import Array, PyTree
@@ -15,6 +16,9 @@ from attention_jax.types import Array, PyTree
 UNIFORM = 0.99  # Of the largest possible entropy: a head above it weighs all keys alike.
 CONSTANT = 1e-3  # The spread over inputs below which a head does the same for all.
 EXPLODING = 80.0  # exp of a larger logit overflows in float16 sums, and its softmax is one-hot.
+
+
+_SOWN = "attention_statistics"
 
 
 def head_statistics(
@@ -29,36 +33,47 @@ def head_statistics(
         **options: Of the model's call, as `mask`.
 
     Returns:
-        Arrays `[B, T, N]` for each layer, by its path, as "blocks_0/attention".
+        Arrays `[B, T, N]` for each layer, by its path, as "blocks_0/attention". A layer that runs
+        several times has `[0]`, `[1]` after its path. They are of all T tokens, also with
+        `output_positions`.
 
     Raises:
-        NotImplementedError: A layer has another attention function, whose weights are no softmax.
+        NotImplementedError: A layer has another attention function, whose weights are no softmax,
+            or is of another library; or there is none.
     """
-    found = {}
 
     def intercept(run, arguments, named, context):
         layer = context.module
-        if context.method_name != "_mix" or not hasattr(layer, "attention_fn"):
+        if not hasattr(layer, "attention_fn"):
             return run(*arguments, **named)
         path = "/".join(layer.path)
         if layer.attention_fn is not dot_product_attention:
             raise NotImplementedError(
                 f"statistics are of dot_product_attention, but {path} has {layer.attention_fn}."
             )
-        query, key, _, mask, bias, *_ = arguments
-        found[path] = attention_statistics(
-            query,
-            key,
-            bias,
-            mask,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            sinks=layer.get_variable("params", "sinks") if layer.sinks else None,
-        )
+        if context.method_name == "_mix":
+            query, key, _, mask, bias, *_ = arguments
+            statistics = attention_statistics(
+                query,
+                key,
+                bias,
+                mask,
+                scale=getattr(layer, "scale", None),
+                softcap=getattr(layer, "softcap", None),
+                sinks=layer.get_variable("params", "sinks")
+                if getattr(layer, "sinks", False)
+                else None,
+            )
+            layer.sow("intermediates", _SOWN, statistics)
         return run(*arguments, **named)
 
-    with nn.intercept_methods(intercept):
-        model.apply({"params": params}, inputs, **options)
+    options.pop("output_positions", None)
+    found = sown(model, params, inputs, intercept, _SOWN, **options)
+    if not found:
+        raise NotImplementedError(
+            "model must have layers with dot_product_attention, got "
+            f"{', '.join(attention_layers(model, params, inputs, **options)) or 'none'}."
+        )
     return found
 
 

@@ -35,6 +35,7 @@ from attention_jax.functional.tiles import (
     Rule,
     Tile,
     as_offset,
+    as_tokens,
     offset_of,
     shown,
     value_class,
@@ -208,6 +209,9 @@ class OfTokens(Bias):
         if self.places.shape[-1] != T:
             raise ValueError(f"bias {self!r} was made for T={self.places.shape[-1]}, got {T=}.")
         self.bias.check_keys(S)
+
+    def check_shifted(self, T, S):
+        raise ValueError(f"bias {self!r} is of chosen tokens, so it cannot be shifted.")
 
     def __repr__(self):
         return f"of_tokens({self.bias!r}, {words(self.places)})"
@@ -393,9 +397,10 @@ def shifted(bias: Bias, offset: int | Array) -> Bias:
 def of_tokens(bias: Bias, places: Array) -> Bias:
     """`bias` for queries that are the tokens `places` of the sequence, `[..., P]` integers.
 
+    The sequence is that of the keys: queries and keys are the same tokens, T = S.
     Rules go by the tokens; an array keeps the rows of these tokens.
     """
-    places = as_integers("places", places, axes=1)
+    places = as_tokens(places)
     return OfTokens(as_bias(bias).of_tokens(places), places)
 
 

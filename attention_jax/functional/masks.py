@@ -36,6 +36,7 @@ from attention_jax.functional.tiles import (
     Rule,
     Tile,
     as_offset,
+    as_tokens,
     offset_of,
     per_row,
     shown,
@@ -502,6 +503,9 @@ class OfTokens(Mask):
         super().check(T, S)
         self.mask.check_keys(S)
 
+    def check_shifted(self, T, S):
+        raise ValueError(f"mask {self!r} is of chosen tokens, so it cannot be shifted.")
+
     def __repr__(self):
         return f"of_tokens({self.mask!r}, {words(self.places)})"
 
@@ -716,13 +720,14 @@ def shifted(mask: Mask, offset: int | Array) -> Mask:
 def of_tokens(mask: Mask, places: Array) -> Mask:
     """`mask` for queries that are the tokens `places` of the sequence, `[..., P]` integers.
 
+    The sequence is that of the keys: queries and keys are the same tokens, T = S.
     Rules and ids go by the tokens; a `dense` array keeps the rows of these tokens.
 
     >>> print(of_tokens(causal(), jnp.array([2, 0])).materialize(2, 3).astype(int))
     [[1 1 1]
      [1 0 0]]
     """
-    places = as_integers("places", places, axes=1)
+    places = as_tokens(places)
     return OfTokens(as_mask(mask).of_tokens(places), places)
 
 

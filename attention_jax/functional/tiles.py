@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.checks import as_integers, as_size
+from attention_jax.checks import as_integers, as_size, told
 from attention_jax.functional.xla_cpu import dynamic_slice
 from attention_jax.types import Array
 
@@ -79,9 +79,7 @@ class Tile(NamedTuple):
         if places.shape[-1] != self.t_size:
             places = lax.dynamic_slice_in_dim(places, self.t_start, self.t_size, axis=-1)
         ahead = places - (self.t_start + jnp.arange(self.t_size, dtype=jnp.int32))
-        offset = with_head_axis(ahead[..., None])
-        at = None if self.places is None else (self.places[0] + offset, self.places[1])
-        return self._replace(T=self.S, offset=self.offset + offset, places=at)
+        return self._replace(T=self.S, offset=with_head_axis(ahead[..., None]))
 
     def of_queries(self, x: Array) -> Array:
         """The entries that belong to the tile's queries, `[..., L] -> [..., t_size, 1]`."""
@@ -163,13 +161,17 @@ class Rule:
     def of_tokens(self, places: Array) -> Self:
         """The same rule, whose arrays with a row for each query keep those of the tokens `places`,
         `[..., P]`."""
-        index = places[..., None, :, None]
 
         def take(x, axes):
-            if "T" not in axes or 1 in (1, *x.shape)[-2:-1]:
+            if "T" not in axes:
                 return x
-            axes = (1,) * max(0, index.ndim - x.ndim)
-            return jnp.take_along_axis(x.reshape(*axes, *x.shape), index, axis=-2, mode="clip")
+            axis = axes.index("T") - len(axes)
+            if x.ndim < -axis or x.shape[axis] == 1:
+                return x
+            index = places if axis == -1 else places[..., None, :, None]
+            depth = max(x.ndim, index.ndim)
+            x, index = (y.reshape(*(1,) * (depth - y.ndim), *y.shape) for y in (x, index))
+            return jnp.take_along_axis(x, index, axis=axis, mode="clip")
 
         return self._over_arrays(take)
 
@@ -247,6 +249,14 @@ def as_offset(offset: int | str | Array) -> int | str | Array:
     if hasattr(offset, "dtype") and not isinstance(offset, np.integer):
         return as_integers("offset", offset)
     return as_size("offset", offset, minimum=-FARTHEST, maximum=FARTHEST)
+
+
+def as_tokens(places: Array) -> Array:
+    """Checks places of tokens in a row, `[..., P]`."""
+    places = as_integers("places", places, axes=1)
+    if not isinstance(places, jax.core.Tracer) and (places < 0).any():
+        raise ValueError(f"places must not be negative, got {told(places)}.")
+    return places
 
 
 def offset_of(offset: int | str | Array, at: Tile) -> int | Array:

@@ -188,6 +188,8 @@ def _check_field(name: str, value: Any, fields: dict[str, Any], model: SequenceM
 def tokenizer(directory: str | os.PathLike) -> Any:
     """The `tokenizers.Tokenizer` of a directory: `.encode(text).ids`, `.decode(ids)`.
 
+    It neither pads nor truncates, whatever the file says of the batches of its training.
+
     Raises:
         FileNotFoundError: The directory has no `tokenizer.json`.
         ModuleNotFoundError: The library is not installed.
@@ -204,9 +206,12 @@ def tokenizer(directory: str | os.PathLike) -> Any:
             '"attention-jax[huggingface]".'
         ) from None
     try:
-        return Tokenizer.from_file(str(path))
+        found = Tokenizer.from_file(str(path))
     except Exception as error:  # The library has no type of its own for what it raises.
         raise ValueError(f"{path} is no tokenizer: {error}") from error
+    found.no_padding()
+    found.no_truncation()
+    return found
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import CHECKPOINTS, local_path, locate
+from attention_jax.training.files import CHECKPOINTS, local_path, locate, make_directory
 from attention_jax.training.process import prepare, say
 
 ROWS, MAX_CHECKPOINTS = 128, 50
@@ -111,7 +111,7 @@ def inspect(
     findings = find(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out, "--out")
     return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, text))
 
 

@@ -33,7 +33,7 @@ from attention_jax.laboratory.runs import (
     spread,
 )
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import local_path
+from attention_jax.training.files import local_path, make_directory
 
 
 def table(
@@ -165,7 +165,7 @@ def write(
     """
     found, numbers = _found(runs, x, metric, published)
     out = local_path(out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out, "--out")
     files = draw_curves(found, out / "curves")
     if x is not None:
         files += draw_against(found, x, out / f"by_{x.split('.')[-1]}", metric, numbers)

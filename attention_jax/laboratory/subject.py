@@ -116,8 +116,11 @@ def _words(run, tokens):
     if run.task.text is None:
         return tokens.astype(str).tolist()
     decode = run.task.text.vocabulary.decode
-    name = lambda token: decode([token]).replace("\n", "\\n").replace(" ", "␣")
-    return [[name(token) for token in row] for row in tokens.tolist()]
+    return [[_visible(decode([token])) for token in row] for row in tokens.tolist()]
+
+
+def _visible(text):
+    return text.replace("\n", "\\n").replace(" ", "␣")
 
 
 def _guess(run, batch):
@@ -138,6 +141,16 @@ def _tokens(batch: Batch, logits):
 def _vectors(batch: Batch, outputs):
     losses = jnp.square(outputs.astype(jnp.float32) - batch.targets).mean(-1)
     return losses, None, batch.weights
+
+
+def _word(coder, token):
+    """A token as a label, with the space before it made visible."""
+    # A special token, as "<s>", would be left out and stand as a number among words.
+    word = coder.decode([token], skip_special_tokens=False)
+    # SentencePiece's decoder takes the space of the first word away.
+    if (coder.id_to_token(token) or "").startswith("▁") and not word.startswith(" "):
+        word = f" {word}"
+    return _visible(word) or str(token)
 
 
 def of_directory(
@@ -173,9 +186,7 @@ def of_directory(
     T = len(tokens)
     weights = jnp.ones((1, T - 1), jnp.float32)
     batch = Batch(inputs, inputs[:, 1:], weights, jnp.arange(T - 1)[None])
-    # A special token, as "<s>", would be left out and stand as a number among words.
-    word = lambda token: coder.decode([token], skip_special_tokens=False) or str(token)
-    name_of = str if coder is None else word
+    name_of = str if coder is None else functools.partial(_word, coder)
     return Subject(
         name=place.resolve().name,
         about=f"the next of {T} tokens",

@@ -130,11 +130,15 @@ class SingleHeadAttention(Named, nn.Module):
         value = project("value", head_dim, inputs_kv)  # [..., S, H]
         # The functions take any number of heads; this layer has one.
         query, key, value = (x[..., None, :] for x in (query, key, value))
-        mixed = _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
+        mixed = self._mix(query, key, value, mask, bias, deterministic, sow_weights)
         out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
         return project(
             "out", out_features, mixed[..., 0, :], self.out_kernel_init or self.kernel_init
         )
+
+    def _mix(self, query, key, value, mask, bias, deterministic, sow_weights) -> Array:
+        """Lets queries read values: `[..., T, 1, H]`."""
+        return _attend(self, query, key, value, mask, bias, deterministic, sow_weights)
 
 
 class MultiHeadAttention(Named, nn.Module):
@@ -260,17 +264,19 @@ class MultiHeadAttention(Named, nn.Module):
                 cache. Only differences matter, so documents side by side and left padding need no
                 positions. With `decode` give those of the new tokens; cached keys keep theirs.
                 `mask` and `bias` do not use them: see `masks.placed`.
-            output_positions: `[..., P]` integers: which of the T tokens to compute outputs for;
-                self-attention only. None takes all. The others are keys alone, which saves time.
+            output_positions: `[..., P]` integers: which of the T tokens to compute outputs for,
+                -1 for the last; self-attention only. None takes all. The others are keys alone,
+                which saves time.
 
         Returns:
-            `[..., T, out_features]`, with `output_positions` `[..., P, out_features]`. With
-            `decode` under `jit`, a row returns NaN and keeps its cache if its cache has no room for
-            the new tokens or its length is not in [0, T].
+            `[..., T, out_features]`, with `output_positions` `[..., P, out_features]`. Under `jit`
+            a place that is not in the row returns NaN. With `decode` under `jit`, a row returns NaN
+            and keeps its cache if its cache has no room for the new tokens or its length is not in
+            [0, T].
 
         Raises:
             ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
-                (outside `jit`) the cache has no room.
+                (outside `jit`) the cache has no room or the row no such place.
             NotImplementedError: `rotary` or `output_positions` with `inputs_kv`, or `decode` with
                 dropout; in cross-attention with `decode`, a rule that depends on the places of
                 queries.
@@ -296,10 +302,9 @@ class MultiHeadAttention(Named, nn.Module):
                     "output_positions are for self-attention: in cross-attention give the "
                     "inputs_q of these places alone."
                 )
-            places = as_places("output_positions", places, inputs_q.shape[:-2])
-        # The other queries are left out where each query has weights of its own.
-        has_weights = hasattr(self.attention_fn, "weights")
-        is_early = places is not None and has_weights and not sow_weights
+            *batch, T, _ = inputs_q.shape
+            places = as_places("output_positions", places, batch, T)
+        is_early = places is not None and self._can_skip(deterministic, sow_weights)
         rotate = self._rotation()
         self._check_cache_length(sow_weights)
         _check_use_bias(self.use_bias)
@@ -355,9 +360,22 @@ class MultiHeadAttention(Named, nn.Module):
         out = self._dense_general(out_features, (-2, -1), "out", out_init)(
             mixed
         )  # [..., T or P, D]
+        if places is not None:
+            out = outside(out, places, T)
         if overflow is not None:
             out = jnp.where(overflow[..., None, None], jnp.nan, out)
         return out
+
+    def _can_skip(self, deterministic, sow_weights) -> bool:
+        """Whether queries can be left out, and the others give the same as with them."""
+        has_own_weights = hasattr(self.attention_fn, "weights")
+        is_static = not isinstance(self.dropout_rate, jax.core.Tracer)
+        # Which weights are dropped depends on the places of queries.
+        drops = not (is_static and self.dropout_rate == 0)
+        drops = drops and not (deterministic or self.deterministic)
+        # This scaling goes by the length of the row.
+        is_dynamic = isinstance(self.rotary_scaling, dynamic)
+        return has_own_weights and not (drops or is_dynamic or sow_weights)
 
     def _mix(self, query, key, value, mask, bias, deterministic, sow_weights, **options) -> Array:
         """Lets queries read values: `[..., T, N, H]`."""
@@ -454,8 +472,20 @@ def _of_tokens(mask, bias, places, T, S):
 
 
 def at_places(x: Array, places: Array, axis: int = -2) -> Array:
-    """`[..., T, D]` at the places `[..., P]`; `axis` is that of T."""
-    return jnp.take_along_axis(x, jnp.expand_dims(places, range(axis + 1, 0)), axis=axis)
+    """`[..., T, D]` at the places `[..., P]`; `axis` is that of T. See `outside`."""
+    index = jnp.expand_dims(places, range(axis + 1, 0))
+    return jnp.take_along_axis(x, index, axis=axis, mode="clip")
+
+
+def outside(out: Array, places: Array, length: int) -> Array:
+    """The outputs `[..., P, D]`, NaN where a traced place is not in a row of this length.
+
+    This comes last: a NaN on the way would spoil the gradients of parameters.
+    """
+    if not isinstance(places, jax.core.Tracer):
+        return out  # They were checked.
+    is_in = (places >= 0) & (places < length)
+    return jnp.where(is_in[..., None], out, jnp.nan)
 
 
 # Arguments of attention functions that a layer gives itself.

@@ -82,6 +82,9 @@ class Tokenizer:
             self._coder = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # The library raises bare Exceptions.
             raise ValueError(f"the tokenizer.json is broken: {error}.") from error
+        # As the file may do for the batches of another training.
+        self._coder.no_padding()
+        self._coder.no_truncation()
 
     @property
     def size(self) -> int:

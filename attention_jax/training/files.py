@@ -117,3 +117,11 @@ def locate(run: Path) -> tuple[Path, int | None]:
             f"{run} is a sweep without a best trial: name a trial, as {trial_directory(run, 0)}."
         )
     return run, best
+
+
+def make_directory(path: Path, name: str) -> None:
+    """Makes the directory for what a command writes; ValueError if a file is in its place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{name} must be a directory: {path} is a file or below one.") from None

@@ -17,6 +17,8 @@ __all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "spec"]
 ROTARY = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # By `model_type`. `describe` takes the first that fits.
 FAMILIES = GPTS | LLAMAS
+# Families that transformers loads only where the heads divide the width, whatever their size.
+WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")
 
 
 def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
@@ -71,6 +73,8 @@ def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
             _, made = make_model({"model_type": kind} | config, model.embedding.param_dtype)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
             continue  # A part of the model is not one of this family.
+        if kind in WHOLE_HEADS and config["hidden_size"] % config["num_attention_heads"]:
+            continue
         if spec(made) == spec(model):
             return kind, family, config
     raise NotImplementedError(
