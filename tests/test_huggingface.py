@@ -360,6 +360,31 @@ def test_a_model_of_no_family_is_not_saved(tmp_path):
     assert json.loads((tmp_path / "odd" / "config.json").read_text())["eos_token_id"] == 7
 
 
+def test_a_model_whose_heads_do_not_divide_its_width_is_saved_where_transformers_takes_it(tmp_path):
+    config = json.loads((HERE / "llama" / "config.json").read_text())
+    config |= {"attention_bias": False, "mlp_bias": False, "num_attention_heads": 3}
+    config |= {"num_key_value_heads": 3}  # The width is 16.
+    _, model = make_model(config, jnp.float32)
+    tokens = jnp.array([[3, 1, 4, 1, 5]])
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    huggingface.save(tmp_path / "saved", model, params)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["model_type"] not in ("llama", "gemma2", "gemma3_text")
+    again, found = huggingface.load(tmp_path / "saved")
+    run = lambda model, params: model.apply({"params": params}, tokens)
+    assert_close(run(again, found), run(model, params), 1e-6)
+    if HAS_PEER:
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    # Only Llama has these biases.
+    _, biased = make_model(config | {"attention_bias": True, "mlp_bias": True}, jnp.float32)
+    with pytest.raises(NotImplementedError, match="family"):
+        huggingface.save(
+            tmp_path / "other", biased, biased.init(jax.random.key(0), tokens)["params"]
+        )
+
+
 def test_a_dynamic_rotation_is_not_decoded(place):
     directory = place(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     model, _ = huggingface.load(directory)
