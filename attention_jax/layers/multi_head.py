@@ -321,8 +321,9 @@ class MultiHeadAttention(Named, nn.Module):
                 key = self._by_part(self._norm("key_ln"), key)
             return key, value
 
+        # From here on P queries, which are all T without `output_positions`.
         asking = at_places(inputs_q, places) if is_early else inputs_q
-        query = project("query", self.num_heads, head_dim, asking)  # [..., T or P, N, H]
+        query = project("query", self.num_heads, head_dim, asking)  # [..., P, N, H]
         if self.qk_norm is not False:
             query = self._by_part(self._norm("query_ln"), query)
         if memory is None:
@@ -357,9 +358,7 @@ class MultiHeadAttention(Named, nn.Module):
             mixed = at_places(mixed, places, axis=-3)
         out_features = inputs_q.shape[-1] if self.out_features is None else self.out_features
         out_init = self.out_kernel_init or self.kernel_init
-        out = self._dense_general(out_features, (-2, -1), "out", out_init)(
-            mixed
-        )  # [..., T or P, D]
+        out = self._dense_general(out_features, (-2, -1), "out", out_init)(mixed)  # [..., P, D]
         if places is not None:
             out = outside(out, places, T)
         if overflow is not None:
