@@ -272,8 +272,8 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
         *batch, T, _ = x.shape
         self._check_call(positions, lengths)
         if output_positions is not None:
-            places = as_places("output_positions", output_positions, batch, T)
-            output_positions = jnp.clip(places, 0, T - 1)  # See `outside`.
+            asked = as_places("output_positions", output_positions, batch, T)
+            output_positions = jnp.clip(asked, 0, T - 1)  # See `outside`.
         positions, told, row, places = self._stand(positions, mask, tuple(batch), T)
         if self.positions is not None:
             x = self.positions(x, positions)
@@ -302,7 +302,7 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             x = at_places(x, output_positions)
         x = x if self.norm is None else self.norm(name="last_norm")(x)
         x = self.embedding.attend(x) if self.head is None else self.head(x)
-        return x if output_positions is None else outside(x, places, T)
+        return x if output_positions is None else outside(x, asked, T)
 
     def _check_parts(self) -> None:
         """Raises an error for invalid parts."""
