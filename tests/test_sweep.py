@@ -16,7 +16,7 @@ import pytest
 
 from attention_jax.interop import weights
 from attention_jax.laboratory import export, pictures, report, sweep
-from attention_jax.laboratory.runs import Run
+from attention_jax.laboratory.runs import Run, main_metric
 from attention_jax.training import experiment, metrics
 from attention_jax.training.checkpoint import Checkpoints, fingerprint, restore_params
 from attention_jax.training.command import parse
@@ -462,6 +462,17 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
     assert heading[:3] == ["directory", "model.window", "runs"]
     assert first == ["run, run", "8", "2", "1", "2 ± 1.414", "0", "0.5"]
     assert second == ["run, run", "16", "2", "5", "5 ± -", "1", "-"]
+
+
+def test_texts_in_other_tokens_compare_by_bits_per_character():
+    bits = "eval_loss_in_bits_per_character"
+    runs = [
+        run_of(loss, task__tokens=tokens)._replace(result={"eval_loss": loss, bits: value})
+        for tokens, loss, value in (("characters", 3.4, 5.0), ("a.json", 5.2, 4.0))
+    ]
+    assert main_metric(runs) == bits
+    assert main_metric(runs[:1] * 2) == "eval_loss"
+    assert [row[-3] for row in report.table(runs)] == [f"best {bits}", "5", "4"]
 
 
 def test_the_table_names_the_directories():

@@ -17,7 +17,7 @@ from attention_jax.interop import huggingface
 from attention_jax.laboratory import generate as laboratory
 from attention_jax.laboratory import subject, sweep
 from attention_jax.tasks import TASKS
-from attention_jax.tasks.vocabulary import Bytes, Characters, Text
+from attention_jax.tasks.vocabulary import Bytes, Characters, Text, lost
 from attention_jax.training import budget, experiment
 from attention_jax.training.build import build
 from attention_jax.training.command import parse
@@ -146,6 +146,82 @@ def test_a_tokenizer_of_a_file_makes_the_tokens(files):
     assert again.vocabulary.decode([1, 2]) == "line of"
 
 
+def byte_pairs(merges):
+    """A tokenizer of bytes, GPT-2's kind, with some merges; its newline is `Ċ`, its space `Ġ`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    names = {name: place for place, name in enumerate([*letters, *map("".join, merges)])}
+    coder = tokenizers.Tokenizer(tokenizers.models.BPE(names, merges))
+    coder.decoder = tokenizers.decoders.ByteLevel()
+    coder.normalizer = tokenizers.normalizers.ByteLevel()
+    return coder
+
+
+def test_each_line_is_a_row_although_a_token_joins_its_newline_with_the_next(tmp_path):
+    coder = byte_pairs([("Ċ", "Ġ"), ("ĊĠ", "m")])
+    coder.save(str(tmp_path / "joins.json"))
+    lines = [" mia", "ava", "  emma", "mo"] * 10
+    (tmp_path / "names.txt").write_text("\n".join(lines), encoding="utf-8")
+    options = {"path": str(tmp_path / "names.txt"), "tokens": str(tmp_path / "joins.json")}
+    assert len(coder.encode("ava\n mia").ids) == 6  # Two are one there.
+    task = TASKS["text"](lines=True, seq_length=10, **options)
+    drawn = rows(task.sample)
+    decode = task.text.vocabulary.decode
+    found = {
+        decode(row[weights > 0].tolist()).removesuffix("\n")
+        for row, weights in zip(drawn.targets, drawn.weights, strict=True)
+    }
+    assert found == set(lines)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n\n"])
+def test_a_line_of_bytes_ends_as_one_of_letters(end, tmp_path):
+    (tmp_path / "names.txt").write_bytes(end.join(["mia", "ava", "mo"] * 10).encode())
+    for tokens in ("bytes", "characters"):
+        task = TASKS["text"](
+            path=str(tmp_path / "names.txt"), tokens=tokens, lines=True, seq_length=8
+        )
+        drawn = rows(task.sample)
+        decode = task.text.vocabulary.decode
+        found = {
+            decode(row[weights > 0].tolist())
+            for row, weights in zip(drawn.targets, drawn.weights, strict=True)
+        }
+        assert found == {"mia\n", "ava\n", "mo\n"}
+
+
+def test_numbers_of_a_tokenizer_may_have_gaps(tmp_path):
+    pytest.importorskip("tokenizers")
+    holes = json.loads(json.dumps(TOKENIZER))
+    holes["model"]["vocab"] = {**WORDS, "poem": 50}
+    (tmp_path / "holes.json").write_text(json.dumps(holes), encoding="utf-8")
+    (tmp_path / "poem.txt").write_text(POEM, encoding="utf-8")
+    task = TASKS["text"](
+        path=str(tmp_path / "poem.txt"), tokens=str(tmp_path / "holes.json"), seq_length=3
+    )
+    assert task.vocab_size == 51
+    del holes["model"]["vocab"]["[UNK]"]
+    (tmp_path / "holes.json").write_text(json.dumps(holes), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokens of text: .*holes\.json: the tokenizer cannot"):
+        TASKS["text"](
+            path=str(tmp_path / "poem.txt"), tokens=str(tmp_path / "holes.json"), seq_length=3
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded", "gone"),
+    [
+        ("The née", "the nee", ""),
+        ("日本 a", "a", "日本"),
+        ("a b", "ab", ""),
+        ("x\ufb01y", "xfiy", ""),
+        ("hello you", "hello [UNK]", "y"),
+    ],
+)
+def test_letters_without_tokens_are_told(text, decoded, gone):
+    assert set(lost(text, decoded)) == set(gone) if gone else not lost(text, decoded)
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [
@@ -230,6 +306,45 @@ def test_a_run_turns_text_into_tokens_and_back_without_its_file(trained, files):
             experiment.run(small(path), trained[0])
     finally:
         (files / "moved.txt").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "words"),
+    [
+        ([[1, 2], [3, 4]], ValueError, r"tokens must be one row, \[T\], got shape \(2, 2\)"),
+        ([3, 10**6], ValueError, r"tokens must be from 0 to \d+, got 3 to 1000000"),
+        ([-1], ValueError, r"tokens must be from 0 to \d+, got -1 to -1"),
+        ([0.5], TypeError, "tokens must hold integers"),
+    ],
+)
+def test_what_is_no_row_of_tokens_is_no_text(trained, tokens, error, words):
+    run = attention_jax.load(trained[0])
+    with pytest.raises(error, match=words):
+        run.decode(tokens)
+
+
+def test_a_run_goes_on_with_its_file_in_another_place(trained, files, tmp_path):
+    shutil.copy(files / "poem.txt", tmp_path / "same.txt")
+    again = experiment.run(small(tmp_path / "same.txt"), trained[0])
+    assert again.metrics == trained[1].metrics
+    changed = small(tmp_path / "same.txt")
+    changed.seed = 5
+    with pytest.raises(ConfigError, match="holds another run: seed is 0 there and 5 here"):
+        experiment.run(changed, trained[0])
+
+
+def test_without_its_vocabulary_a_run_needs_its_own_file(trained, files, tmp_path):
+    directory = shutil.copytree(trained[0], tmp_path / "run")
+    (directory / "vocabulary.json").unlink()
+    run = attention_jax.load(directory)
+    assert run.decode(run.encode("the poem")) == "the poem"
+    kept = (files / "poem.txt").read_bytes()
+    try:
+        (files / "poem.txt").write_bytes(kept.replace("é".encode(), "ö".encode()))
+        with pytest.raises(ValueError, match=r"sha256 .* there and .* vocabulary\.json is missing"):
+            attention_jax.load(directory)
+    finally:
+        (files / "poem.txt").write_bytes(kept)
 
 
 def test_other_tasks_have_no_text(tmp_path):
@@ -438,6 +553,7 @@ def test_a_run_of_lines_writes_lines(files, tmp_path):
         (["--temperature=-1"], "temperature must be at least 0 and finite"),
         (["--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
         (["--prompt=日本"], "got '日本'"),
+        (["--prompt=a\udce9"], "--prompt is no text in UTF-8, at byte 1"),
         (["--length=3"], "unrecognized arguments: --length=3"),
     ],
 )
@@ -445,6 +561,31 @@ def test_what_cannot_be_written_is_a_line(trained, flags, words):
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as error:
         written(trained[0], *flags)
     assert words in str(error.value)
+
+
+def test_a_prompt_is_read_as_the_text_was(trained, files, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"the poem\r\n")
+    for prompt in ("the poem\r\n", f"FILE:{tmp_path / 'prompt.txt'}"):
+        assert written(trained[0], f"--prompt={prompt}", "--tokens=0") == "the poem\n\n"
+    config = small(files / "poem.txt")
+    config.task.tokens, config.train.epochs, config.eval.sample = "bytes", 1, 0
+    experiment.run(config, tmp_path / "bytes")
+    for content in (b"the\r\npoem \xe9", b"\xef\xbb\xbfthe"):
+        (tmp_path / "prompt.txt").write_bytes(content)
+        of_run = laboratory._of_run(tmp_path / "bytes")
+        text = laboratory._text(content, of_bytes=True)
+        given = bytes(of_run.begin(text).tolist())
+        assert given == content
+        shown = written(
+            tmp_path / "bytes", f"--prompt=FILE:{tmp_path / 'prompt.txt'}", "--tokens=0"
+        )
+        assert shown == content.decode(errors="replace") + "\n"
+
+
+def test_a_letter_that_stands_for_strange_bytes_is_written_once():
+    decode = Characters("ab\ufffd").decode
+    told = laboratory.Told(decode, [0, 2], is_whole=True)
+    assert told.add([1, 2, 0]) + told.rest() == "b\ufffda"
 
 
 def test_a_letter_waits_for_all_of_its_bytes():

@@ -12,6 +12,7 @@ read anew, so a text may be of any length.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from attention_jax.laboratory.inspect import is_run
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import local_path, read_json
+from attention_jax.training.metrics import harmless
 
 TOKENS, CHUNK = 500, 8
 _FILE = "FILE:"
@@ -48,11 +50,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--end", help="stop before this text, which must be one token")
     try:
         options = vars(parser.parse_args(argv[1:]))
+        # A file gets the text as it is.
+        shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
         for number, sample in enumerate(write(**options)):
             if options["samples"] > 1:
                 print(f"{'' if number == 0 else chr(10)}--- {number + 1}", flush=True)
             for part in sample:
-                print(part, end="", flush=True)
+                print(shown(part), end="", flush=True)
             print(flush=True)
     except (
         *(RuntimeError, ValueError, TypeError, NotImplementedError, FileNotFoundError),
@@ -102,18 +106,24 @@ def write(
             raise ValueError(f"--{name} must be at least {least}: got {value}.")
     if seed >= 2**31:
         raise ValueError(f"--seed must be less than 2**31: got {seed}.")
+    content = prompt.encode(errors="surrogateescape")
     if prompt.startswith(_FILE):
-        prompt = _read(prompt.removeprefix(_FILE))
+        content = _read(prompt.removeprefix(_FILE))
     of_run = is_run(place)
     # Imported after the checks, so that errors do not wait for jax.
     import jax
 
     from attention_jax.generation import stream
+    from attention_jax.tasks.vocabulary import lost
     from attention_jax.training.process import prepare
 
     prepare()
     author = _of_run(place) if of_run else _of_directory(place)
+    prompt = _text(content, author.of_bytes)
     given = author.begin(prompt)
+    # Bytes lose nothing, and may be no letters.
+    if not author.of_bytes and (gone := lost(prompt, author.decode(given.tolist()))):
+        raise ValueError(f"--prompt: the tokenizer has no tokens for {gone[:20]!r}.")
     if context is None:
         context = author.context
     ends = author.ends
@@ -138,8 +148,9 @@ def write(
             end=sorted(ends) or None,
             chunk=CHUNK,
         )
-        yield prompt
-        told = Told(author.decode, given.tolist())
+        shown = content.decode(errors="replace") if author.of_bytes else prompt
+        yield shown[: _sure(shown)] if author.of_bytes else shown
+        told = Told(author.decode, given.tolist(), is_whole=not author.of_bytes)
         for part in parts:
             new = np.asarray(part).tolist()
             # Behind an end token nothing else comes.
@@ -155,19 +166,24 @@ class Told:
     Args:
         decode: From a list of tokens to text.
         before: The tokens of the prompt.
+        is_whole: Whether a U+FFFD at the end of the prompt is a letter of its own, and no part of
+            one.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int]):
+    def __init__(
+        self, decode: Callable[[list[int]], str], before: Sequence[int], is_whole: bool = False
+    ):
         self._decode = decode
         # The first tokens may depend on those before them, as a space at the start of a word.
         self._tokens = list(before[-8:])
-        self._told = len(decode(self._tokens).rstrip("\ufffd"))
+        known = decode(self._tokens)
+        self._told = len(known) if is_whole else _sure(known)
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that is new. A letter that is not complete waits for its other tokens."""
         self._tokens += tokens
         text = self._decode(self._tokens)
-        sure = self._sure(text)
+        sure = _sure(text)
         new = self._new(text[:sure])
         if sure == len(text) and len(self._tokens) > 200:  # Keeps a long text from taking long.
             self._tokens = self._tokens[-8:]
@@ -178,13 +194,15 @@ class Told:
         """What still waits."""
         return self._new(self._decode(self._tokens))
 
-    def _sure(self, text):
-        """A letter has up to four bytes, so up to three U+FFFD may still become one."""
-        return max(len(text.rstrip("\ufffd")), len(text) - 3)
-
     def _new(self, text):
         new, self._told = text[self._told :], max(self._told, len(text))
         return new
+
+
+def _sure(text: str) -> int:
+    """How much of a text will stay: a letter has up to four bytes, so up to three U+FFFD at the end
+    may still become one."""
+    return max(len(text.rstrip("\ufffd")), len(text) - 3)
 
 
 class Author(NamedTuple):
@@ -197,6 +215,7 @@ class Author(NamedTuple):
         decode: From tokens to text.
         ends: The tokens that end a text.
         context: How many tokens it was trained on; None if this is not known.
+        of_bytes: Whether tokens are bytes, so that a prompt may be any bytes.
     """
 
     model: Any
@@ -206,9 +225,11 @@ class Author(NamedTuple):
     decode: Callable[[list[int]], str]
     ends: set[int]
     context: int | None
+    of_bytes: bool = False
 
 
 def _of_run(place: Path) -> Author:
+    from attention_jax.tasks.vocabulary import Bytes
     from attention_jax.training.loading import load
     from attention_jax.training.watch import first_token
 
@@ -231,6 +252,7 @@ def _of_run(place: Path) -> Author:
         decode=text.vocabulary.decode,
         ends={first} if text.lines else set(),
         context=max(2, run.config.task.seq_length),
+        of_bytes=isinstance(text.vocabulary, Bytes),
     )
 
 
@@ -267,11 +289,20 @@ def _of_directory(place: Path) -> Author:
     )
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> bytes:
     file = local_path(path, "--prompt=FILE:PATH")
     try:
-        return file.read_text(encoding="utf-8-sig")  # As a text to learn from.
+        return file.read_bytes()
     except OSError as error:
         raise ValueError(f"--prompt: {file} cannot be read: {error.strerror}.") from error
+
+
+def _text(content: bytes, of_bytes: bool) -> str:
+    """A prompt as a text to learn from is read."""
+    if of_bytes:
+        return content.decode(errors="surrogateescape")
+    try:
+        letters = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt: {file} is no text in UTF-8.") from error
+        raise ValueError(f"--prompt is no text in UTF-8, at byte {error.start:,}.") from error
+    return letters.replace("\r\n", "\n").replace("\r", "\n")

@@ -12,6 +12,7 @@ from attention_jax.training.config import default_config, flatten
 from attention_jax.training.files import local_path
 
 SEED = "seed"
+_BITS = "eval_loss_in_bits_per_character"
 
 
 class Run(NamedTuple):
@@ -114,10 +115,17 @@ def _rows(text):
 
 
 def main_metric(runs: Iterable[Run]) -> str:
-    """`eval_accuracy` if every complete run has one and none is of text, else `eval_loss`."""
+    """`eval_accuracy` if every complete run has one and none is of text, else `eval_loss`.
+
+    Of texts in several kinds of tokens it is the loss in bits per character, which compares.
+    """
+    runs = list(runs)
+    kinds = {run.config.get("task.tokens") for run in runs}
     results = [run.result for run in runs if run.result and "diverged_step" not in run.result]
     has_accuracy = results and all("eval_accuracy" in result for result in results)
-    of_text = any("eval_loss_in_bits_per_character" in result for result in results)
+    of_text = any(_BITS in result for result in results)
+    if of_text and len(kinds) > 1 and all(_BITS in result for result in results):
+        return _BITS
     return "eval_accuracy" if has_accuracy and not of_text else "eval_loss"
 
 

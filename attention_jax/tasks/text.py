@@ -14,7 +14,7 @@ from jax import lax
 
 from attention_jax.checks import as_size, check_flag
 from attention_jax.tasks.task import Task, per_row
-from attention_jax.tasks.vocabulary import Bytes, Text, make_vocabulary
+from attention_jax.tasks.vocabulary import Bytes, Text, Tokenizer, make_vocabulary
 from attention_jax.types import Array, Batch
 
 MOST = 2**27  # Tokens of a file. They are part of each compiled program.
@@ -87,7 +87,7 @@ def kept_text(
         if hashlib.sha256(content).hexdigest() != kept.sha256:
             raise ValueError(f"{kept.name} has changed since the run was made, so its rows have.")
         letters = "" if words == "bytes" else _letters(content, kept.name)
-        found = _encode(content, letters, vocabulary)
+        found = _encode(content, letters, vocabulary, lines)
         return _Source(kept, found, _ends(found, vocabulary, kept.name) if lines else None)
 
     return _make_task(seq_length, kept, functools.cache(source))
@@ -122,7 +122,10 @@ def _read(path, tokens, lines, *stamps) -> _Source:
     name = Path(path).name if path else "pydoc_data.topics"
     letters = "" if tokens == "bytes" else _letters(content, name)
     vocabulary = make_vocabulary(tokens, letters)
-    found = _encode(content, letters, vocabulary)
+    try:
+        found = _encode(content, letters, vocabulary, lines)
+    except ValueError as error:
+        raise ValueError(f"tokens of text: {tokens}: {error}") from error
     if len(found) > MOST:
         raise ValueError(f"path of text: {name} has {len(found):,} tokens; at most {MOST:,} fit.")
     text = Text(
@@ -173,17 +176,24 @@ def _letters(content: bytes, name: str) -> str:
     return letters.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _encode(content: bytes, letters: str, vocabulary) -> np.ndarray:
+def _encode(content: bytes, letters: str, vocabulary, lines: bool) -> np.ndarray:
     """The tokens of a file, in the smallest type, because they are part of each program."""
     if isinstance(vocabulary, Bytes):
+        if lines:  # A line ends as in a text of letters.
+            content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return np.frombuffer(content, np.uint8)
     sizes = (np.uint8, np.uint16)
     kind = next((x for x in sizes if vocabulary.size <= np.iinfo(x).max + 1), np.int32)
+    if lines and isinstance(vocabulary, Tokenizer):
+        # Each by itself: a tokenizer may join a newline with what stands beside it.
+        newline = vocabulary.encode("\n")
+        each = vocabulary.encode_each(letters.removesuffix("\n").split("\n"))
+        return np.concatenate([x for line in each for x in (line, newline)]).astype(kind)
     return vocabulary.encode(letters).astype(kind)
 
 
 def _ends(tokens, vocabulary, name):
-    """Where each line that is not blank ends: a file of lines as `[line, newline, line, ...]`."""
+    """Where each line that is not empty ends: a file of lines as `[line, newline, line, ...]`."""
     newline = _newline(vocabulary, name)
     ends = np.flatnonzero(tokens == newline)
     if len(tokens) and tokens[-1] != newline:

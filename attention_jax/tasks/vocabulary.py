@@ -1,6 +1,7 @@
 """Text as tokens and back: characters, bytes, or the tokens of a `tokenizer.json`."""
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Bytes:
     size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        """Lone surrogates stand for bytes that are no UTF-8, as in `os.fsdecode`."""
+        return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD."""
@@ -88,10 +90,19 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        return self._coder.get_vocab_size()
+        # The numbers may have gaps, so they are not counted.
+        return max(self._coder.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._coder.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_each([text])[0]
+
+    def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """ValueError: The tokenizer has no tokens for a text."""
+        try:
+            found = self._coder.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # The library raises bare Exceptions.
+            raise ValueError(f"the tokenizer cannot encode the text: {error}.") from error
+        return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._coder.decode(list(tokens), skip_special_tokens=False)
@@ -142,6 +153,20 @@ class Text(NamedTuple):
             return cls(**dict(found) | {"vocabulary": vocabulary})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the vocabulary of the run cannot be read: {error!r}.") from error
+
+
+def lost(text: str, decoded: str) -> str:
+    """The letters of a text that are not in what came back from its tokens.
+
+    Case, accents and forms of letters do not count, because tokenizers may change them.
+    """
+    plain = lambda text: {
+        x
+        for x in unicodedata.normalize("NFKD", text).casefold()
+        if not (x.isspace() or unicodedata.combining(x))
+    }
+    gone = plain(text) - plain(decoded)
+    return "".join(dict.fromkeys(x for x in text if plain(x) & gone))
 
 
 def make_vocabulary(tokens: str, text: str) -> Vocabulary:

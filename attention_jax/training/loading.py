@@ -59,9 +59,18 @@ class Run(NamedTuple):
         """The text of tokens `[T]`, of a run of text.
 
         Raises:
-            ValueError: The run is of no text.
+            ValueError: The run is of no text, or these are no tokens of it.
+            TypeError: The tokens are not integers.
         """
-        return self._vocabulary.decode(np.asarray(tokens).tolist())
+        vocabulary, tokens = self._vocabulary, np.asarray(as_integers("tokens", tokens, axes=1))
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens must be one row, [T], got shape {tokens.shape}.")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary.size:
+            raise ValueError(
+                f"tokens must be from 0 to {vocabulary.size - 1}, got {tokens.min()} to "
+                f"{tokens.max()}."
+            )
+        return vocabulary.decode(tokens.tolist())
 
     @property
     def _vocabulary(self) -> Vocabulary:
@@ -126,6 +135,7 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     where = place if trial is None else trial_directory(place, trial)
     config = _config(read_config(where), where)
     task = make_task(config, kept_text(where))
+    _check_files(task, where)
     model = make_model(config, task)
     T = config.task.seq_length
     inputs = jax.ShapeDtypeStruct((1, T), jnp.int32)
@@ -133,6 +143,20 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
         inputs = jax.ShapeDtypeStruct((1, T, task.inputs), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     return Run(model, restore_params(run, like, step), config, task)
+
+
+def _check_files(task: Task, where: Path) -> None:
+    """Raises ValueError if a file of the task is another than that of the run.
+
+    The vocabulary that a run has kept is its own. Without it the file makes one.
+    """
+    settings = (read_json(where / "config.json") or {}).get("settings") or {}
+    for name, value in ({} if task.text is None else task.text.settings()).items():
+        if settings.get(name, value) not in (value, ""):
+            raise ValueError(
+                f"{where}: {name} is {settings[name]} there and {value} here, and {VOCABULARY} is "
+                "missing."
+            )
 
 
 def kept_text(run: Path) -> Text | None:

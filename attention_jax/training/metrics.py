@@ -266,18 +266,23 @@ class Busy:
             timer.join()  # A line half written comes before the next one.
 
 
-def _written(text: str) -> str:
-    """What a model has written, line by line. Nothing in it moves the cursor of a terminal.
+def harmless(text: str) -> str:
+    """A text of which nothing moves the cursor of a terminal, but for tabs and newlines.
 
-    >>> _written("a\\x1b[2Jb\\nc")
-    '    | a\\\\x1b[2Jb\\n    | c'
+    >>> harmless("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
     """
 
     def visible(letter):
-        moves = letter != "\t" and unicodedata.category(letter) in ("Cc", "Zl", "Zp")
+        moves = letter not in "\t\n" and unicodedata.category(letter) in ("Cc", "Zl", "Zp")
         return letter.encode("unicode_escape").decode() if moves else letter
 
-    return "\n".join("    | " + "".join(map(visible, line)) for line in text.split("\n"))
+    return "".join(map(visible, text))
+
+
+def _written(text: str) -> str:
+    """What a model has written, line by line."""
+    return "\n".join(f"    | {line}" for line in harmless(text).split("\n"))
 
 
 class Console:

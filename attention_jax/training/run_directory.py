@@ -208,12 +208,19 @@ def _check_empty(path, file):
         )
 
 
+def _is_place(name, theirs, ours):
+    """Whether a field says where something is, not what it is: a run may go on elsewhere."""
+    if name.startswith("mesh."):
+        return True
+    content = f"the sha256 of config.{name}"
+    return content in ours and ours[content] == theirs.get(content)
+
+
 def _differing(theirs, ours):
-    # A mesh says where numbers are, not what they are: a run may go on with other devices.
     found = [
         f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and not name.startswith("mesh.")
+        if ours.get(name) != theirs.get(name) and not _is_place(name, theirs, ours)
     ]
     more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return ", ".join(found[:MAX_NAMED]) + more
