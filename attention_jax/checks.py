@@ -305,10 +305,18 @@ def as_places(name: str, places: Array, batch: Sequence[int], length: int) -> Ar
             f"{name} must be [..., P] with the batch axes {tuple(batch)} of inputs, got shape "
             f"{places.shape}."
         )
-    is_known = isinstance(length, int) and not isinstance(places, jax.core.Tracer)
-    if is_known and not ((places >= -length) & (places < length)).all():
+    if not (isinstance(length, int) and is_at_hand(places)):
+        return jnp.where(places < 0, places + length, places)
+    places = np.asarray(places)  # Under `jit` operations of jax would trace it.
+    if not ((places >= -length) & (places < length)).all():
         raise ValueError(f"{name} must be places in a row of {length}, got {told(places)}.")
-    return jnp.where(places < 0, places + length, places)
+    return np.where(places < 0, places + length, places)
+
+
+def is_at_hand(array: Array) -> bool:
+    """Whether the numbers of an array can be looked at: it is not traced, nor on other hosts."""
+    is_traced = isinstance(array, jax.core.Tracer)
+    return not is_traced and getattr(array, "is_fully_addressable", True)
 
 
 def as_array(name: str, array: Array) -> Array:

@@ -299,6 +299,10 @@ def test_the_last_output_is_that_of_minus_one():
     assert_close(run(output_positions=last), run()[:, -1:], 1e-6)
     jitted = jax.jit(lambda places: run(output_positions=places))
     assert_close(jitted(last), run()[:, -1:], 1e-6)
+    closed_over = jax.jit(lambda: run(output_positions=jnp.asarray(last)))
+    assert_close(closed_over(), run()[:, -1:], 1e-6)
+    places = jnp.asarray(last)  # Known, though operations on it are traced.
+    assert_close(jax.jit(lambda: run(output_positions=places))(), run()[:, -1:], 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,12 @@ def test_some_tokens_of_some_tokens_are_those_of_all(mask):
         assert_mask(masks.of_tokens(some, again[0]), first[:, :, again[0]], 2, 11)
 
 
+def test_known_tokens_serve_in_a_program():
+    places = jnp.array([2, 0])
+    made = jax.jit(lambda: masks.of_tokens(masks.causal(), places).materialize(2, 3))()
+    assert made.astype(int).tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
 def test_the_mask_of_some_tokens_fits_these_alone():
     some = masks.of_tokens(masks.segments(np.arange(5)), np.array([1, 2]))
     with pytest.raises(ValueError, match=r"of_tokens.*T=2.*T=3"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.checks import as_integers, as_size, told
+from attention_jax.checks import as_integers, as_size, is_at_hand, told
 from attention_jax.functional.xla_cpu import dynamic_slice
 from attention_jax.types import Array
 
@@ -254,7 +254,7 @@ def as_offset(offset: int | str | Array) -> int | str | Array:
 def as_tokens(places: Array) -> Array:
     """Checks places of tokens in a row, `[..., P]`."""
     places = as_integers("places", places, axes=1)
-    if not isinstance(places, jax.core.Tracer) and (places < 0).any():
+    if is_at_hand(places) and (np.asarray(places) < 0).any():
         raise ValueError(f"places must not be negative, got {told(places)}.")
     return places
 
