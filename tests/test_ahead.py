@@ -111,15 +111,16 @@ def test_a_run_compiles_each_program_once(launcher, minutes, tmp_path, monkeypat
         "launcher": launcher,
         "task.path": str(tmp_path / "poem.txt"),
         "task.seq_length": 10,
-        "model.features": 6,
+        "model.features": 8,
         "model.num_layers": 1,
-        "model.num_heads": 1,
+        "model.num_heads": 2,
         "optimizer.warmup_steps": 1,
         "train.steps_per_epoch": 3,
         "train.epochs": 3,
         "train.minutes": minutes,
         "eval.every_epochs": 2,
         "eval.num_batches": 2,
+        "eval.heads": True,
         "eval.sample": 25,  # Longer than the context, so the text slides.
     }
     config.update_from_flattened_dict(changes)
@@ -131,7 +132,7 @@ def test_a_run_compiles_each_program_once(launcher, minutes, tmp_path, monkeypat
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
     # jax calls all programs of pmap by one name.
     split = {"_fun": 2} if launcher == "pmap" else {"epoch": 1, "evaluate": 1}
-    for name, times in {"init": 1, **split, "baseline": 1, "_continue": 1}.items():
+    for name, times in {"init": 1, **split, "baseline": 1, "watch": 1, "_continue": 1}.items():
         assert compiled.count(name) == times, name
     assert compiled.count("_prefill") == 2  # Of the first token, and of what stays.
 

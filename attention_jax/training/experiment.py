@@ -40,7 +40,7 @@ from attention_jax.training.run_directory import (
     is_begun,
     owned,
 )
-from attention_jax.training.watch import make_sampler, make_watch
+from attention_jax.training.watch import make_look
 from attention_jax.types import Array, PyTree
 
 
@@ -155,27 +155,27 @@ def _run(config, program, store, started):
     if program.task.text is not None:
         store.keep(VOCABULARY, program.task.text.to_dict())
     with StopSignals() as stop, Ahead() as ahead:
-        sampler = make_sampler(config) if config.eval.sample else None
-        state = _begin(config, program, store, sampler, ahead)
+        look = make_look(config)
+        state = _begin(config, program, store, look, ahead)
         if store.result is not None:
             say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")
             return Result(state.params, store.result, list(store.rows))
         state = program.put_state(state)
         what = f"{config.model.name}, {num_params(state.params):,} parameters"
         announce(config, what, state.step.sharding.device_set, store.step)
-        state, history, pace = _train(config, program, state, store, sampler, started, stop, ahead)
+        state, history, pace = _train(config, program, state, store, look, started, stop, ahead)
         ahead.wait("baseline")
     result = _summary(config, program, state, history, pace)
     say(store.complete(result.metrics))
     return result
 
 
-def _begin(config, program, store, sampler, ahead):
+def _begin(config, program, store, look, ahead):
     """The state that the run begins with, which process 0 finds for all."""
     state = store.restore(program.init) if hosts.is_first() else None
     if state is None:
         if not config.init_from:  # Which may be refused.
-            _compile_ahead(config, program, sampler, ahead)
+            _compile_ahead(config, program, look, ahead)
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
     files = files_of([program.task])
@@ -190,7 +190,7 @@ def _begin(config, program, store, sampler, ahead):
     return hosts.share(state)
 
 
-def _compile_ahead(config, program, sampler, ahead):
+def _compile_ahead(config, program, look, ahead):
     """Begins to compile the programs of a run, in the order of their calls.
 
     `sharded` compiles when it is called, because the state tells how it is split. So do several
@@ -202,12 +202,16 @@ def _compile_ahead(config, program, sampler, ahead):
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.tree.map(place, program.init.eval_shape())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
-    sample = {} if sampler is None else {"sample": lambda: sampler.compile_ahead(params)}
+    more = {}
+    if look.watch is not None:
+        more["heads"] = lambda: look.watch.lower(state.params).compile()
+    if look.sampler is not None:
+        more["sample"] = lambda: look.sampler.compile_ahead(params)
     ahead.start(
         {
             "epoch": lambda: program.epoch.lower(state, program.rows).compile(),
             "evaluate": lambda: program.evaluate.lower(state.params, program.rows).compile(),
-            **sample,
+            **more,
             "baseline": lambda: program.baseline.lower().compile(),
         }
     )
@@ -238,7 +242,7 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
         raise ConfigError(f"--init_from={init_from}: {error}") from error
 
 
-def _train(config, program, state, store, sampler, started, stop, ahead):
+def _train(config, program, state, store, look, started, stop, ahead):
     """Runs the remaining epochs; returns the state, all rows, and the steps per second."""
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     is_open = bool(config.train.minutes)  # Whether the number of epochs is still to be found.
@@ -253,7 +257,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
     if is_at(target, history):  # The process died before it wrote its result.
         return state, history, None
     if first_epoch < epochs:
-        _compile_ahead(config, program, sampler, ahead)
+        _compile_ahead(config, program, look, ahead)
 
     def record(epoch, metrics, held_out, written, finish):
         """Fetches the numbers of an epoch, which waits for the devices, and writes them."""
@@ -283,14 +287,15 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
             program.evaluate, "the evaluation", console.busy, lambda: ahead.wait("evaluate")
         )
         watch = sample = None
-        if config.eval.heads:
-            watch = FirstCall(make_watch(config), "the heads", console.busy)
-        if sampler is not None:
+        if look.watch is not None:
+            ready = lambda: ahead.wait("heads")
+            watch = FirstCall(look.watch, "the heads", console.busy, ready)
+        if look.sampler is not None:
             ready = lambda: ahead.wait("sample")
-            sample = FirstCall(sampler.sample, "the samples", console.busy, ready)
+            sample = FirstCall(look.sampler.sample, "the samples", console.busy, ready)
         calls = [x for x in (run_epoch, evaluate, watch, sample) if x is not None]
 
-        def look(state, step):
+        def look_at(state, step):
             """What an evaluation finds, and what the model writes."""
             held_out = evaluate(state.params, program.rows)
             if watch is not None:
@@ -315,7 +320,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
                     epoch,
                     started,
                     now - epoch_begun,
-                    lambda: jax.block_until_ready(look(state, 0)),  # noqa: B023
+                    lambda: jax.block_until_ready(look_at(state, 0)),  # noqa: B023
                 )
                 is_open, epochs = False, fit.epochs
                 config.train.epochs = epochs
@@ -331,7 +336,7 @@ def _train(config, program, state, store, sampler, started, stop, ahead):
                 state = program.put_state(state)
             last, held_out, written = epoch == epochs, {}, None
             if last or epoch % config.eval.every_epochs == 0:
-                held_out, written = look(state, epoch * num_steps)
+                held_out, written = look_at(state, epoch * num_steps)
             if target is not None and held_out:
                 # Wait for the devices here, so that no epoch runs after the target.
                 last = last or target.is_reached(jax.device_get(held_out))

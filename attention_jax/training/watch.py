@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.generation import compile_ahead, generate
-from attention_jax.training.build import make_functions
+from attention_jax.training.build import jit_once, make_functions
 from attention_jax.training.model import row_mask
 from attention_jax.types import Array, PyTree
 
@@ -31,7 +31,6 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
 
     functions = make_functions(config)
 
-    @jax.jit
     def watch(params: PyTree) -> dict[str, Array]:
         batch = functions.held_out_batch()
         mask = row_mask(functions.task)
@@ -47,7 +46,7 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
         norms = gradient_norms(gradients).items()
         return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
 
-    return watch
+    return jit_once(watch, level=0)  # It is called a few times.
 
 
 class Sampler(NamedTuple):
@@ -104,6 +103,25 @@ def make_sampler(config: ConfigDict) -> Sampler:
         )
 
     return Sampler(sample, ahead)
+
+
+class Look(NamedTuple):
+    """What an evaluation does beside the held-out metrics; None where the config asks for none.
+
+    Attributes:
+        watch: That of `make_watch`.
+        sampler: That of `make_sampler`.
+    """
+
+    watch: Callable[[PyTree], dict[str, Array]] | None
+    sampler: Sampler | None
+
+
+def make_look(config: ConfigDict) -> Look:
+    return Look(
+        make_watch(config) if config.eval.heads else None,
+        make_sampler(config) if config.eval.sample else None,
+    )
 
 
 def first_token(text) -> int:
