@@ -61,7 +61,7 @@ def sown(
 ) -> dict[str, Any]:
     """What the layers of a model sow under a name, where an interceptor makes them do so.
 
-    A value that is sown passes `nn.remat`, which another one does not.
+    Values that are sown pass `nn.remat`. A value that an interceptor kept would be a leaked tracer.
 
     Returns:
         By the path of the layer, in the order of the model; with `[0]`, `[1]` behind the path of a

@@ -53,17 +53,11 @@ def head_statistics(
             )
         if context.method_name == "_mix":
             query, key, _, mask, bias, *_ = arguments
-            statistics = attention_statistics(
-                query,
-                key,
-                bias,
-                mask,
-                scale=getattr(layer, "scale", None),
-                softcap=getattr(layer, "softcap", None),
-                sinks=layer.get_variable("params", "sinks")
-                if getattr(layer, "sinks", False)
-                else None,
-            )
+            # A layer of one head has none of these.
+            settings = {name: getattr(layer, name, None) for name in ("scale", "softcap")}
+            if getattr(layer, "sinks", False):
+                settings["sinks"] = layer.get_variable("params", "sinks")
+            statistics = attention_statistics(query, key, bias, mask, **settings)
             layer.sow("intermediates", _SOWN, statistics)
         return run(*arguments, **named)
 

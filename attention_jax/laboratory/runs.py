@@ -95,18 +95,11 @@ def load(directory: str | Path) -> list[Run]:
             )
         ]
     except FileNotFoundError as error:
-        inside = (
-            ""
-            if not any(path.glob("*/config.json"))
-            else f" Its directories do: take {directory}/*."
-        )
+        has_runs = any(path.glob("*/config.json"))
+        inside = f" Its directories do: take {directory}/*." if has_runs else ""
         raise ValueError(f"{directory} holds no run.{inside}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} holds no run that can be read: {error!r}.") from error
-
-
-def _has_runs(path):
-    return any(path.glob("*/config.json"))
 
 
 def _rows(text):
