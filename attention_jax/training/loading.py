@@ -152,7 +152,7 @@ def _check_files(task: Task, where: Path) -> None:
     """
     settings = (read_json(where / "config.json") or {}).get("settings") or {}
     for name, value in ({} if task.text is None else task.text.settings()).items():
-        if settings.get(name, value) not in (value, ""):
+        if settings.get(name, value) != value:
             raise ValueError(
                 f"{where}: {name} is {settings[name]} there and {value} here, and {VOCABULARY} is "
                 "missing."
