@@ -142,7 +142,10 @@ def _rounded_product_backward(turned, operands, cotangent):
         return _rounded_product(1, b, cotangent), _rounded_product(None, a, cotangent)
     if turned == 1:
         return _rounded_product(None, cotangent, b), _rounded_product(0, cotangent, a)
-    return _rounded_product(1, cotangent, b), _rounded_product(0, a, cotangent)
+    of_a = _rounded_product(1, cotangent, b)
+    if a.shape[1] > cotangent.shape[1]:  # Its transpose costs more than the product's.
+        return of_a, _rounded_product(0, cotangent, a).T
+    return of_a, _rounded_product(0, a, cotangent)
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
