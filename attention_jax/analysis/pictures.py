@@ -1,5 +1,6 @@
 """Pictures of heads, as a paper would print them, as PNG or SVG."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,39 @@ def _plain_axes(figure):
 def _save(figure, path):
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # Words, in which a dollar sign begins no formula.
+    texts = figure.findobj(Text)
+    families, missing = _families({x for text in texts for x in text.get_text()})
+    for text in texts:  # Words, in which a dollar sign begins no formula.
         text.set_parse_math(False)
+        text.set_fontfamily(families)
     path = Path(path)
-    figure.savefig(path, dpi=_DPI)
+    with warnings.catch_warnings():
+        if missing:
+            warnings.warn(
+                f"{path.name}: no installed font has {' '.join(missing[:9])}; these letters are "
+                "drawn as boxes.",
+                stacklevel=3,
+            )
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(path, dpi=_DPI)
     return path
+
+
+def _families(letters: set[str]) -> tuple[list[str], list[str]]:
+    """Names of installed fonts that have the letters, the usual one first; and what none has."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.ft2font import FT2Font
+
+    def left_by(path):
+        font = FT2Font(path)
+        return {x for x in missing if not font.get_char_index(ord(x))}
+
+    families = [*rcParams["font.family"]]
+    missing = {x for x in letters if x.isprintable()}
+    missing = left_by(font_manager.findfont(font_manager.FontProperties()))
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name):
+        is_plain = font.style == font.variant == "normal" and "LastResort" not in font.fname
+        if missing and is_plain and (left := left_by(font.fname)) < missing:
+            missing = left
+            families.append(font.name)
+    return families, sorted(missing)
