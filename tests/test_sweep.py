@@ -551,6 +551,18 @@ def test_the_command_shows_the_table_and_writes_nothing(whole, tmp_path, capsys,
     assert not list(tmp_path.iterdir())
 
 
+def test_the_table_says_which_runs_are_not_finished(whole, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(whole[0] / "trials" / "000", tmp_path / name)
+    last = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert "Not finished" not in report.show([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "b" / "result.json").unlink()
+    line = f"Not finished, so without numbers: {tmp_path / 'b'} (step {last})."
+    assert report.show([tmp_path / "a", tmp_path / "b"]).splitlines()[-1] == line
+    report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert line in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -81,6 +81,14 @@ def table(
     return rows
 
 
+def unfinished(runs: Sequence[Run]) -> str:
+    """Names the runs without a result, in a line; "" if there are none."""
+    left = [run for run in runs if not run.result]
+    told = [f"{run.name} (step {run.rows[-1]['step'] if run.rows else 0})" for run in left]
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    return f"Not finished, so without numbers: {', '.join(told[:3])}{more}." if told else ""
+
+
 def _number(value):
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
@@ -147,7 +155,8 @@ def show(
 ) -> str:
     """The table of `write`, for a screen; raises the same errors."""
     found, numbers = _found(runs, x, metric, published)
-    return aligned(table(found, metric, x, numbers))
+    parts = aligned(table(found, metric, x, numbers)), unfinished(found)
+    return "\n".join(filter(None, parts))
 
 
 def write(
@@ -173,10 +182,10 @@ def write(
         files += draw_slices(found, out / "slices", metric)
     links = [f"![{file.stem}]({file.name})" for file in files if file.suffix == ".png"]
     text = [f"# {about(found)}", *_command(runs, x, metric, published), *_facts(found)]
-    text += [markdown(table(found, metric, x, numbers)), *links]
+    text += [markdown(table(found, metric, x, numbers)), unfinished(found), *links]
     # A path among the fields may hold any bytes.
     (out / "report.md").write_text(
-        "\n\n".join(text) + "\n", encoding="utf-8", errors="surrogateescape"
+        "\n\n".join(filter(None, text)) + "\n", encoding="utf-8", errors="surrogateescape"
     )
     return [out / "report.md", *files]
 
