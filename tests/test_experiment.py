@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -1137,6 +1138,18 @@ def test_a_bar_keeps_the_newest_held_out_numbers():
         time.sleep(0.12)  # A bar is drawn ten times a second at most.
         console.write({"step": 3, "epoch": 3, "loss": 0.8, "accuracy": 0.3})
         assert "loss 0.8  held-out 0.5, 25.0%" in terminal.getvalue()
+
+
+def test_what_a_model_writes_stands_below_its_numbers():
+    pipe, terminal = io.StringIO(), Terminal()
+    for stream in (pipe, terminal):
+        with contextlib.closing(Console(3, stream=stream)) as console:
+            row = {"step": 2, "epoch": 2, "seconds": 9.0, "loss": 1.5, "eval_loss": 1.75}
+            console.write(row, "To be")
+        shown = re.split("[\r\n]+", stream.getvalue())
+        below = next(i for i, line in enumerate(shown) if "To be" in line)
+        assert "step 2 " in shown[below - 1]
+        assert "held-out loss 1.75" in shown[below - 1]
 
 
 def test_a_pipe_gets_a_line_when_ten_seconds_passed():

@@ -324,34 +324,33 @@ class Console:
             self._bar.total = epochs
 
     def write(self, row: Row, text: str | None = None) -> None:
-        """Shows a row, and below it the text that the model has written."""
+        """Shows a row, and below it what the model has written; a bar shows no other rows."""
         epoch, seconds = row["epoch"], row.get("seconds")
-        shown = None if text is None else _written(text)
+        lines = [self._line(row)]
+        if text is not None:
+            lines.append(_written(text))
         if self._bar is not None:
-            if shown is not None:
-                self._bar.write(shown, file=self._stream)
+            if text is not None:
+                self._bar.write("\n".join(lines), file=self._stream)
             self._held_out |= {name: row[name] for name in _HELD_OUT if name in row}
             self._bar.set_postfix_str(_bar_line(row, self._held_out), refresh=False)
             self._bar.update(epoch - self._bar.n)
             self.busy.since = time.monotonic()
             return
         is_due = row["step"] == 1 or epoch % self._interval == 0 or epoch == self._epochs
-        if is_due or shown is not None or (seconds is not None and seconds >= self._next):
-            width = len(str(self._epochs))
-            of = f"{epoch:{width}}/{self._epochs}" if self._epochs else f"{epoch}"
-            counters = f"epoch {of}  step {row['step']:<6}"
-            clock = " " * 8 if seconds is None else f"{seconds:6.1f} s"
-            clock += self._left(epoch, seconds)
-            line = f"{counters} {clock}  {metrics_line(row)}"
-            print(
-                *([line] if shown is None else [line, shown]),
-                sep="\n",
-                file=self._stream,
-                flush=True,
-            )
+        if is_due or text is not None or (seconds is not None and seconds >= self._next):
+            print(*lines, sep="\n", file=self._stream, flush=True)
             self.busy.since = time.monotonic()
             if seconds is not None:
                 self._next = seconds + PATIENCE
+
+    def _line(self, row):
+        epoch, seconds = row["epoch"], row.get("seconds")
+        width = len(str(self._epochs))
+        of = f"{epoch:{width}}/{self._epochs}" if self._epochs else f"{epoch}"
+        counters = f"epoch {of}  step {row['step']:<6}"
+        clock = " " * 8 if seconds is None else f"{seconds:6.1f} s"
+        return f"{counters} {clock}{self._left(epoch, seconds)}  {metrics_line(row)}"
 
     def _left(self, epoch, seconds):
         """How long the rest of a run with a budget takes, at the speed so far."""
