@@ -227,11 +227,14 @@ def _parts(source: _Source, seq_length: int) -> tuple[int, int]:
             raise ValueError(
                 f"path of text: {source.text.name} must have two lines or more: got {len(of)}."
             )
-        longest = int((of[:, 1] - of[:, 0]).max())
-        if longest >= seq_length:
+        sizes = of[:, 1] - of[:, 0]
+        longest = int(sizes.argmax())
+        if sizes[longest] >= seq_length:
+            newline = _newline(source.text.vocabulary, source.text.name)
+            number = 1 + np.count_nonzero(source.tokens[: of[longest, 0]] == newline)
             raise ValueError(
-                f"seq_length of text must hold the longest line of {source.text.name} and its end, "
-                f"{longest} + 1 tokens: got {seq_length}."
+                f"seq_length of text must hold the longest line of {source.text.name}, which is "
+                f"line {number}, and its end, {sizes[longest]} + 1 tokens: got {seq_length}."
             )
     return trained, held_out
 

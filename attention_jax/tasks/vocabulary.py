@@ -190,7 +190,7 @@ def make_vocabulary(tokens: str, text: str) -> Vocabulary:
             f"{tokens!r}."
         )
     try:
-        return Tokenizer(Path(tokens).expanduser().read_text(encoding="utf-8"))
+        return Tokenizer(Path(tokens).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"tokens of text: {tokens} cannot be read: {error.strerror}.") from error
     except ValueError as error:
