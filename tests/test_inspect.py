@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def test_a_dollar_sign_begins_no_formula(tmp_path):
         assert min(size_of(made)) > 300
     svg = analysis.draw_maps(tmp_path / "a.svg", maps, tokens).read_text()
     assert all(f"<!-- {word} -->" in svg for word in ("$", r"$\frac$", r"a\$"))
+
+
+def test_letters_are_drawn_in_any_installed_font_and_others_are_named_once(tmp_path, monkeypatch):
+    from matplotlib import font_manager
+    from matplotlib.image import imread
+
+    tokens = ["a", "\u1d81", "\u1d84", "\u1d8a"]  # matplotlib brings a font that has them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = imread(analysis.draw_maps(tmp_path / "a.png", MAPS, tokens))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    with pytest.warns(UserWarning, match="no installed font") as told:
+        boxes = imread(analysis.draw_maps(tmp_path / "b.png", MAPS, tokens))
+    (line,) = [str(warning.message) for warning in told]
+    assert line.startswith("b.png: no installed font has \u1d81 \u1d84 \u1d8a;")
+    assert drawn.shape != boxes.shape or (drawn != boxes).any()
 
 
 @pytest.mark.parametrize(
@@ -354,15 +371,17 @@ def test_a_tokenizer_neither_pads_nor_cuts_and_shows_where_words_begin(tmp_path)
         (["nowhere"], "nowhere holds no run with a checkpoint, and no model of Hugging Face."),
         ([str(GPT2)], "gpt2 is of Hugging Face, which needs --tokens or --text."),
         ([str(GPT2), "--tokens=3 x"], "--tokens must be numbers, as '3 1 4': got '3 x'."),
-        ([str(GPT2), "--tokens=3 19"], "--tokens must be two or more numbers below 19"),
-        ([str(GPT2), "--tokens=3"], "--tokens must be two or more numbers below 19"),
+        ([str(GPT2), "--tokens=3 19"], "--tokens must be two or more tokens below 19"),
+        ([str(GPT2), "--tokens=3"], "--tokens must be two or more tokens below 19"),
         ([str(GPT2), f"--tokens={'1 ' * 33}"], "the model takes 32 tokens at most, got 33."),
         ([str(GPT2), "--text=The"], "tokenizer.json does not exist."),
         ([str(GPT2), "--tokens=1 2", "--rows=3"], "--rows is for a run of this package."),
         ([str(GPT2), "--tokens=1 2", "--checkpoints=3"], "--checkpoints is for a run"),
         (["RUN", "--rows=0"], "--rows must be at least 1: got 0."),
         (["RUN", "--checkpoints=0"], "--checkpoints must be at least 1: got 0."),
-        (["RUN", "--text=The"], "--text is for a directory of Hugging Face."),
+        (["RUN", "--text=The"], "--text is for a run of text: this one is of "),
+        (["RUN", "--tokens=1 2"], "--tokens is for a directory of Hugging Face."),
+        (["RUN", "--text=The", "--rows=2"], "--rows is for the rows of the task, which --text"),
         (["RUN", f"--out={__file__}"], "--out must be a directory: "),
         (["RUN", "--depth=3"], "unrecognized arguments: --depth=3"),
     ],

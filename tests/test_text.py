@@ -15,7 +15,7 @@ import pytest
 import attention_jax
 from attention_jax.interop import huggingface
 from attention_jax.laboratory import generate as laboratory
-from attention_jax.laboratory import subject, sweep
+from attention_jax.laboratory import inspect, subject, sweep
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text, lost
 from attention_jax.training import budget, experiment
@@ -146,6 +146,14 @@ def test_a_tokenizer_of_a_file_makes_the_tokens(files):
     assert again.vocabulary.decode([1, 2]) == "line of"
 
 
+def test_a_tokenizer_may_begin_with_a_byte_order_mark(files, tmp_path):
+    pytest.importorskip("tokenizers")
+    marked = tmp_path / "tokenizer.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + (files / "tokenizer.json").read_bytes())
+    task = TASKS["text"](path=str(files / "poem.txt"), tokens=str(marked), seq_length=3)
+    assert task.vocab_size == len(WORDS)
+
+
 def byte_pairs(merges):
     """A tokenizer of bytes, GPT-2's kind, with some merges; its newline is `Ċ`, its space `Ġ`."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -231,7 +239,11 @@ def test_letters_without_tokens_are_told(text, decoded, gone):
         (b"ab\xff" * 100, {}, "is no text in UTF-8, at byte 2"),
         (b"a" * 30, {}, "is too short: of its 30 tokens the last 3 are held out"),
         (b"a" * 30, {"lines": True}, "has only one line"),
-        (b"a\n" * 30 + b"abcdefgh\n", {"lines": True}, "8 + 1 tokens: got 8"),
+        (
+            b"a\n\n" * 30 + b"abcdefgh\n",
+            {"lines": True},
+            "line 61, and its end, 8 + 1 tokens",
+        ),
         (b"a" * 300, {"tokens": "words"}, "must be characters, bytes or the path"),
         (b"a" * 300, {"tokens": "no.json"}, "no.json cannot be read"),
     ],
@@ -538,6 +550,24 @@ def test_a_run_of_lines_writes_lines(files, tmp_path):
     found = lines.split("\n")
     assert found[::3] == ["--- 1", "--- 2", "--- 3"]
     assert all(name.startswith("a") for name in found[1::3])
+    row = subject.of_run(tmp_path / "names", 1, "ab")
+    assert [word for words in row.words for word in words] == ["\\n", "a", "b"]
+
+
+@pytest.mark.parametrize(("length", "positions"), [(5, "learned"), (20, "rotary")])
+def test_a_run_is_inspected_on_a_text_without_its_file(files, tmp_path, length, positions):
+    config = small(shutil.copy(files / "poem.txt", tmp_path))
+    config.train.epochs, config.model.positions = 1, positions
+    experiment.run(config, tmp_path / "run")
+    (tmp_path / "poem.txt").unlink()
+    text = POEM[:length]
+    written = inspect.inspect(tmp_path / "run", tmp_path / "out", text=text)
+    assert {"maps.png", "page.html", "heads.md"} <= {path.name for path in written}
+    found = subject.of_run(tmp_path / "run", 1, text)
+    logits = found.model.apply({"params": found.params}, found.inputs)[0]
+    tokens = attention_jax.load(tmp_path / "run").encode(text)
+    want = -jax.nn.log_softmax(logits)[jnp.arange(length - 1), tokens[1:]]
+    np.testing.assert_allclose(found.answers(logits[None])[0][0], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -258,10 +258,10 @@ def _answers(model, answers, params, inputs, options):
 
 def _early_and_late(subject):
     """Olsson's places, 50 and 500 of 512, where every token is asked for; else None."""
-    T = subject.queries.shape[1]
-    if subject.vocab_size is None or T < 16 or not subject.queries[:, :-1].all():
+    if subject.vocab_size is None or not subject.queries[:, :-1].all():
         return None
-    return T * 50 // 512, T * 500 // 512
+    count = int(subject.queries[0].sum())  # The last token of a text asks for no other.
+    return None if count < 16 else (count * 50 // 512, count * 500 // 512)
 
 
 def _scores(subject, params, maps, rows):

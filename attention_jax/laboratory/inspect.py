@@ -4,7 +4,8 @@
     attention-jax inspect gpt2 --text="The cat sat. The cat" --out=gpt2_heads
 
 RUN is the directory of a run, of a trial of a sweep (`sweep/trials/001`), or of a sweep, for its
-best trial; or one of Hugging Face, with `--tokens` or `--text`. It writes to `--out`:
+best trial; or one of Hugging Face, with `--tokens` or `--text`. A run of text takes `--text` too,
+in place of held-out rows. It writes to `--out`:
 
     maps.png     the attention of every head on one row
     page.html    the same to walk through in a browser, offline, with a slider over the checkpoints
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         help=f"of how many checkpoints at most; 1 is the newest; default: {MAX_CHECKPOINTS}",
     )
     parser.add_argument("--tokens", help="for Hugging Face: the numbers of a row, as '3 1 4'")
-    parser.add_argument("--text", help="for Hugging Face: a text for its tokenizer")
+    parser.add_argument("--text", help="for Hugging Face, or a run of text: the row to look at")
     try:
         written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -75,7 +76,8 @@ def inspect(
         out: The directory to write to; created when missing.
         rows: How many held-out rows of the run's task; None: 128.
         checkpoints: Of how many of the run's checkpoints at most, evenly taken; None: 50.
-        tokens, text: One of them, for a directory of Hugging Face: the row to run it on.
+        tokens, text: For a directory of Hugging Face one of them, the row to run it on. A run of
+            text takes a text as well, which stands for its rows.
         say: Takes a line about work that takes some seconds, from another thread.
 
     Returns:
@@ -91,7 +93,9 @@ def inspect(
     out = local_path(out, "--out")
     of_run = is_run(place)
     if of_run:
-        _refuse("is for a directory of Hugging Face", tokens=tokens, text=text)
+        _refuse("is for a directory of Hugging Face", tokens=tokens)
+        if text is not None:
+            _refuse("is for the rows of the task, which --text replaces", rows=rows)
         rows = _at_least_one("--rows", rows, ROWS)
         checkpoints = _at_least_one("--checkpoints", checkpoints, MAX_CHECKPOINTS)
     else:
@@ -105,7 +109,7 @@ def inspect(
 
     prepare()
     if of_run:
-        subject = subjects.of_run(place, rows)
+        subject = subjects.of_run(place, rows, text)
     else:
         subject = subjects.of_directory(place, tokens=tokens, text=text)
     findings = find(

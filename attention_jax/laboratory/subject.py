@@ -14,6 +14,7 @@ from attention_jax.interop import huggingface
 from attention_jax.training.checkpoint import checkpoint_steps, restore_params
 from attention_jax.training.loading import load
 from attention_jax.training.model import row_mask
+from attention_jax.training.watch import first_token
 from attention_jax.types import Array, Batch, PyTree
 
 # A held-out key of its own, so that no row was drawn in training.
@@ -71,15 +72,28 @@ def _mean(values, weights):
     return (values * weights).sum(-1) / jnp.maximum(weights.sum(-1), 1e-9)
 
 
-def of_run(place: Path, rows: int) -> Subject:
-    """A run, a trial, or the best trial of a sweep, on held-out rows of its task.
+def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
+    """A run, a trial, or the best trial of a sweep.
 
-    Raises the errors of `load`.
+    Args:
+        place: Its directory.
+        rows: How many held-out rows of its task.
+        text: The one row to take instead, of a run of text.
+
+    Raises:
+        ValueError: The run is of no text, or the text is too short or too long; and the errors of
+            `load` and `Run.encode`.
     """
     run = load(place)
-    sample = run.task.sample_held_out or run.task.sample
-    rng = jax.random.fold_in(jax.random.key(run.config.seed), _STREAM)
-    batch = jax.jit(sample)(rng, jnp.arange(rows, dtype=jnp.int32))
+    if text is None:
+        sample = run.task.sample_held_out or run.task.sample
+        rng = jax.random.fold_in(jax.random.key(run.config.seed), _STREAM)
+        batch = jax.jit(sample)(rng, jnp.arange(rows, dtype=jnp.int32))
+        about = f"{run.task.name}, {rows} held-out rows"
+    else:
+        tokens = _of_text(run, text)
+        batch = _continued("--text", tokens, run.model)
+        rows, about = 1, f"the next of {len(tokens)} tokens"
     T = batch.inputs.shape[1]
     weights = np.asarray(batch.weights) > 0
     queries = np.zeros((rows, T), bool)
@@ -95,7 +109,7 @@ def of_run(place: Path, rows: int) -> Subject:
         steps = []
     return Subject(
         name=place.resolve().name,
-        about=f"{run.task.name}, {rows} held-out rows",
+        about=about,
         model=run.model,
         params=run.params,
         inputs=batch.inputs,
@@ -107,8 +121,29 @@ def of_run(place: Path, rows: int) -> Subject:
         guess=_guess(run, batch) if is_tokens and run.task.text is None else None,
         steps=steps,
         restore=functools.partial(restore_params, place, run.params),
-        length=min(T, MAX_LENGTH),
+        length=min(T if text is None else run.config.task.seq_length, MAX_LENGTH),
     )
+
+
+def _of_text(run, text):
+    if run.task.text is None:
+        raise ValueError(f"--text is for a run of text: this one is of {run.task.name}.")
+    tokens = run.encode(text).tolist()
+    # A line begins with the token of the newline.
+    return [first_token(run.task.text), *tokens] if run.task.text.lines else tokens
+
+
+def _continued(name: str, tokens: Sequence[int], model: nn.Module) -> Batch:
+    """A row, of which every token but the last asks for the next one."""
+    vocab_size = model.embedding.num_embeddings
+    limit = getattr(model.positions, "max_length", None)
+    if len(tokens) < 2 or not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"{name} must be two or more tokens below {vocab_size}, got {tokens}.")
+    if limit is not None and len(tokens) > limit:
+        raise ValueError(f"the model takes {limit} tokens at most, got {len(tokens)}.")
+    inputs = jnp.asarray([tokens], jnp.int32)
+    T = len(tokens)
+    return Batch(inputs, inputs[:, 1:], jnp.ones((1, T - 1)), jnp.arange(T - 1)[None])
 
 
 def _words(run, tokens):
@@ -176,25 +211,18 @@ def of_directory(
     model, params = huggingface.load(place)
     if text is not None:
         tokens = coder.encode(text).ids
-    vocab_size = model.embedding.num_embeddings
+    batch = _continued("--tokens" if text is None else "--text", tokens, model)
+    T = batch.inputs.shape[1]
     limit = getattr(model.positions, "max_length", None)
-    if len(tokens) < 2 or not all(0 <= token < vocab_size for token in tokens):
-        raise ValueError(f"--tokens must be two or more numbers below {vocab_size}, got {tokens}.")
-    if limit is not None and len(tokens) > limit:
-        raise ValueError(f"the model takes {limit} tokens at most, got {len(tokens)}.")
-    inputs = jnp.asarray([tokens], jnp.int32)
-    T = len(tokens)
-    weights = jnp.ones((1, T - 1), jnp.float32)
-    batch = Batch(inputs, inputs[:, 1:], weights, jnp.arange(T - 1)[None])
     name_of = str if coder is None else functools.partial(_word, coder)
     return Subject(
         name=place.resolve().name,
         about=f"the next of {T} tokens",
         model=model,
         params=params,
-        inputs=inputs,
+        inputs=batch.inputs,
         options={},
-        vocab_size=vocab_size,
+        vocab_size=model.embedding.num_embeddings,
         words=[[name_of(token) for token in tokens]],
         queries=np.arange(T)[None] < T - 1,
         answers=functools.partial(_tokens, batch),
