@@ -96,7 +96,7 @@ class Findings(NamedTuple):
         for name in filter(self.newest.scores.__contains__, labels):
             best = [analysis.best_head(at.scores[name])[2] for at in found]
             curves[f"{labels[name]},\nbest head"] = best
-        losses = {"held-out loss": [at.loss for at in found]}
+        losses = {"loss": [at.loss for at in found]}
         if all(at.in_context is not None for at in found):
             losses["in-context score"] = [at.in_context for at in found]
         return list(self.by_step), curves, losses
