@@ -49,8 +49,10 @@ def assert_near(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
 
 
-def test_operands_are_rounded_and_sums_are_not():
-    x, kernel, cotangent = normal(B, T, D), normal(D, F, seed=1), normal(B, T, F, seed=2)
+@pytest.mark.parametrize("features", [D // 2, F], ids=["narrower", "wider"])
+def test_operands_are_rounded_and_sums_are_not(features):
+    x, kernel = normal(B, T, D), normal(D, features, seed=1)
+    cotangent = normal(B, T, features, seed=2)
     out, pull_back = jax.vjp(product, x, kernel)
     d_x, d_kernel = jax.jit(pull_back)(cotangent)
     assert {y.dtype for y in (out, d_x, d_kernel)} == {jnp.dtype("float32")}
