@@ -3,8 +3,8 @@
     uv run train.py --config=configs/text_minutes.py --config.task.path=my.txt --workdir=runs/five
 
 Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.51 after 5100 steps, in 301 s on two cores of
-an AMD EPYC (jax 0.10.2, 2026-11-29). With `--minutes=15`, on two busy cores of an Intel Xeon and in
-float32: 1.50 after 5200 steps, in 602 s.
+an AMD EPYC (jax 0.10.2, 2026-11-29). With `--minutes=15`, on two cores of an Intel Xeon: 1.50 after
+10100 steps, in 808 s (2026-11-30).
 """
 
 from attention_jax.training.config import default_config
