@@ -134,7 +134,8 @@ def compile_ahead(
     call = _checked(model, params, tokens, num_tokens, **options)
     model, settings, params = call["model"], call["settings"], call["params"]
     rng, end, context, zero = call["rng"], call["end"], call["context"], np.int32(0)
-    tokens, lengths, capacity, room = _room(call["tokens"], call["lengths"], num_tokens, context)
+    capacity = _capacity(call["tokens"], num_tokens, context)
+    tokens, lengths, room = _room(call["tokens"], call["lengths"], num_tokens, context)
 
     prompt = model, capacity, settings, params, tokens, lengths, rng, zero, end, None
     cache, token, ended = _prefill.eval_shape(*prompt)
@@ -266,8 +267,9 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
     """The new tokens, part by part."""
     made, ended = 0, None  # How many tokens are made; which rows have ended.
     before = None  # The latter, and the newest tokens.
+    capacity = _capacity(tokens, num_tokens, context)
     while made < num_tokens and not _all(ended):
-        tokens, lengths, capacity, room = _room(tokens, lengths, num_tokens - made, context)
+        tokens, lengths, room = _room(tokens, lengths, num_tokens - made, context)
         cache, token, ended = _prefill(
             model, capacity, settings, params, tokens, lengths, rng, np.int32(made), end, before
         )
@@ -291,15 +293,21 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
             tokens, lengths = _last(tokens, lengths, _kept(context))
 
 
+def _capacity(tokens, num_tokens, context):
+    """Of the cache, for all parts of a text that slides, so that they compile once."""
+    longest = tokens.shape[-1] + num_tokens
+    return longest if context is None else min(context, longest)
+
+
 def _room(tokens, lengths, num_tokens, context):
-    """What is read, the capacity of the cache, and how many tokens are made before it is full."""
+    """What is read, and how many tokens are made before the cache is full."""
     if context is None:
-        return tokens, lengths, tokens.shape[-1] + num_tokens, num_tokens
+        return tokens, lengths, num_tokens
     if tokens.shape[-1] > context:
         tokens, lengths = _last(tokens, lengths, context)
     longest = tokens.shape[-1] if lengths is None else int(np.max(lengths, initial=1))
-    # The last new token is not read. Sliding texts have one capacity, so they compile once.
-    return tokens, lengths, context, min(num_tokens, context + 1 - longest)
+    # The last new token is not read.
+    return tokens, lengths, min(num_tokens, context + 1 - longest)
 
 
 def _kept(context: int) -> int:
@@ -440,7 +448,8 @@ def _chosen(logits, rng, index, settings):
         if top_p is not None:
             weights = jax.nn.softmax(ordered, axis=-1)
             before = jnp.cumsum(weights, axis=-1) - weights  # Of the more likely tokens.
-            ordered = jnp.where(before < top_p, ordered, -jnp.inf)
+            is_first = jnp.arange(k) == 0  # A tiny `top_p` is 0 in float32.
+            ordered = jnp.where((before < top_p) | is_first, ordered, -jnp.inf)
         logits = jnp.put_along_axis(
             jnp.full_like(logits, -jnp.inf), places, ordered, axis=-1, inplace=False
         )

@@ -614,21 +614,39 @@ def test_a_prompt_is_read_as_the_text_was(trained, files, tmp_path):
 
 def test_a_letter_that_stands_for_strange_bytes_is_written_once():
     decode = Characters("ab\ufffd").decode
-    told = laboratory.Told(decode, [0, 2], is_whole=True)
+    told = laboratory.Told(decode, [0, 2])
     assert told.add([1, 2, 0]) + told.rest() == "b\ufffda"
 
 
 def test_a_letter_waits_for_all_of_its_bytes():
-    told = laboratory.Told(Bytes().decode, "né".encode()[:2])
+    told = laboratory.Told(Bytes().decode, "né".encode()[:2], of_bytes=True)
     found = [told.add([byte]) for byte in "né日本 a\ufffd🙂".encode()[2:]]
     assert "".join(found) == "é日本 a\ufffd🙂"
     assert found[1:4] == ["", "", "日"]
     assert told.add(list(b"\xf0\x9f")) == ""
     assert told.rest() == "\ufffd"
-    strange = laboratory.Told(Bytes().decode, b"x")
+    strange = laboratory.Told(Bytes().decode, b"x", of_bytes=True)
     assert strange.add([0xFF] * 5) + strange.rest() == "\ufffd" * 5
-    long = laboratory.Told(Bytes().decode, b"")
+    long = laboratory.Told(Bytes().decode, b"", of_bytes=True)
     assert "".join(long.add([byte]) for byte in ("aé日" * 150).encode()) == "aé日" * 150
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_text_of_a_tokenizer_with_bytes_for_rare_letters_comes_whole(size):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256}
+    coder = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True)
+    )
+    decoders = tokenizers.decoders
+    coder.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for text in ("a日本語日本語a", "a😀😀a日", "日本" * 60 + "a"):
+        found = coder.encode(text).ids
+        assert coder.decode(found) == text
+        prompt = coder.encode(text[:2]).ids
+        told, start = laboratory.Told(coder.decode, prompt), len(prompt)
+        parts = [told.add(found[i : i + size]) for i in range(start, len(found), size)]
+        assert text[:2] + "".join(parts) + told.rest() == text
 
 
 def test_text_in_parts_is_the_whole_text_whatever_the_bytes():
@@ -636,7 +654,7 @@ def test_text_in_parts_is_the_whole_text_whatever_the_bytes():
     kinds = [b"a", "é".encode(), "日".encode(), "🙂".encode(), b"\xff", b"\xf0\x9f\x98", b"\x9f"]
     for _ in range(50):
         found = list(b"".join(kinds[i] for i in rng.integers(len(kinds), size=100)))
-        told = laboratory.Told(Bytes().decode, [])
+        told = laboratory.Told(Bytes().decode, [], of_bytes=True)
         parts = [told.add(found[i : i + 3]) for i in range(0, len(found), 3)]
         assert "".join(parts) + told.rest() == Bytes().decode(found)
 

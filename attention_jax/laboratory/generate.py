@@ -131,7 +131,9 @@ def write(
         token = author.encode(end).tolist()
         if len(token) != 1:
             raise ValueError(f"--end must be one token: {end!r} is {len(token)}.")
-        ends = ends | set(token)
+        # A tokenizer may have one token for the start of a word, and one for all other places.
+        size = author.model.embedding.num_embeddings
+        ends = ends | {x for x in range(size) if author.decode([x]) == end} | set(token)
     rng = jax.random.key(seed)
 
     def sample(number: int) -> Iterator[str]:
@@ -149,8 +151,8 @@ def write(
             chunk=CHUNK,
         )
         shown = content.decode(errors="replace") if author.of_bytes else prompt
-        yield shown[: _sure(shown)] if author.of_bytes else shown
-        told = Told(author.decode, given.tolist(), is_whole=not author.of_bytes)
+        yield shown[: _sure(shown, of_bytes=True)] if author.of_bytes else shown
+        told = Told(author.decode, given.tolist(), author.of_bytes)
         for part in parts:
             new = np.asarray(part).tolist()
             # Behind an end token nothing else comes.
@@ -166,27 +168,26 @@ class Told:
     Args:
         decode: From a list of tokens to text.
         before: The tokens of the prompt.
-        is_whole: Whether a U+FFFD at the end of the prompt is a letter of its own, and no part of
-            one.
+        of_bytes: Whether tokens are bytes; else they are those of letters or of a tokenizer. A
+            prompt of these ends with a whole letter.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], before: Sequence[int], is_whole: bool = False
+        self, decode: Callable[[list[int]], str], before: Sequence[int], of_bytes: bool = False
     ):
-        self._decode = decode
-        # The first tokens may depend on those before them, as a space at the start of a word.
-        self._tokens = list(before[-8:])
+        self._decode, self._of_bytes = decode, of_bytes
+        self._tokens = self._last(before)
         known = decode(self._tokens)
-        self._told = len(known) if is_whole else _sure(known)
+        self._told = _sure(known, of_bytes) if of_bytes else len(known)
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that is new. A letter that is not complete waits for its other tokens."""
         self._tokens += tokens
         text = self._decode(self._tokens)
-        sure = _sure(text)
+        sure = _sure(text, self._of_bytes)
         new = self._new(text[:sure])
         if sure == len(text) and len(self._tokens) > 200:  # Keeps a long text from taking long.
-            self._tokens = self._tokens[-8:]
+            self._tokens = self._last(self._tokens)
             self._told = len(self._decode(self._tokens))
         return new
 
@@ -198,11 +199,21 @@ class Told:
         new, self._told = text[self._told :], max(self._told, len(text))
         return new
 
+    def _last(self, tokens):
+        """Some of the last tokens, because new ones may depend on them, as a space at the start of
+        a word does. They begin with a whole letter, if one begins near."""
+        tokens = list(tokens)
+        counts = range(8, min(16, len(tokens)) + 1)
+        whole = (n for n in counts if "\ufffd" not in self._decode(tokens[-n:]))
+        return tokens[-next(whole, 8) :]
 
-def _sure(text: str) -> int:
-    """How much of a text will stay: a letter has up to four bytes, so up to three U+FFFD at the end
-    may still become one."""
-    return max(len(text.rstrip("\ufffd")), len(text) - 3)
+
+def _sure(text: str, of_bytes: bool) -> int:
+    """How much of a text will stay: U+FFFD at its end may become a letter."""
+    complete = len(text.rstrip("\ufffd"))
+    # A letter has up to four bytes. A tokenizer may decode all bytes in a row as U+FFFD as long as
+    # the last of their letters is not complete.
+    return max(complete, len(text) - 3) if of_bytes else complete
 
 
 class Author(NamedTuple):

@@ -58,18 +58,19 @@ class Subject(NamedTuple):
     length: int
 
     def loss(self, outputs: Array) -> Array:
-        """The mean loss of each row, `[B]`."""
+        """A number for each row, `[B]`, whose mean is the mean loss of all answers."""
         losses, _, weights = self.answers(outputs)
         return _mean(losses, weights)
 
     def accuracy(self, outputs: Array) -> Array:
-        """The accuracy of each row, `[B]`; needs tokens."""
+        """The same of the accuracy; needs tokens."""
         _, right, weights = self.answers(outputs)
         return _mean(right, weights)
 
 
 def _mean(values, weights):
-    return (values * weights).sum(-1) / jnp.maximum(weights.sum(-1), 1e-9)
+    """By answers, not by rows: rows may have more and fewer of them."""
+    return (values * weights).sum(-1) / jnp.maximum(weights.sum(-1).mean(), 1e-9)
 
 
 def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
@@ -102,7 +103,8 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
     else:
         np.logical_or.at(queries, (np.arange(rows)[:, None], np.asarray(batch.positions)), weights)
     is_tokens = run.task.vocab_size is not None
-    mask = row_mask(run.task)
+    # That of the task is for its own rows.
+    mask = row_mask(run.task) if text is None else None
     try:
         steps = checkpoint_steps(place)
     except FileNotFoundError:

@@ -207,7 +207,7 @@ def _newline(vocabulary, name) -> int:
         found = vocabulary.encode("\n")
     except ValueError as error:
         raise ValueError(f"lines of text: {name} has only one line.") from error
-    if len(found) != 1:
+    if len(found) != 1 or vocabulary.decode(found.tolist()) != "\n":
         raise ValueError("lines of text: the tokenizer must have a token for the newline.")
     return int(found[0])
 

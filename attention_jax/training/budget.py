@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from attention_jax.training.config import ConfigError, flatten
 from attention_jax.training.files import read_config
+from attention_jax.training.rules import MOST_32_BITS
 
 FIRST = 2  # Epochs of a process after which it knows its speed.
 LEAST = FIRST + 1  # Epochs of any run.
@@ -77,7 +78,8 @@ def epochs_that_fit(
     left = (60 * config.train.minutes - elapsed) * (1 - SPARE)
     # The last epoch is evaluated too.
     each = epoch_seconds + evaluation / config.eval.every_epochs
-    more = max(1, int((left - evaluation) / each))
+    most = MOST_32_BITS // config.train.steps_per_epoch - done
+    more = max(1, min(most, int((left - evaluation) / each)))
     _check_warmup(config, (done + more) * config.train.steps_per_epoch)
     return Fit(done + more, elapsed + more * each + evaluation)
 
