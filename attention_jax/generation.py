@@ -132,12 +132,9 @@ def compile_ahead(
         The compiled programs. jax finds them in a later call as long as they are kept.
     """
     call = _checked(model, params, tokens, num_tokens, **options)
-    model, settings, params = call["model"], call["settings"], call["params"]
-    rng, end, context, zero = call["rng"], call["end"], call["context"], np.int32(0)
-    capacity = _capacity(call["tokens"], num_tokens, context)
-    tokens, lengths, room = _room(call["tokens"], call["lengths"], num_tokens, context)
-
-    prompt = model, capacity, settings, params, tokens, lengths, rng, zero, end, None
+    prompt, room = _first(call, num_tokens)
+    model, capacity, settings, params, tokens, lengths, rng, zero, end, _ = prompt
+    context = call["context"]
     cache, token, ended = _prefill.eval_shape(*prompt)
     size = min(call["chunk"], capacity)
     rest = model, size, settings, params, cache, token, rng, zero, zero, end, ended
@@ -148,6 +145,27 @@ def compile_ahead(
         again = model, capacity, settings, params, tokens, lengths, rng, zero, end, before
         programs.append(_prefill.lower(*again).compile())
     return programs
+
+
+def check(
+    model: SequenceModel, params: PyTree, tokens: Array, num_tokens: int, **options: Any
+) -> None:
+    """Raises the errors of `stream` for these arguments that need no numbers, and runs no program.
+
+    Args:
+        model, params, tokens, num_tokens, **options: As in `compile_ahead`.
+    """
+    call = _checked(model, params, tokens, num_tokens, **options)
+    _prefill.eval_shape(*_first(call, num_tokens)[0])
+
+
+def _first(call, num_tokens):
+    """The arguments of the program that reads the prompt, and the room that it leaves."""
+    context = call["context"]
+    capacity = _capacity(call["tokens"], num_tokens, context)
+    tokens, lengths, room = _room(call["tokens"], call["lengths"], num_tokens, context)
+    known = call["model"], capacity, call["settings"], call["params"], tokens, lengths
+    return (*known, call["rng"], np.int32(0), call["end"], None), room
 
 
 def _checked(

@@ -85,6 +85,7 @@ def test_draws_follow_the_probabilities(model, params, tokens, logits):
         ({"top_k": 1}, lambda p: np.argsort(-p)[:1]),
         ({"top_k": 3}, lambda p: np.argsort(-p)[:3]),
         ({"top_p": 1e-6}, lambda p: np.argsort(-p)[:1]),
+        ({"top_p": 1e-39}, lambda p: np.argsort(-p)[:1]),  # 0 in float32.
         (
             {"top_p": 0.7},
             lambda p: np.argsort(-p)[: 1 + int((np.cumsum(np.sort(p)[::-1]) < 0.7).sum())],
@@ -270,6 +271,17 @@ def test_a_longer_text_compiles_nothing(model, params, tokens):
     compiled = generation._continue._cache_size(), generation._prefill._cache_size()
     generate(model, params, tokens, 47, **settings)
     assert compiled == (generation._continue._cache_size(), generation._prefill._cache_size())
+
+
+def test_a_cache_is_no_longer_than_the_text(model, params, tokens):
+    def size(context):
+        programs = generation.compile_ahead(
+            model, params, tokens, 20, temperature=0, context=context
+        )
+        return programs[0].memory_analysis().output_size_in_bytes
+
+    assert size(10**6) == size(None)
+    assert size(6) < size(None)
 
 
 def test_draws_with_top_k_and_top_p_follow_the_probabilities_that_are_left(model, params, tokens):

@@ -293,6 +293,7 @@ def test_groups_stay_where_they_can():
         ({FIRST: [4]}, ValueError, "below 4, got 4"),
         ({FIRST: [-1]}, ValueError, "below 4, got -1"),
         ({FIRST: 1}, TypeError, "in a list, got 1"),
+        ([(FIRST, 1)], TypeError, "heads must be numbers by the path of their layer, as .*, got "),
         ({FIRST: [1.0]}, TypeError, "whole numbers, got 1.0"),
         ({FIRST: np.array([True, False, True, True])}, TypeError, "whole numbers, got True"),
     ],

@@ -15,6 +15,7 @@ import pytest
 
 import attention_jax
 from attention_jax import analysis
+from attention_jax.analysis import page
 from attention_jax.laboratory import findings, inspect
 from attention_jax.laboratory import subject as subjects
 from attention_jax.training import experiment, metrics
@@ -365,6 +366,37 @@ def test_a_tokenizer_neither_pads_nor_cuts_and_shows_where_words_begin(tmp_path)
     assert subject.words == [["␣the", "␣cat", "␣sat"]]
 
 
+def test_a_checkpoint_that_is_broken_is_no_step(run, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    for file in (place / "checkpoints" / "3").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"broken")
+    inspect.inspect(place, tmp_path / "out", rows=2)
+    assert data_of(tmp_path / "out" / "page.html")["steps"] == [1, 2]
+    assert "step 2" in (tmp_path / "out" / "heads.md").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(("most", "steps"), [(1.5, [None]), (0.5, None)])
+def test_a_page_has_as_many_weights_as_it_holds(run, tmp_path, monkeypatch, most, steps):
+    size = sum(x.size for x in analysis.attention_maps(*row_of(run)).values())
+    monkeypatch.setattr(page, "MAX_WEIGHTS", int(most * size))
+    written = {path.name for path in inspect.inspect(run, tmp_path, rows=2)}
+    assert {"heads.md", "maps.png", "pruning.png", "phase.png"} <= written
+    assert ("page.html" in written) == (steps is not None)
+    if steps is None:
+        assert (
+            f"There is no page: a row has {size:,} weights" in (tmp_path / "heads.md").read_text()
+        )
+    else:
+        assert data_of(tmp_path / "page.html")["steps"] == steps
+
+
+def row_of(run):
+    subject = subjects.of_run(run, 1)
+    return subject.model, subject.params, subject.inputs
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -372,8 +404,9 @@ def test_a_tokenizer_neither_pads_nor_cuts_and_shows_where_words_begin(tmp_path)
         (["nowhere"], "nowhere holds no run with a checkpoint, and no model of Hugging Face."),
         ([str(GPT2)], "gpt2 is of Hugging Face, which needs --tokens or --text."),
         ([str(GPT2), "--tokens=3 x"], "--tokens must be numbers, as '3 1 4': got '3 x'."),
-        ([str(GPT2), "--tokens=3 19"], "--tokens must be two or more tokens below 19"),
-        ([str(GPT2), "--tokens=3"], "--tokens must be two or more tokens below 19"),
+        ([str(GPT2), "--tokens=3 19"], "--tokens must be tokens below 19"),
+        ([str(GPT2), "--tokens=3"], "--tokens must have two tokens or more, got 1."),
+        (["RUN", "--text=FILE:no.txt"], "--text: no.txt cannot be read: No such file"),
         ([str(GPT2), f"--tokens={'1 ' * 33}"], "the model takes 32 tokens at most, got 33."),
         ([str(GPT2), "--text=The"], "tokenizer.json does not exist."),
         ([str(GPT2), "--tokens=1 2", "--rows=3"], "--rows is for a run of this package."),

@@ -479,9 +479,9 @@ def test_the_table_names_the_directories():
     names = [f"runs/sweep/trials/00{i}" for i in range(5)] + ["runs/alone"]
     runs = [run_of(1.0, i, model__window=i // 4)._replace(name=n) for i, n in enumerate(names)]
     rows = report.table(runs)
-    some = "sweep/trials/000 … sweep/trials/003"
-    assert [row[0] for row in rows] == ["directory", some, "sweep/trials/004, alone"]
-    assert [row[0] for row in report.table(runs[4:5])] == ["directory", "004"]
+    some = "runs/sweep/trials/000 … runs/sweep/trials/003"
+    assert [row[0] for row in rows] == ["directory", some, "runs/sweep/trials/004, runs/alone"]
+    assert [row[0] for row in report.table(runs[4:5])] == ["directory", "runs/sweep/trials/004"]
 
 
 def test_a_directory_of_runs_is_no_run(whole):

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 
 import attention_jax
+from attention_jax import generation
 from attention_jax.interop import huggingface
 from attention_jax.laboratory import generate as laboratory
 from attention_jax.laboratory import inspect, subject, sweep
 from attention_jax.tasks import TASKS
-from attention_jax.tasks.vocabulary import Bytes, Characters, Text, lost
+from attention_jax.tasks.vocabulary import Bytes, Characters, Text, Tokenizer, lost
 from attention_jax.training import budget, experiment
 from attention_jax.training.build import build
 from attention_jax.training.command import parse
@@ -144,6 +147,32 @@ def test_a_tokenizer_of_a_file_makes_the_tokens(files):
     assert task.text.tokens_per_character < 0.5
     again = Text.from_dict(task.text.to_dict())
     assert again.vocabulary.decode([1, 2]) == "line of"
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_bits_count_the_characters_of_the_part_held_out(lines, tmp_path):
+    (tmp_path / "text.txt").write_text("abc\n" * 90 + "日本語\n" * 10, encoding="utf-8")
+    options = {"path": str(tmp_path / "text.txt"), "seq_length": 12, "lines": lines}
+    found = TASKS["text"](tokens="bytes", **options).text.tokens_per_character
+    # Of 460 bytes the last 46 are four lines and the end of one, of lines the last 10.
+    assert found == pytest.approx(100 / 40 if lines else 46 / 19)
+    assert TASKS["text"](**options).text.tokens_per_character == 1
+
+
+def test_a_tokenizer_that_does_not_know_the_newline_has_no_lines(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, "a": 1, "b": 2}
+    tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "names.txt").write_text("ab\nba\naéb\n" * 10, encoding="utf-8")
+    with pytest.raises(ValueError, match="must have a token for the newline"):
+        TASKS["text"](
+            path=str(tmp_path / "names.txt"),
+            tokens=str(tmp_path / "tokenizer.json"),
+            lines=True,
+            seq_length=8,
+        )
 
 
 def test_a_tokenizer_may_begin_with_a_byte_order_mark(files, tmp_path):
@@ -462,6 +491,13 @@ def test_as_many_epochs_are_left_as_fit(monkeypatch, epoch, evaluation, fits):
     assert (found.seconds > 120) == (epoch == 1000)
 
 
+def test_a_budget_has_no_more_steps_than_can_be_counted():
+    config = default_config("text")
+    config.train.update(minutes=1e12, steps_per_epoch=1000)
+    found = budget.epochs_that_fit(config, 2, budget.time.perf_counter(), 1e-3, lambda: None)
+    assert 2**31 - 1000 <= found.epochs * 1000 < 2**31
+
+
 def test_minutes_without_room_for_the_warmup_are_refused(files, tmp_path, capsys):
     config = small(files / "poem.txt")
     config.train.minutes, config.eval.sample, config.checkpoint.every_epochs = 0.01, 0, 10
@@ -552,6 +588,55 @@ def test_a_run_of_lines_writes_lines(files, tmp_path):
     assert all(name.startswith("a") for name in found[1::3])
     row = subject.of_run(tmp_path / "names", 1, "ab")
     assert [word for words in row.words for word in words] == ["\\n", "a", "b"]
+
+
+def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
+    config = small(files / "names.txt")
+    config.task.lines, config.train.epochs = True, 1
+    experiment.run(config, tmp_path / "names")
+    found = subject.of_run(tmp_path / "names", 16)
+    outputs = found.model.apply({"params": found.params}, found.inputs)
+    losses, right, weights = map(np.asarray, found.answers(outputs))
+    assert len({*weights.sum(-1)}) > 1
+    mean = lambda values: (values * weights).sum() / weights.sum()
+    np.testing.assert_allclose(found.loss(outputs).mean(), mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(found.accuracy(outputs).mean(), mean(right), rtol=1e-5)
+
+
+def test_a_text_sees_all_before_it_in_a_run_of_packed_rows(files, tmp_path):
+    config = small(files / "poem.txt")
+    config.task.pack, config.train.epochs = "4+4", 1
+    experiment.run(config, tmp_path / "run")
+    assert "mask" in subject.of_run(tmp_path / "run", 2).options
+    assert not subject.of_run(tmp_path / "run", 1, "line 1 o").options
+
+
+def test_bytes_have_labels_and_may_be_no_text(files, tmp_path):
+    config = small(files / "poem.txt")
+    config.task.tokens, config.train.epochs = "bytes", 1
+    experiment.run(config, tmp_path / "run")
+    found = subject.of_run(tmp_path / "run", 1, "é a")
+    assert found.words == [["\\xc3", "\\xa9", "␣", "a"]]
+    assert inspect.inspect(tmp_path / "run", tmp_path / "out", text="a\udcffb")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.short_conv": 3}, "config.eval.sample=30 (0: none): "),
+        ({"model.causal": False}, "config.eval.sample=30 (0: none): "),
+        (
+            {"model.mechanism": "sigmoid", "eval.heads": True},
+            "config.eval.heads=True: statistics are of dot_product_attention",
+        ),
+    ],
+)
+def test_what_an_evaluation_cannot_show_is_refused_before_training(files, tmp_path, change, words):
+    config = small(files / "poem.txt")
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        experiment.run(config, tmp_path / "run")
+    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 @pytest.mark.parametrize(("length", "positions"), [(5, "learned"), (20, "rotary")])
@@ -657,6 +742,27 @@ def test_text_in_parts_is_the_whole_text_whatever_the_bytes():
         told = laboratory.Told(Bytes().decode, [], of_bytes=True)
         parts = [told.add(found[i : i + 3]) for i in range(0, len(found), 3)]
         assert "".join(parts) + told.rest() == Bytes().decode(found)
+
+
+def test_writing_ends_before_each_token_of_the_same_letters(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"▁row": 0, "▁.": 1, ".": 2, "▁it": 3}
+    coder = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token="▁it"))
+    coder.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    vocabulary = Tokenizer(coder.to_str())
+    assert [vocabulary.decode([x]) for x in (1, 2)] == [".", "."]
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: np.array([1], np.int32))
+    model = SimpleNamespace(embedding=SimpleNamespace(num_embeddings=4))
+    author = laboratory.Author(
+        model, {}, vocabulary.encode, lambda prompt: np.array([0]), vocabulary.decode, set(), None
+    )
+    seen = {}
+    monkeypatch.setattr(laboratory, "is_run", lambda place: True)
+    monkeypatch.setattr(laboratory, "_of_run", lambda place: author)
+    monkeypatch.setattr(generation, "stream", lambda *_, **options: seen.update(options) or [])
+    (text,) = laboratory.write(tmp_path, prompt="row", end=".", samples=1)
+    assert "".join(text) == "row"
+    assert seen["end"] == [1, 2]
 
 
 def test_writing_ends_before_a_token(trained, tmp_path):

@@ -282,6 +282,11 @@ def _is_out(context) -> bool:
 
 def check_heads(heads: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     """Raises an error unless `heads` names heads of layers that there are, by their numbers."""
+    if not isinstance(heads, Mapping):
+        raise TypeError(
+            f"heads must be numbers by the path of their layer, as {{{next(iter(counts), '')!r}: "
+            f"[0]}}, got {told(heads)}."
+        )
     for path, numbers in heads.items():
         if path not in counts:
             raise ValueError(f"heads name the layer {path!r}, but there are {tuple(counts)}.")

@@ -124,7 +124,7 @@ def write_page(
     # All at once: a caption that holds "{{data}}" stays as it is.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 

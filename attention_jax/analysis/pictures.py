@@ -1,5 +1,6 @@
 """Pictures of heads, as a paper would print them, as PNG or SVG."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -292,6 +293,8 @@ def _save(figure, path):
                 "drawn as boxes.",
                 stacklevel=3,
             )
+        # That a font has no regular weight helps no reader.
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(path, dpi=_DPI)
     return path

@@ -110,7 +110,8 @@ class Findings(NamedTuple):
         best = []
         for name, scores in newest.scores.items():
             path, head, score = analysis.best_head(scores)
-            best.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
+            if score > 0:  # Else no head has it, as in a text where no token repeats.
+                best.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
         for path, head in analysis.ranked(self.importance)[-1:]:
             best.append(f"- the most important: {path}, head {head}")
         lines = [f"{whole}.", "\n".join(best)] if best else [f"{whole}."]

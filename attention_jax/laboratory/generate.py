@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention_jax.laboratory.inspect import is_run
-from attention_jax.laboratory.parser import Parser
+from attention_jax.laboratory.parser import Parser, read_words
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import local_path, read_json
 from attention_jax.training.metrics import harmless
 
 TOKENS, CHUNK = 500, 8
-_FILE = "FILE:"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,9 +105,7 @@ def write(
             raise ValueError(f"--{name} must be at least {least}: got {value}.")
     if seed >= 2**31:
         raise ValueError(f"--seed must be less than 2**31: got {seed}.")
-    content = prompt.encode(errors="surrogateescape")
-    if prompt.startswith(_FILE):
-        content = _read(prompt.removeprefix(_FILE))
+    content = read_words(prompt, "--prompt")
     of_run = is_run(place)
     # Imported after the checks, so that errors do not wait for jax.
     import jax
@@ -298,14 +295,6 @@ def _of_directory(place: Path) -> Author:
         ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
         context=longest or config.get("max_position_embeddings"),
     )
-
-
-def _read(path: str) -> bytes:
-    file = local_path(path, "--prompt=FILE:PATH")
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"--prompt: {file} cannot be read: {error.strerror}.") from error
 
 
 def _text(content: bytes, of_bytes: bool) -> str:

@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attention_jax.laboratory.parser import Parser
+from attention_jax.laboratory.parser import Parser, read_text
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import CHECKPOINTS, local_path, locate, make_directory
 from attention_jax.training.process import prepare, say
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
         help=f"of how many checkpoints at most; 1 is the newest; default: {MAX_CHECKPOINTS}",
     )
     parser.add_argument("--tokens", help="for Hugging Face: the numbers of a row, as '3 1 4'")
-    parser.add_argument("--text", help="for Hugging Face, or a run of text: the row to look at")
+    parser.add_argument(
+        "--text", help="for Hugging Face, or a run of text: the row to look at, or FILE:PATH"
+    )
     try:
         written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -77,7 +79,7 @@ def inspect(
         rows: How many held-out rows of the run's task; None: 128.
         checkpoints: Of how many of the run's checkpoints at most, evenly taken; None: 50.
         tokens, text: For a directory of Hugging Face one of them, the row to run it on. A run of
-            text takes a text as well, which stands for its rows.
+            text takes a text as well, which stands for its rows. `FILE:PATH` names a file of it.
         say: Takes a line about work that takes some seconds, from another thread.
 
     Returns:
@@ -91,6 +93,8 @@ def inspect(
     """
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
+    if text is not None:
+        text = read_text(text, "--text")
     of_run = is_run(place)
     if of_run:
         _refuse("is for a directory of Hugging Face", tokens=tokens)
@@ -170,6 +174,7 @@ def _command(run, rows, checkpoints, tokens, text):
 
 def _write(subject, findings, out, command):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
+    from attention_jax.analysis.page import MAX_WEIGHTS
     from attention_jax.laboratory.findings import evenly
 
     about = subject.about
@@ -184,18 +189,19 @@ def _write(subject, findings, out, command):
     scores = None if score is None else newest.scores[score]
     maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
     heading = {"title": title, "caption": command}
-    if len(by_step) > 1:
-        # One row, and as many of the steps as a page of moderate size holds.
-        size = sum(weights.size for weights in newest.maps.values())
+    # One row, and as many of the steps as a page of moderate size holds; or as many rows as fit.
+    size = sum(weights.size for weights in newest.maps.values())
+    page = None
+    if len(by_step) > 1 and 2 * size <= MAX_WEIGHTS:
         steps = evenly(list(by_step), max(2, _PAGE_WEIGHTS // size))
         shown = {step: by_step[step].maps for step in steps}
         beside = {step: by_step[step].beside for step in steps}
         page = write_page(out / "page.html", shown, first, statistics=beside, **heading)
-    else:
-        rows = None if words is None else words[: len(next(iter(findings.maps.values())))]
-        page = write_page(
-            out / "page.html", findings.maps, rows, statistics=newest.beside, **heading
-        )
+    elif size <= MAX_WEIGHTS:
+        count = MAX_WEIGHTS // size
+        shown = {path: weights[:count] for path, weights in findings.maps.items()}
+        rows = None if words is None else words[: len(next(iter(shown.values())))]
+        page = write_page(out / "page.html", shown, rows, statistics=newest.beside, **heading)
     pictures, curve = [maps], findings.curve
     if curve is not None:
         drawn = draw_pruning(
@@ -212,6 +218,10 @@ def _write(subject, findings, out, command):
         pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
     table = out / "heads.md"
     links = [f"![{file.stem}]({file.name})" for file in pictures]
-    text = [f"# {title}", f"```bash\n{command}\n```", *findings.told(subject), *links]
-    table.write_text("\n\n".join([*text, f"[The page]({page.name})"]) + "\n", encoding="utf-8")
-    return [page, table, *pictures]
+    last = f"There is no page: a row has {size:,} weights, and a page holds {MAX_WEIGHTS:,}."
+    if page is not None:
+        last = f"[The page]({page.name})"
+    text = [f"# {title}", f"```bash\n{command}\n```", *findings.told(subject), *links, last]
+    # A text on the command line may hold any bytes.
+    table.write_text("\n\n".join(text) + "\n", encoding="utf-8", errors="surrogateescape")
+    return [*([] if page is None else [page]), table, *pictures]

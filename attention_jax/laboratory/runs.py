@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -123,15 +122,10 @@ def main_metric(runs: Iterable[Run]) -> str:
 
 
 def folders(found: Sequence[Line]) -> list[str]:
-    """The directories of the runs of each line, below the one that holds them all.
-
-    Of more than three the first and the last stand for all.
-    """
-    paths = [Path(run.name) for line in found for run in line.runs]
-    above = os.path.commonpath([path.absolute().parent for path in paths])
+    """The directories of the runs of each line; of more than three the first and the last."""
     names = []
     for line in found:
-        own = [os.path.relpath(run.name, above) for run in line.runs]
+        own = [run.name for run in line.runs]
         names.append(", ".join(own) if len(own) < 4 else f"{own[0]} … {own[-1]}")
     return names
 

@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from attention_jax.interop import huggingface
-from attention_jax.training.checkpoint import checkpoint_steps, restore_params
+from attention_jax.tasks.vocabulary import name_of_token
+from attention_jax.training.checkpoint import checkpoint_steps, read_params, restore_params
 from attention_jax.training.loading import load
 from attention_jax.training.model import row_mask
 from attention_jax.training.watch import first_token
@@ -106,7 +107,8 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
     # That of the task is for its own rows.
     mask = row_mask(run.task) if text is None else None
     try:
-        steps = checkpoint_steps(place)
+        _, newest = read_params(place)  # The newest that is whole.
+        steps = [step for step in checkpoint_steps(place) if step <= newest]
     except FileNotFoundError:
         steps = []
     return Subject(
@@ -139,8 +141,10 @@ def _continued(name: str, tokens: Sequence[int], model: nn.Module) -> Batch:
     """A row, of which every token but the last asks for the next one."""
     vocab_size = model.embedding.num_embeddings
     limit = getattr(model.positions, "max_length", None)
-    if len(tokens) < 2 or not all(0 <= token < vocab_size for token in tokens):
-        raise ValueError(f"{name} must be two or more tokens below {vocab_size}, got {tokens}.")
+    if len(tokens) < 2:
+        raise ValueError(f"{name} must have two tokens or more, got {len(tokens)}.")
+    if not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"{name} must be tokens below {vocab_size}, got {tokens}.")
     if limit is not None and len(tokens) > limit:
         raise ValueError(f"the model takes {limit} tokens at most, got {len(tokens)}.")
     inputs = jnp.asarray([tokens], jnp.int32)
@@ -152,8 +156,8 @@ def _words(run, tokens):
     """The tokens as labels: of text, what they stand for, with white space made visible."""
     if run.task.text is None:
         return tokens.astype(str).tolist()
-    decode = run.task.text.vocabulary.decode
-    return [[_visible(decode([token])) for token in row] for row in tokens.tolist()]
+    name = run.task.text.vocabulary.name
+    return [[_visible(name(token)) for token in row] for row in tokens.tolist()]
 
 
 def _visible(text):
@@ -180,16 +184,6 @@ def _vectors(batch: Batch, outputs):
     return losses, None, batch.weights
 
 
-def _word(coder, token):
-    """A token as a label, with the space before it made visible."""
-    # A special token, as "<s>", would be left out and stand as a number among words.
-    word = coder.decode([token], skip_special_tokens=False)
-    # SentencePiece's decoder takes the space of the first word away.
-    if (coder.id_to_token(token) or "").startswith("▁") and not word.startswith(" "):
-        word = f" {word}"
-    return _visible(word) or str(token)
-
-
 def of_directory(
     place: Path, *, tokens: Sequence[int] | None = None, text: str | None = None
 ) -> Subject:
@@ -212,11 +206,15 @@ def of_directory(
                 raise
     model, params = huggingface.load(place)
     if text is not None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("--text is no text in UTF-8.") from error
         tokens = coder.encode(text).ids
     batch = _continued("--tokens" if text is None else "--text", tokens, model)
     T = batch.inputs.shape[1]
     limit = getattr(model.positions, "max_length", None)
-    name_of = str if coder is None else functools.partial(_word, coder)
+    name_of = str if coder is None else lambda token: _visible(name_of_token(coder, token))
     return Subject(
         name=place.resolve().name,
         about=f"the next of {T} tokens",

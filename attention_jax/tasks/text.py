@@ -14,7 +14,7 @@ from jax import lax
 
 from attention_jax.checks import as_size, check_flag
 from attention_jax.tasks.task import Task, per_row
-from attention_jax.tasks.vocabulary import Bytes, Text, Tokenizer, make_vocabulary
+from attention_jax.tasks.vocabulary import Bytes, Characters, Text, Tokenizer, make_vocabulary
 from attention_jax.types import Array, Batch
 
 MOST = 2**27  # Tokens of a file. They are part of each compiled program.
@@ -128,20 +128,39 @@ def _read(path, tokens, lines, *stamps) -> _Source:
         raise ValueError(f"tokens of text: {tokens}: {error}") from error
     if len(found) > MOST:
         raise ValueError(f"path of text: {name} has {len(found):,} tokens; at most {MOST:,} fit.")
+    ends = _ends(found, vocabulary, name) if lines else None
     text = Text(
         name=name,
         vocabulary=vocabulary,
         sha256=hashlib.sha256(content).hexdigest(),
-        tokens_per_character=len(found) / (len(letters) or _count(content)),
+        tokens_per_character=_density(found, ends, letters, vocabulary),
         lines=lines,
     )
-    return _Source(text, found, _ends(found, vocabulary, name) if lines else None)
+    return _Source(text, found, ends)
+
+
+def _density(tokens, ends, letters, vocabulary) -> float:
+    """How many tokens a character takes in the part that is held out."""
+    of = tokens if ends is None else ends
+    trained = int(_TRAINED * len(of))
+    first = trained if ends is None else ends[trained:, 0].min(initial=len(tokens))
+    held_out = tokens[first:]
+    if isinstance(vocabulary, Characters) or not len(held_out):
+        return 1.0
+    if isinstance(vocabulary, Bytes):
+        return len(held_out) / _count(held_out.tobytes())
+    # Some decoders add spaces, so their letters tell the share alone.
+    size = lambda tokens: len(vocabulary.decode(tokens.tolist()))
+    share = size(held_out) / max(1, size(tokens))
+    return len(held_out) / max(1.0, share * len(letters))
 
 
 def _count(content: bytes) -> int:
     """The number of characters; of bytes where they are no UTF-8."""
     try:
-        return len(content.decode())
+        # The first three bytes may be the rest of a character.
+        rest = content[:3].lstrip(bytes(range(0x80, 0xC0)))
+        return max(1, len((rest + content[3:]).decode()))
     except UnicodeDecodeError:
         return len(content)
 

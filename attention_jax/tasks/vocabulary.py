@@ -38,6 +38,10 @@ class Characters:
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(self.letters[token] for token in tokens)
 
+    def name(self, token: int) -> str:
+        """What a token stands for, as a label."""
+        return self.letters[token]
+
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "characters", "letters": self.letters}
 
@@ -54,6 +58,10 @@ class Bytes:
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD."""
         return bytes(tokens).decode(errors="replace")
+
+    def name(self, token: int) -> str:
+        """What a token stands for, as a label."""
+        return chr(token) if token < 128 else f"\\x{token:02x}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "bytes"}
@@ -107,6 +115,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._coder.decode(list(tokens), skip_special_tokens=False)
 
+    def name(self, token: int) -> str:
+        """What a token stands for, as a label."""
+        return name_of_token(self._coder, token)
+
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "tokenizer", "definition": self.definition}
 
@@ -121,7 +133,7 @@ class Text(NamedTuple):
         name: Of the file, for people.
         vocabulary: Turns text into tokens and back.
         sha256: Of the bytes of the file.
-        tokens_per_character: In the whole file.
+        tokens_per_character: In the part that is held out.
         lines: Whether a row is a line: the token of the newline begins it and ends it.
     """
 
@@ -153,6 +165,17 @@ class Text(NamedTuple):
             return cls(**dict(found) | {"vocabulary": vocabulary})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the vocabulary of the run cannot be read: {error!r}.") from error
+
+
+def name_of_token(coder, token: int) -> str:
+    """What a token of the library `tokenizers` stands for, as a label."""
+    name = coder.id_to_token(token) or str(token)
+    # A special token, as "<s>", would be left out and stand as a number among words.
+    word = coder.decode([token], skip_special_tokens=False)
+    if not word or "\ufffd" in word:  # A part of a letter.
+        return name
+    # SentencePiece's decoder takes the space of the first word away.
+    return f" {word}" if name.startswith("▁") and not word.startswith(" ") else word
 
 
 def lost(text: str, decoded: str) -> str:

@@ -78,8 +78,8 @@ def build(config: ConfigDict) -> Program:
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turns errors of building into a ConfigError of one line."""
+def refusals(about: str = "") -> Iterator[None]:
+    """Turns errors of building into a ConfigError of one line, which begins with `about`."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # The latter if JAX_PLATFORMS finds none.
@@ -90,7 +90,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(_line(str(error))) from error
+        raise ConfigError(_line(about + str(error))) from error
 
 
 def check_fits(config: ConfigDict, num_trials: int = 1) -> None:

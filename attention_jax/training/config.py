@@ -249,7 +249,7 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
         yield (
             "optimizer.warmup_steps",
             "config.optimizer.warmup_steps must leave the cosine some of the steps: "
-            f"got {optimizer.warmup_steps} of {total_steps}. More --epochs help.",
+            f"got {optimizer.warmup_steps} of {total_steps}. Set it lower, or --epochs higher.",
         )
     if model.short_conv and not model.causal:
         yield (

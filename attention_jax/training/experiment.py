@@ -155,7 +155,7 @@ def _run(config, program, store, started):
     if program.task.text is not None:
         store.keep(VOCABULARY, program.task.text.to_dict())
     with StopSignals() as stop, Ahead() as ahead:
-        look = make_look(config)
+        look = make_look(config, program.init.eval_shape().params)
         state = _begin(config, program, store, look, ahead)
         if store.result is not None:
             say(f"{store} holds this run, complete: {metrics_line(store.result)}, nothing to do.")

@@ -311,8 +311,15 @@ class Console:
         if self._stream is not None and self._stream.isatty():  # None: closed by the shell.
             from tqdm import tqdm
 
+            # A terminal that does not know its size would hide the bar.
+            size = {} if _has_size(self._stream) else {"ncols": 80, "nrows": 24}
             self._bar = tqdm(
-                total=epochs, initial=first_epoch, unit="epoch", file=self._stream, leave=False
+                total=epochs,
+                initial=first_epoch,
+                unit="epoch",
+                file=self._stream,
+                leave=False,
+                **size,
             )
         if epochs is not None:
             self.set_epochs(epochs)
@@ -378,6 +385,13 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _has_size(stream) -> bool:
+    try:
+        return all(os.get_terminal_size(stream.fileno()))
+    except OSError:  # No terminal, or no file.
+        return True
 
 
 def _bar_line(row: Row, held_out: Row) -> str:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from attention_jax.generation import compile_ahead, generate
-from attention_jax.training.build import jit_once, make_functions
+from attention_jax.generation import check, compile_ahead, generate
+from attention_jax.training.build import jit_once, make_functions, refusals
 from attention_jax.training.model import row_mask
 from attention_jax.types import Array, PyTree
 
@@ -56,10 +56,12 @@ class Sampler(NamedTuple):
         sample: `(params, step) -> text`.
         compile_ahead: From the shapes of the parameters to the programs of `sample`, see
             `generation.compile_ahead`.
+        check: From the same to an error, if the model cannot write.
     """
 
     sample: Callable[[PyTree, int], str]
     compile_ahead: Callable[[PyTree], list[Any]]
+    check: Callable[[PyTree], None]
 
 
 def make_sampler(config: ConfigDict) -> Sampler:
@@ -67,9 +69,6 @@ def make_sampler(config: ConfigDict) -> Sampler:
 
     It begins after a newline, or after the first token of a vocabulary that has none. Of lines it
     writes as many as the tokens hold. The text depends on the seed and the step.
-
-    Raises:
-        NotImplementedError: A layer of the model has no cache.
     """
     functions = make_functions(config)
     text, T = functions.task.text, config.task.seq_length
@@ -95,14 +94,14 @@ def make_sampler(config: ConfigDict) -> Sampler:
             written = [line.partition("\n")[0] for line in written]
         return "\n".join(written)
 
-    def ahead(params: PyTree) -> list[Any]:
-        rng = key(np.int32(0))
-        chunk = max(1, number)
-        return compile_ahead(
-            functions.model, params, start, number, rng=rng, chunk=chunk, **options
-        )
+    def on_shapes(of: Callable) -> Callable:
+        def run(params: PyTree):
+            more = {"rng": key(np.int32(0)), "chunk": max(1, number), **options}
+            return of(functions.model, params, start, number, **more)
 
-    return Sampler(sample, ahead)
+        return run
+
+    return Sampler(sample, on_shapes(compile_ahead), on_shapes(check))
 
 
 class Look(NamedTuple):
@@ -117,11 +116,28 @@ class Look(NamedTuple):
     sampler: Sampler | None
 
 
-def make_look(config: ConfigDict) -> Look:
-    return Look(
+def make_look(config: ConfigDict, params: PyTree) -> Look:
+    """What the config asks for.
+
+    Args:
+        config: Checked.
+        params: The shapes of the parameters.
+
+    Raises:
+        ConfigError: The model has no such heads, or cannot write.
+    """
+    look = Look(
         make_watch(config) if config.eval.heads else None,
         make_sampler(config) if config.eval.sample else None,
     )
+    # Trace them here, to raise their errors; a call does not trace them again.
+    if look.watch is not None:
+        with refusals(f"config.eval.heads={config.eval.heads}: "):
+            look.watch.eval_shape(params)
+    if look.sampler is not None:
+        with refusals(f"config.eval.sample={config.eval.sample} (0: none): "):
+            look.sampler.check(params)
+    return look
 
 
 def first_token(text) -> int:
