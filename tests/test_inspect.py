@@ -15,7 +15,6 @@ import pytest
 
 import attention_jax
 from attention_jax import analysis
-from attention_jax.analysis import page
 from attention_jax.laboratory import findings, inspect
 from attention_jax.laboratory import subject as subjects
 from attention_jax.training import experiment, metrics
@@ -380,7 +379,7 @@ def test_a_checkpoint_that_is_broken_is_no_step(run, tmp_path):
 @pytest.mark.parametrize(("most", "steps"), [(1.5, [None]), (0.5, None)])
 def test_a_page_has_as_many_weights_as_it_holds(run, tmp_path, monkeypatch, most, steps):
     size = sum(x.size for x in analysis.attention_maps(*row_of(run)).values())
-    monkeypatch.setattr(page, "MAX_WEIGHTS", int(most * size))
+    monkeypatch.setattr("attention_jax.analysis.page.MAX_WEIGHTS", int(most * size))
     written = {path.name for path in inspect.inspect(run, tmp_path, rows=2)}
     assert {"heads.md", "maps.png", "pruning.png", "phase.png"} <= written
     assert ("page.html" in written) == (steps is not None)
