@@ -238,6 +238,18 @@ def test_statistics_are_those_of_loops():
             assert found[name][head] == pytest.approx(np.mean(values), abs=1e-6)
     with pytest.raises(ValueError, match=r"maps must be .* layer"):
         map_statistics({LAYER: np.zeros((3, 3))})
+    maps = {LAYER: np.ones((2, 3, 5, 5))}
+    with pytest.raises(ValueError, match=r"queries must be boolean \(2, 5\) for .*, got int64"):
+        map_statistics(maps, queries=np.ones((2, 5), np.int64))
+
+
+def test_statistics_of_maps_count_the_queries_that_are_named():
+    weights = np.random.default_rng(0).dirichlet(np.ones(5), (1, 3, 5))
+    counted = np.array([[True, True, False, True, False]])
+    found = map_statistics({LAYER: weights}, queries=counted)[LAYER]
+    seen = np.where(counted[:, None, :, None], weights, 0)  # Queries without keys do not count.
+    for name, want in map_statistics({LAYER: seen})[LAYER].items():
+        np.testing.assert_allclose(found[name], want)
 
 
 # Over training -----------------------------------------------------------------------------------

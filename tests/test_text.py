@@ -9,16 +9,17 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import generation
+from attention_jax import analysis, generation
 from attention_jax.interop import huggingface
+from attention_jax.laboratory import findings, inspect, subject, sweep
 from attention_jax.laboratory import generate as laboratory
-from attention_jax.laboratory import inspect, subject, sweep
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text, Tokenizer, lost
 from attention_jax.training import budget, experiment
@@ -601,6 +602,13 @@ def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
     mean = lambda values: (values * weights).sum() / weights.sum()
     np.testing.assert_allclose(found.loss(outputs).mean(), mean(losses), rtol=1e-5)
     np.testing.assert_allclose(found.accuracy(outputs).mean(), mean(right), rtol=1e-5)
+    np.testing.assert_array_equal(found.counted, weights > 0)  # The padding is no token.
+    at = findings._at(found, found.params)
+    maps = analysis.attention_maps(found.model, found.params, found.inputs)
+    for kind in ("induction_head", "duplicate_token_head"):
+        want = analysis.head_scores(maps, found.inputs, kind, queries=weights > 0)
+        chex.assert_trees_all_close(at.scores[kind], want)
+    assert findings.AT_ANSWERS not in at.scores
 
 
 def test_a_text_sees_all_before_it_in_a_run_of_packed_rows(files, tmp_path):

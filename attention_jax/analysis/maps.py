@@ -119,29 +119,39 @@ def _with_weights(run, arguments, options, context):
     return run(*bound.args, **bound.kwargs)
 
 
-def map_statistics(maps: Maps) -> dict[str, dict[str, np.ndarray]]:
+def map_statistics(maps: Maps, *, queries: Array | None = None) -> dict[str, dict[str, np.ndarray]]:
     """What the weights of each head are on the average over rows and queries.
 
     The names are those of `AttentionStatistics`. Queries that see no key do not count.
 
     Args:
         maps: `[..., N, T, S]` for each layer, as `attention_maps` gives them.
+        queries: Boolean `[..., T]`: which count, as those that are no padding. None: all do.
 
     Returns:
         For each layer, `[N]` by name: `entropy` in nats, `largest` weight, mean `distance` to the
         keys, and the weights `to_self`, `to_previous` and `to_first`.
 
     Raises:
-        ValueError: Weights have fewer than three axes.
+        ValueError: Weights have fewer than three axes, or `queries` other ones.
     """
-    return {path: _statistics(path, weights) for path, weights in maps.items()}
+    return {path: _statistics(path, weights, queries) for path, weights in maps.items()}
 
 
-def _statistics(path, weights):
+def _statistics(path, weights, queries):
+    shape = np.shape(weights)
     weights = as_weights(path, weights)
     _, _, T, S = weights.shape
     t, s = np.arange(T)[:, None], np.arange(S)
     counts = weights.any(-1)  # [B, N, T]
+    if queries is not None:
+        queries = np.asarray(queries)
+        if queries.dtype != bool or queries.shape != (*shape[:-3], T):
+            raise ValueError(
+                f"queries must be boolean {(*shape[:-3], T)} for {path}, got {queries.dtype} "
+                f"{queries.shape}."
+            )
+        counts = counts & queries.reshape(-1, 1, T)
     total = np.maximum(counts.sum((0, 2)), 1)
     mean = lambda of_queries: np.where(counts, of_queries, 0).sum((0, 2)) / total
     logs = np.log(np.where(weights > 0, weights, 1))

@@ -143,8 +143,8 @@ def _notes(subject, findings):
     notes = []
     if findings.newest.scores:
         notes.append(
-            "The scores of heads are TransformerLens' over all tokens; prefix matching is Olsson's,"
-            " on repeated random tokens."
+            "The scores of heads are TransformerLens' over all tokens but padding; prefix matching "
+            "is Olsson's, on repeated random tokens."
         )
     if AT_ANSWERS in findings.newest.scores:
         notes.append("At answers: the induction score at the places that are asked for alone.")
@@ -245,7 +245,7 @@ def _at(subject, params) -> AtStep:
     return AtStep(
         maps={path: weights[0] for path, weights in maps.items()},
         scores=_scores(subject, params, maps, some),
-        statistics=analysis.map_statistics(maps),
+        statistics=analysis.map_statistics(maps, queries=_counted(subject, some)),
         loss=mean(losses),
         accuracy=None if right is None else mean(np.asarray(right, float)),
         in_context=in_context,
@@ -271,7 +271,8 @@ def _scores(subject, params, maps, rows):
     tokens, queries = subject.inputs[:rows], subject.queries[:rows]
     square = {path: x for path, x in maps.items() if x.shape[-1] == x.shape[-2]}
     found = {}
-    if queries[:, :-1].mean() < 0.9:
+    counted = _counted(subject, rows)
+    if counted is None and queries[:, :-1].mean() < 0.9:
         found[AT_ANSWERS] = analysis.head_scores(square, tokens, "induction_head", queries=queries)
     if "mask" not in subject.options:  # Such a mask is for the rows of the task alone.
         repeats = 4 if subject.length >= 16 else 2
@@ -284,8 +285,12 @@ def _scores(subject, params, maps, rows):
             repeats=repeats,
         )
     for kind in KINDS[::-1]:
-        found[kind] = analysis.head_scores(square, tokens, kind)
+        found[kind] = analysis.head_scores(square, tokens, kind, queries=counted)
     return found
+
+
+def _counted(subject, rows):
+    return None if subject.counted is None else subject.counted[:rows]
 
 
 def _curve(arguments, subject, measures, importance, points, orders):

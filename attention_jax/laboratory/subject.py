@@ -35,6 +35,7 @@ class Subject(NamedTuple):
         vocab_size: None if the inputs are no tokens.
         words: The tokens of each row as labels; None if the inputs are no tokens.
         queries: Boolean `[B, T]`: where answers are asked for.
+        counted: Boolean `[B, T]`: the tokens that are no padding; None if there is none.
         answers: From outputs to the loss of each answer, whether it is right (None if there is no
             right one), and its weight, all `[B, P]`.
         guess: The accuracy of a guess, or None.
@@ -52,6 +53,7 @@ class Subject(NamedTuple):
     vocab_size: int | None
     words: Sequence[Sequence[str]] | None
     queries: np.ndarray
+    counted: np.ndarray | None
     answers: Callable[[Array], tuple[Array, Array | None, Array]]
     guess: float | None
     steps: Sequence[int]
@@ -121,6 +123,8 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
         vocab_size=run.task.vocab_size,
         words=_words(run, np.asarray(batch.inputs)) if is_tokens else None,
         queries=queries,
+        # A line is padded where it asks for no token.
+        counted=queries if text is None and run.task.text and run.task.text.lines else None,
         answers=functools.partial(_tokens if is_tokens else _vectors, batch),
         guess=_guess(run, batch) if is_tokens and run.task.text is None else None,
         steps=steps,
@@ -225,6 +229,7 @@ def of_directory(
         vocab_size=model.embedding.num_embeddings,
         words=[[name_of(token) for token in tokens]],
         queries=np.arange(T)[None] < T - 1,
+        counted=None,
         answers=functools.partial(_tokens, batch),
         guess=None,
         steps=[],
