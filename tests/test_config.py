@@ -323,7 +323,7 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         # Unknown, with what may have been meant.
         (["--num_head=3"], ["--num_head is unknown", "--num_heads"]),
         (["--task=text", "--path=a"], ["--path is unknown. Did you mean --config.task.path?"]),
-        (["--task=text", "--epochs=1"], ["got 100 of 100. More --epochs help."]),
+        (["--task=text", "--epochs=1"], ["got 100 of 100. Set it lower, or --epochs higher."]),
         (["--config.model.num_head=3"], ["config.model.num_head", "config.model.num_heads"]),
         (["--config.task.num_pairs=3"], ["config.task.num_pairs is unknown"]),
         (["--config.nothing=3"], ["config.nothing is unknown"]),

@@ -92,7 +92,7 @@ def test_draws_follow_the_probabilities(model, params, tokens, logits):
         ),
         ({"top_k": VOCABULARY + 5, "top_p": 1.0}, lambda p: np.arange(VOCABULARY)),
     ],
-    ids=["k=1", "k=3", "p=0", "p=0.7", "all"],
+    ids=["k=1", "k=3", "p=0", "p=tiny", "p=0.7", "all"],
 )
 def test_only_the_likely_tokens_are_drawn(model, params, tokens, logits, settings, kept):
     rows = np.tile(tokens[:1], (2000, 1))
