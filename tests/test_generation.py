@@ -274,6 +274,8 @@ def test_a_longer_text_compiles_nothing(model, params, tokens):
 
 
 def test_a_cache_is_no_longer_than_the_text(model, params, tokens):
+    model = model.clone(reach=None)
+
     def size(context):
         programs = generation.compile_ahead(
             model, params, tokens, 20, temperature=0, context=context
