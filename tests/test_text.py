@@ -654,7 +654,10 @@ def test_a_run_is_inspected_on_a_text_without_its_file(files, tmp_path, length, 
     experiment.run(config, tmp_path / "run")
     (tmp_path / "poem.txt").unlink()
     text = POEM[:length]
-    written = inspect.inspect(tmp_path / "run", tmp_path / "out", text=text)
+    (tmp_path / "p.txt").write_text(f"\ufeff{text}", encoding="utf-8")
+    named = f"FILE:{tmp_path / 'p.txt'}"
+    written = inspect.inspect(tmp_path / "run", tmp_path / "out", text=named)
+    assert f"--text={named}" in (tmp_path / "out" / "heads.md").read_text()
     assert {"maps.png", "page.html", "heads.md"} <= {path.name for path in written}
     found = subject.of_run(tmp_path / "run", 1, text)
     logits = found.model.apply({"params": found.params}, found.inputs)[0]

@@ -293,10 +293,14 @@ def _save(figure, path):
                 "drawn as boxes.",
                 stacklevel=3,
             )
-        # That a font has no regular weight helps no reader.
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
-        figure.savefig(path, dpi=_DPI)
+        log = logging.getLogger("matplotlib.font_manager")
+        level = log.level
+        log.setLevel(logging.ERROR)  # Not every font has the weight that is asked for.
+        try:
+            figure.savefig(path, dpi=_DPI)
+        finally:
+            log.setLevel(level)
     return path
 
 

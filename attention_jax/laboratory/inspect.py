@@ -93,6 +93,7 @@ def inspect(
     """
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
+    asked = text
     if text is not None:
         text = read_text(text, "--text")
     of_run = is_run(place)
@@ -120,7 +121,7 @@ def inspect(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
     make_directory(out, "--out")
-    return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, text))
+    return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, asked))
 
 
 def is_run(place):
