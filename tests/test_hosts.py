@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from attention_jax.training import experiment, hosts
 from attention_jax.training.command import parse
@@ -204,6 +205,26 @@ def test_a_process_that_is_lost_at_the_end_is_told_in_a_line(monkeypatch, signs,
     with pytest.raises(SystemExit, match="process 1 of 2") if ends else contextlib.nullcontext():
         hosts._watch()
     assert list(given.values()) == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("query must have 4 axes: got [2, 3]."), False),
+    ],
+    ids=str,
+)
+def test_a_lost_connection_is_told_from_other_errors(monkeypatch, error, ends):
+    def end(reason):
+        raise SystemExit(reason)
+
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "_end", end)
+    with pytest.raises(SystemExit if ends else type(error)), hosts.together():
+        raise error
 
 
 def test_flags_say_who_takes_part():

@@ -8,6 +8,7 @@ others. Importing this module is cheap.
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ PERIOD, SILENCE = 1.0, 15.0  # Seconds between signs of life, and without one un
 _PAUSE = 0.1  # Seconds between looks at the others when this process has completed its work.
 _HEARTBEAT = 40  # Seconds after which jax itself ends us, with a trace of C++: later than we do.
 _SHUTDOWN = 1200  # Seconds that a process of a stopped run waits for the last one, which writes.
+_STATUS = re.compile("[A-Z_]+: ")  # Begins an error of XLA: "UNKNOWN: Gloo AllGather failed".
 
 
 class Hosts(NamedTuple):
@@ -81,8 +83,10 @@ def together() -> Iterator[None]:
 
     try:
         yield
-    except JaxRuntimeError as error:
-        if count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (JaxRuntimeError, ValueError) as error:
+        # jax raises some errors of its runtime as a ValueError; the text names the status too.
+        is_of_runtime = isinstance(error, JaxRuntimeError) or _STATUS.match(str(error))
+        if count() == 1 or not is_of_runtime or "RESOURCE_EXHAUSTED" in str(error):
             raise
         _end(f"the connection to another of {count()} processes is lost")
 
