@@ -56,7 +56,7 @@ def generate(
 
     Raises:
         ValueError: A value is out of its range, or the model has too few positions.
-        TypeError: An argument has the wrong type.
+        TypeError: An argument has the wrong type, or `lengths` are traced beside a `context`.
         NotImplementedError: A layer of the model has no cache, or its cache takes no `lengths`.
         FloatingPointError: The logits of a row are NaN or infinite. Inside a traced program, which
             cannot raise errors, -1 stands for their token.
@@ -186,21 +186,27 @@ def _checked(
     """The arguments of `_parts`, from those of `stream`."""
     if not isinstance(model, SequenceModel):
         raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
-    tokens = as_integers("tokens", tokens, axes=1).astype(jnp.int32)
+    tokens = _known_integers("tokens", tokens, axes=1)
     if tokens.shape[-1] == 0:
         raise ValueError(f"tokens must be [..., T] with T at least 1, got shape {tokens.shape}.")
     num_tokens = as_size("num_tokens", num_tokens, minimum=0)
     chunk = as_size("chunk", chunk)
     settings, rng = _settings(temperature, top_k, top_p, rng)
     if lengths is not None:
-        lengths = as_integers("lengths", lengths).astype(jnp.int32)
+        lengths = _known_integers("lengths", lengths)
         if lengths.shape != tokens.shape[:-1]:
             raise ValueError(
                 f"lengths must have the batch axes {tokens.shape[:-1]} of tokens, got shape "
                 f"{lengths.shape}."
             )
-        lengths = np.asarray(lengths)  # jax would compile each of these comparisons.
-        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= tokens.shape[-1]:
+        lengths = _plain(lengths)
+        if isinstance(lengths, jax.core.Tracer):
+            if context is not None:
+                raise TypeError(
+                    "with a context, lengths must be known before the program runs, got a traced "
+                    "array."
+                )
+        elif lengths.size and not 1 <= lengths.min() <= lengths.max() <= tokens.shape[-1]:
             raise ValueError(
                 f"lengths must lie in [1, T] with T={tokens.shape[-1]}, got {lengths.tolist()}."
             )
@@ -231,6 +237,12 @@ def _checked(
     }
 
 
+def _known_integers(name: str, array: Array, axes: int = 0) -> Array:
+    """int32; what is known inside a traced program stays known."""
+    with jax.ensure_compile_time_eval():
+        return as_integers(name, array, axes=axes).astype(jnp.int32)
+
+
 def _ends(end, size: int | None) -> np.ndarray | None:
     """The tokens that end a row, `[n]` int32."""
     if end is None:
@@ -251,10 +263,10 @@ def _check_vocabulary(tokens: Array, lengths: Array | None, size: int | None) ->
         return
     if any(isinstance(x, jax.core.Tracer) for x in (tokens, lengths)):
         return
-    tokens = np.asarray(tokens)  # jax would compile each of these operations.
+    tokens = _plain(tokens)
     wrong = (tokens < 0) | (tokens >= size)
     if lengths is not None:  # Padding may be anything.
-        wrong &= np.arange(tokens.shape[-1]) < np.asarray(lengths)[..., None]
+        wrong &= np.arange(tokens.shape[-1]) < lengths[..., None]
     if wrong.any():
         raise ValueError(f"tokens must be from 0 to {size - 1}, got {tokens[wrong][0]}.")
 
@@ -359,25 +371,33 @@ def _concatenated(parts: list[Array]) -> Array:
 
 def _joined(parts, lengths):
     """Prompts and what follows each, as rows that are padded at their ends."""
-    prompt, *new = (np.asarray(part) for part in parts)
-    new = np.concatenate(new, axis=-1)
     if lengths is None:
-        return np.concatenate([prompt, new], axis=-1), None
-    row = np.concatenate([prompt, np.zeros_like(new)], axis=-1)
-    places = np.asarray(lengths)[..., None] + np.arange(new.shape[-1])
-    np.put_along_axis(row, places, new, axis=-1)
-    return row, np.asarray(lengths) + new.shape[-1]
+        return _concatenated(parts), None
+    prompt, new = _plain(parts[0]), _plain(_concatenated(parts[1:]))
+    places = lengths[..., None] + np.arange(new.shape[-1])
+    if isinstance(prompt, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+        row = jnp.concatenate([prompt, jnp.zeros_like(new)], axis=-1)
+        row = jnp.put_along_axis(row, places, new, axis=-1, inplace=False)
+    else:
+        row = np.concatenate([prompt, np.zeros_like(new)], axis=-1)
+        np.put_along_axis(row, places, new, axis=-1)
+    return row, lengths + new.shape[-1]
 
 
 def _last(tokens, lengths, count):
     """The last `count` tokens of each row, or all of a row that has fewer."""
-    tokens = np.asarray(tokens)
+    tokens = _plain(tokens)
     if lengths is None:
         return tokens[..., -count:], None
-    lengths = np.asarray(lengths)
     begin = np.maximum(lengths - count, 0)[..., None]
     places = np.minimum(begin + np.arange(count), tokens.shape[-1] - 1)
-    return np.take_along_axis(tokens, places, axis=-1), np.minimum(lengths, count)
+    take = jnp if isinstance(tokens, jax.core.Tracer) else np
+    return take.take_along_axis(tokens, places, axis=-1), np.minimum(lengths, count)
+
+
+def _plain(array: Array) -> Array:
+    """As an array of NumPy, for which jax compiles nothing; a traced one stays."""
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

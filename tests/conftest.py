@@ -102,8 +102,9 @@ SLOW = (
     *(
         f"test_docs.py::test_the_programs_run_and_print_what_the_page_shows[{page}.md"
         for page in (
-            *("after_training", "gated_delta_attention", "laboratory", "models"),
-            *("multi_head_attention", "parallel", "tasks", "text", "training"),
+            *("after_training", "bring_your_own", "gated_delta_attention", "laboratory"),
+            *("linear_attention", "models", "multi_head_attention", "parallel", "rules"),
+            *("tasks", "text", "training"),
         )
     ),
     "test_blockwise.py::test_a_halved_triangle_takes_all_that_tiles_take",
@@ -128,14 +129,28 @@ SLOW = (
     "test_sweep.py::test_a_trial_that_diverges_in_evaluation_keeps_finite_parameters",
     "test_transformations.py::test_shard_map_passes_masks_biases_dropout_and_heads",
     "test_watch.py::test_watching_changes_no_number_of_the_run",
+    "test_ahead.py::test_a_run_compiles_each_program_once[pmap",
+    "test_ahead.py::test_what_a_run_does_not_call_is_not_compiled",
+    "test_bfloat16_products.py::test_a_run_learns_as_in_float32",
+    "test_heads.py::test_remat_and_layers_that_run_twice_change_no_statistics",
+    "test_inspect.py::test_a_page_has_as_many_weights_as_it_holds[0",
+    "test_inspect.py::test_work_that_takes_long_is_named",
+    "test_interop_torch.py::test_random_calls_are_those_of_the_loops",
+    "test_launch.py::test_a_run_goes_on_with_other_axes",
+    "test_reliability.py::test_a_kill_inside_a_save_loses_nothing",
+    "test_sweep.py::test_what_changes_shapes_is_a_program_of_its_own",
+    "test_text.py::test_a_run_is_inspected_on_a_text_without_its_file[20",
 )
 
 
 # Every second case of the tests in these files always runs; `pytest -m slow` runs the others.
 HALVED = (
-    *("test_biases.py", "test_blockwise.py", "test_documents.py", "test_dot_product.py"),
-    *("test_dropout.py", "test_huggingface.py", "test_masks.py", "test_mechanisms.py"),
-    *("test_modes.py", "test_tasks.py", "test_transformations.py"),
+    *("test_ahead.py", "test_biases.py", "test_blockwise.py", "test_documents.py"),
+    *("test_dot_product.py", "test_dropout.py", "test_export.py", "test_generation.py"),
+    *("test_heads.py", "test_huggingface.py", "test_launch.py", "test_layers.py"),
+    *("test_masks.py", "test_mechanisms.py", "test_models.py", "test_modes.py"),
+    *("test_parallel.py", "test_statistics.py", "test_step.py", "test_tasks.py"),
+    "test_transformations.py",
 )
 
 

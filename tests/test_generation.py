@@ -354,3 +354,20 @@ def test_logits_that_are_no_numbers_give_no_tokens(model, params, tokens, bad, s
         generate(model, broken, tokens, 2, **settings)
     traced = jax.jit(lambda params: generate(model, params, tokens, 2, **settings))
     assert (np.asarray(traced(broken)) == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [({"context": 6}, [4, 2, 3]), ({"context": 3}, None), ({}, jnp.array([4, 2, 3]))],
+    ids=["slides", "long", "lengths"],
+)
+def test_a_prompt_may_be_traced(model, params, tokens, settings, lengths):
+    settings = {"temperature": 0} | settings
+    run = lambda tokens, lengths: generate(model, params, tokens, 5, lengths=lengths, **settings)
+    if isinstance(lengths, list):  # Beside a context they must be known.
+        traced = jax.jit(lambda tokens: run(tokens, lengths))(tokens)
+        with pytest.raises(TypeError, match=r"lengths must be known.*got a traced array"):
+            jax.jit(run)(tokens, jnp.array(lengths))
+    else:
+        traced = jax.jit(run)(tokens, lengths)
+    np.testing.assert_array_equal(traced, run(tokens, lengths))

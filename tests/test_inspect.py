@@ -67,6 +67,27 @@ def test_a_heavy_weight_is_dark_where_it_stands(tmp_path):
     assert across.mean() < bar * 0.5
 
 
+def test_many_heads_are_named_by_the_number_of_their_layer(tmp_path):
+    maps = {f"blocks_{i}/attention": weights_of(0, 1, 5, 4, 4) for i in (1, 3)}
+    svg = analysis.draw_maps(tmp_path / "a.svg", maps).read_text()
+    assert "<!-- 1.4 -->" in svg
+    assert "<!-- 3.0 -->" in svg
+    data = data_of(analysis.write_page(tmp_path / "a.html", maps))
+    assert [layer["number"] for layer in data["layers"]] == ["1", "3"]
+
+
+def test_small_weights_of_a_long_row_are_seen(tmp_path):
+    from matplotlib.image import imread
+
+    def faintest(size):
+        weights = np.full((1, size, size), 0.04)
+        weights[0, 0, 0] = 1
+        picture = imread(analysis.draw_maps(tmp_path / "a.png", {"x": weights}))
+        return picture[picture.shape[0] // 3, picture.shape[1] // 3, 0]  # Red lacks in blue.
+
+    assert faintest(40) < faintest(8) - 0.05
+
+
 def test_a_dollar_sign_begins_no_formula(tmp_path):
     odd = "$\\frac$ $_{"
     tokens = ["$", "$\\frac$", "a\\$", "\ud83d"]
@@ -290,7 +311,7 @@ def test_a_run_is_inspected_in_one_command(run, tmp_path, capsys):
     assert data["steps"] == [1, 2, 3]
     assert {"induction_at_answers", "prefix_matching", "entropy"} <= set(data["statistics"][0][0])
     table = (tmp_path / "out" / "heads.md").read_text()
-    assert f"attention-jax inspect {run} --rows=5" in table
+    assert f"attention-jax inspect {run} --out={tmp_path / 'out'} --rows=5" in table
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| blocks_0")]
     assert [row[1] for row in rows] == ["0", "1"]
     assert all(0 <= float(x.strip(" |")) for row in rows for x in row[2:])
@@ -330,7 +351,7 @@ def test_a_model_of_hugging_face_is_inspected(tmp_path):
     data = data_of(tmp_path / "page.html")
     assert data["tokens"] == [["3", "1", "4", "1", "5", "9", "2", "6"]]
     assert [layer["heads"] for layer in data["layers"]] == [4, 4]
-    assert "next of 8 tokens" in (tmp_path / "heads.md").read_text()
+    assert "a text of 8 tokens" in (tmp_path / "heads.md").read_text()
 
 
 def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):

@@ -525,7 +525,7 @@ def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
 
 def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     (tmp_path / "paper.json").write_text('{"0.03": 0.5, "0.01": 0.6}')
-    command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=optimizer.learning_rate"]
+    command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=learning_rate"]
     report.main(["report", *command, f"--published={tmp_path / 'paper.json'}"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 0.03 | 2 |" in text
@@ -537,7 +537,7 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
         assert file.with_suffix(".svg").read_text().startswith("<?xml")
     assert capsys.readouterr().out.count(str(tmp_path / "out")) == 5
     assert text.startswith("# teacher, ")
-    assert f"attention-jax report {whole[0]} --x=optimizer.learning_rate" in text
+    assert f"attention-jax report {whole[0]} --x=learning_rate" in text
     assert "jax " in text
     assert "mean ± spread" in text
 
@@ -563,10 +563,29 @@ def test_the_table_says_which_runs_are_not_finished(whole, tmp_path):
     assert line in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_each_task_has_a_table_and_pictures(tmp_path, monkeypatch):
+    runs = {
+        "a": run_of(1.0, task__name="copy", optimizer__learning_rate=0.1),
+        "b": run_of(3.0, task__name="my.py:task", model__features=8),
+        "c": run_of(2.0, task__name="copy", optimizer__learning_rate=0.3),
+    }
+    monkeypatch.setattr(report, "load", lambda name: [runs[name]])
+    first, second = report.show("abc").split("\n\n")
+    assert first.splitlines()[0] == "copy, 9 steps, 1 seed"
+    assert [len(x.splitlines()) for x in (first, second)] == [4, 3]
+    assert "model.features" not in first
+    written = report.write("abc", tmp_path, x="learning_rate")  # The other task has none.
+    names = {path.stem for path in written}
+    assert names == {"report", "curves_copy", "curves_my_py_task", "by_learning_rate_copy"}
+    assert (tmp_path / "report.md").read_text().count("## ") == 2
+    assert len(report.show("abc", x="task").split("\n\n")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere", "--out=out"], "nowhere holds no run"),
+        (["{run}", "--out=out", "--x=clip_norm"], "Did you mean optimizer.clip_norm?"),
         (["--out=out"], "RUN"),
         (["{run}", "--out=out", "--x=model.width"], "'model.width'"),
         (["{run}", "--out=out", "--metric=eval_accuracy"], "must be one of eval_loss"),

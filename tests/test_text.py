@@ -260,6 +260,17 @@ def test_letters_without_tokens_are_told(text, decoded, gone):
     assert set(lost(text, decoded)) == set(gone) if gone else not lost(text, decoded)
 
 
+def test_words_that_a_tokenizer_does_not_know_are_told():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = Tokenizer(json.dumps(TOKENIZER))
+    known = next(word for word in WORDS if word.isalpha())
+    assert words.unread(f"{known} zebras {known} thé") == "zebras thé"
+    assert words.unread(f"{known} {known}") == ""
+    unigram = tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)
+    assert Tokenizer(tokenizers.Tokenizer(unigram).to_str()).unread("axaxya") == "x xy"
+    assert Bytes().unread("\udce9é") == ""
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [
@@ -344,7 +355,9 @@ def test_a_run_turns_text_into_tokens_and_back_without_its_file(trained, files):
         run = attention_jax.load(trained[0])
         with pytest.raises(ValueError, match="has changed since the run was made"):
             run.task.sample(jax.random.key(0), np.arange(1))
-        with pytest.raises(ConfigError, match=r"sha256 of config\.task\.path is '"):
+        with pytest.raises(
+            ConfigError, match=r"file of config\.task\.path has changed \(sha256 \w{8}…"
+        ):
             experiment.run(small(path), trained[0])
     finally:
         (files / "moved.txt").replace(path)
@@ -587,8 +600,6 @@ def test_a_run_of_lines_writes_lines(files, tmp_path):
     found = lines.split("\n")
     assert found[::3] == ["--- 1", "--- 2", "--- 3"]
     assert all(name.startswith("a") for name in found[1::3])
-    row = subject.of_run(tmp_path / "names", 1, "ab")
-    assert [word for words in row.words for word in words] == ["\\n", "a", "b"]
 
 
 def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
@@ -609,6 +620,10 @@ def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
         want = analysis.head_scores(maps, found.inputs, kind, queries=weights > 0)
         chex.assert_trees_all_close(at.scores[kind], want)
     assert findings.AT_ANSWERS not in at.scores
+    row = subject.of_run(tmp_path / "names", 1, "ab\n")  # A file ends its last line.
+    assert row.words == [["\\n", "a", "b"]]
+    with pytest.raises(ValueError, match="--text must be one line"):
+        subject.of_run(tmp_path / "names", 1, "a\nb")
 
 
 def test_a_text_sees_all_before_it_in_a_run_of_packed_rows(files, tmp_path):
@@ -676,7 +691,7 @@ def test_a_run_is_inspected_on_a_text_without_its_file(files, tmp_path, length, 
             ["--seed=99999999999999999999"],
             "--seed must be less than 2**31: got 99999999999999999999",
         ),
-        (["--temperature=-1"], "temperature must be at least 0 and finite"),
+        (["--temperature=-1"], "--temperature must be at least 0 and finite"),
         (["--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
         (["--prompt=日本"], "got '日本'"),
         (["--prompt=a\udce9"], "--prompt is no text in UTF-8, at byte 1"),
@@ -687,6 +702,13 @@ def test_what_cannot_be_written_is_a_line(trained, flags, words):
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as error:
         written(trained[0], *flags)
     assert words in str(error.value)
+
+
+def test_what_is_refused_shows_no_heading(trained, capsys):
+    flags = ["--temperature=0", "--top_k=3", "--samples=2"]
+    with pytest.raises(ConfigError, match=r"^--temperature=0 takes the likeliest token"):
+        laboratory.main(["attention-jax generate", str(trained[0]), *flags])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_prompt_is_read_as_the_text_was(trained, files, tmp_path):
@@ -765,7 +787,14 @@ def test_writing_ends_before_each_token_of_the_same_letters(tmp_path, monkeypatc
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: np.array([1], np.int32))
     model = SimpleNamespace(embedding=SimpleNamespace(num_embeddings=4))
     author = laboratory.Author(
-        model, {}, vocabulary.encode, lambda prompt: np.array([0]), vocabulary.decode, set(), None
+        model=model,
+        params={},
+        encode=vocabulary.encode,
+        begin=lambda prompt: np.array([0]),
+        decode=vocabulary.decode,
+        unread=lambda prompt: "",
+        ends=set(),
+        context=None,
     )
     seen = {}
     monkeypatch.setattr(laboratory, "is_run", lambda place: True)
@@ -832,7 +861,7 @@ def test_a_sweep_over_context_lengths_leaves_trials_that_write(files, tmp_path):
     (files / "poem.txt").rename(files / "away.txt")
     try:
         (files / "poem.txt").write_text(POEM + "more", encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"sha256 of config\.task\.path"):
+        with pytest.raises(ConfigError, match=r"file of config\.task\.path has changed"):
             sweep.run(config, {"task.seq_length": [4, 8]}, tmp_path / "sweep")
     finally:
         (files / "away.txt").replace(files / "poem.txt")

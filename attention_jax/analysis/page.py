@@ -106,8 +106,9 @@ def write_page(
         "keys": None if key_tokens is None else _rows(key_tokens, B, "key_tokens"),
         "steps": list(by_step),
         "layers": [
-            {"path": name, "label": short_name(name), "heads": N, "T": T, "S": S}
-            for name, (_, N, T, S) in shapes.items()
+            {"path": name, "label": short_name(name), "number": short_name(name, i)}
+            | {"heads": N, "T": T, "S": S}
+            for i, (name, (_, N, T, S)) in enumerate(shapes.items())
         ],
         "low": low,
         "high": high,

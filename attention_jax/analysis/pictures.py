@@ -33,7 +33,7 @@ def draw_maps(
         path: The file; its suffix, as `.png` or `.svg`, is the format.
         maps: `[..., N, T, S]` for each layer, as `attention_maps` gives them.
         tokens: The T words, letters or numbers of the row. None shows positions, as a row of more
-            than 32 tokens does.
+            than 32 tokens does. The colours of so long a row bring out small weights.
         key_tokens: The S words of the keys. None: they are `tokens`.
         row: The number of the row, if the maps have batch axes.
         scores: `[N]` for each layer: a number to print above each head.
@@ -58,16 +58,14 @@ def draw_maps(
     words = [_labels(tokens, T), _labels(tokens if key_tokens is None else key_tokens, S)]
     low = min(float(weights.min()) for weights in shown.values())
     high = max(float(weights.max()) for weights in shown.values()) or 1.0
-    colours = dict(cmap="Blues", vmin=0, vmax=high)
-    if low < 0:  # As in differential attention.
-        colours = dict(cmap="RdBu", vmin=-max(high, -low), vmax=max(high, -low))
+    colours = _colours(low, high, is_long=max(T, S) > MAX_LABELS)
     grid = _Grid(len(shown), heads, max(T, S), *words)
     for i, (name, weights) in enumerate(shown.items()):
         for n, one in enumerate(weights):
             axes = grid.panel(i, n)
             image = axes.imshow(one, aspect="auto", interpolation="nearest", **colours)
             score = "" if scores is None else f"   {float(np.asarray(scores[name])[n]):.2f}"
-            label = f"{i}.{n}" if grid.is_dense else f"head {n}"
+            label = f"{short_name(name, i)}.{n}" if grid.is_dense else f"head {n}"
             axes.set_title(label + score, fontsize=7 if grid.is_dense else 9, pad=3)
             if n == 0:
                 axes.set_ylabel(short_name(name), fontsize=9)
@@ -75,6 +73,15 @@ def draw_maps(
     where = "across: the token looked at;  down: the token that looks"
     grid.caption(f"{caption}\n{where}" if caption else where)
     return _save(grid.figure, path)
+
+
+def _colours(low, high, *, is_long):
+    from matplotlib.colors import PowerNorm
+
+    if low < 0:  # As in differential attention.
+        return dict(cmap="RdBu", vmin=-max(high, -low), vmax=max(high, -low))
+    # The weights of a long row are small: the square root shows them, and the bar tells it.
+    return dict(cmap="Blues", norm=PowerNorm(0.5 if is_long else 1, 0, high))
 
 
 class _Grid:
@@ -159,11 +166,14 @@ def _word(token):
     return text if len(text) <= 10 else text[:9] + "…"
 
 
-def short_name(path):
-    """`layer 0` for the usual names, else the path itself."""
+def short_name(path: str, row: int | None = None) -> str:
+    """`layer 0` for the usual names, else the path itself; with its row, the number alone."""
     parts = path.split("/")
     name, _, number = parts[0].rpartition("_")
-    return f"layer {number}" if parts[1:] == ["attention"] and name == "blocks" else path
+    is_usual = parts[1:] == ["attention"] and name == "blocks"
+    if row is not None:
+        return number if is_usual else str(row)
+    return f"layer {number}" if is_usual else path
 
 
 def draw_pruning(

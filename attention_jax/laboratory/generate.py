@@ -11,6 +11,8 @@ The model sees as many tokens as it was trained on. When they are full, the last
 read anew, so a text may be of any length.
 """
 
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention_jax.laboratory.inspect import is_run
-from attention_jax.laboratory.parser import Parser, read_words
+from attention_jax.laboratory.parser import Parser, check_read, read_words
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import local_path, read_json
 from attention_jax.training.metrics import harmless
@@ -52,9 +54,10 @@ def main(argv: Sequence[str]) -> None:
         # A file gets the text as it is.
         shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
         for number, sample in enumerate(write(**options)):
+            first = next(sample)  # Before the heading: it may raise an error.
             if options["samples"] > 1:
                 print(f"{'' if number == 0 else chr(10)}--- {number + 1}", flush=True)
-            for part in sample:
+            for part in itertools.chain([first], sample):
                 print(shown(part), end="", flush=True)
             print(flush=True)
     except (
@@ -63,7 +66,10 @@ def main(argv: Sequence[str]) -> None:
     ) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise ConfigError(" ".join(str(error).split())) from error
+        line = " ".join(str(error).split())
+        # Those of `attention_jax.generate` name its arguments.
+        is_flag = line.startswith(("temperature", "top_k", "top_p", "context"))
+        raise ConfigError(f"--{line}" if is_flag else line) from error
 
 
 def write(
@@ -111,16 +117,13 @@ def write(
     import jax
 
     from attention_jax.generation import stream
-    from attention_jax.tasks.vocabulary import lost
     from attention_jax.training.process import prepare
 
     prepare()
     author = _of_run(place) if of_run else _of_directory(place)
     prompt = _text(content, author.of_bytes)
     given = author.begin(prompt)
-    # Bytes lose nothing, and may be no letters.
-    if not author.of_bytes and (gone := lost(prompt, author.decode(given.tolist()))):
-        raise ValueError(f"--prompt: the tokenizer has no tokens for {gone[:20]!r}.")
+    check_read("--prompt", author.unread(prompt))
     if context is None:
         context = author.context
     ends = author.ends
@@ -221,6 +224,7 @@ class Author(NamedTuple):
         encode: From text to tokens, which may be none.
         begin: From the prompt to its tokens, `[T]` with T at least 1.
         decode: From tokens to text.
+        unread: What of a text a tokenizer has no tokens for; "" if it has them.
         ends: The tokens that end a text.
         context: How many tokens it was trained on; None if this is not known.
         of_bytes: Whether tokens are bytes, so that a prompt may be any bytes.
@@ -231,6 +235,7 @@ class Author(NamedTuple):
     encode: Callable[[str], np.ndarray]
     begin: Callable[[str], np.ndarray]
     decode: Callable[[list[int]], str]
+    unread: Callable[[str], str]
     ends: set[int]
     context: int | None
     of_bytes: bool = False
@@ -258,6 +263,7 @@ def _of_run(place: Path) -> Author:
         encode=text.vocabulary.encode,
         begin=lambda prompt: begin(prompt).astype(np.int32),
         decode=text.vocabulary.decode,
+        unread=text.vocabulary.unread,
         ends={first} if text.lines else set(),
         context=max(2, run.config.task.seq_length),
         of_bytes=isinstance(text.vocabulary, Bytes),
@@ -266,6 +272,7 @@ def _of_run(place: Path) -> Author:
 
 def _of_directory(place: Path) -> Author:
     from attention_jax.interop import huggingface
+    from attention_jax.tasks.vocabulary import unread
 
     coder = huggingface.tokenizer(place)
     model, params = huggingface.load(place)
@@ -292,6 +299,7 @@ def _of_directory(place: Path) -> Author:
         encode=lambda text: np.array(coder.encode(text, add_special_tokens=False).ids, np.int32),
         begin=begin,
         decode=lambda tokens: coder.decode(tokens, skip_special_tokens=False),
+        unread=functools.partial(unread, coder),
         ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
         context=longest or config.get("max_position_embeddings"),
     )

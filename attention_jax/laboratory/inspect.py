@@ -27,7 +27,7 @@ from attention_jax.training.config import ConfigError
 from attention_jax.training.files import CHECKPOINTS, local_path, locate, make_directory
 from attention_jax.training.process import prepare, say
 
-ROWS, MAX_CHECKPOINTS = 128, 50
+OUT, ROWS, MAX_CHECKPOINTS = "inspect", 128, 50
 MAX_POINTS = 17  # Of the curve of pruning: as many as there are up to 16 heads.
 ORDERS = 10  # Random ones.
 _PAGE_WEIGHTS = 4_000_000  # About 10 MB of page.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = Parser(argv[0], __doc__)
     parser.add_argument("run", metavar="RUN", help="directory of a run, or one of Hugging Face")
-    parser.add_argument("--out", default="inspect", help="directory to write to; default: inspect")
+    parser.add_argument("--out", default=OUT, help=f"directory to write to; default: {OUT}")
     parser.add_argument("--rows", type=int, help=f"rows of the run's task; default: {ROWS}")
     parser.add_argument(
         "--checkpoints",
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 def inspect(
     run: str | os.PathLike,
-    out: str | os.PathLike = "inspect",
+    out: str | os.PathLike = OUT,
     *,
     rows: int | None = None,
     checkpoints: int | None = None,
@@ -121,7 +121,7 @@ def inspect(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
     make_directory(out, "--out")
-    return _write(subject, findings, out, _command(run, rows, checkpoints, tokens, asked))
+    return _write(subject, findings, out, _command(run, out, rows, checkpoints, tokens, asked))
 
 
 def is_run(place):
@@ -160,8 +160,10 @@ def _numbers(tokens):
         raise ValueError(f"--tokens must be numbers, as '3 1 4': got {tokens!r}.") from None
 
 
-def _command(run, rows, checkpoints, tokens, text):
+def _command(run, out, rows, checkpoints, tokens, text):
     words = ["attention-jax", "inspect", str(run)]
+    if str(out) != OUT:
+        words.append(f"--out={out}")
     if rows not in (None, ROWS):
         words.append(f"--rows={rows}")
     if checkpoints not in (None, MAX_CHECKPOINTS):

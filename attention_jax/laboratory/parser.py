@@ -44,3 +44,9 @@ def read_text(words: str, flag: str) -> str:
     """`read_words` as a text; lone surrogates stand for bytes that are no UTF-8."""
     content = read_words(words, flag).removeprefix(codecs.BOM_UTF8)
     return content.decode(errors="surrogateescape")
+
+
+def check_read(flag: str, unread: str) -> None:
+    """Raises ValueError unless a vocabulary has tokens for all of a flag's text."""
+    if unread:
+        raise ValueError(f"{flag}: the tokenizer has no tokens for {unread[:20]!r}.")

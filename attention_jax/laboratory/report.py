@@ -7,6 +7,7 @@
 It prints a table. With `--out` it writes the table to `report.md` instead, and pictures as PNG and
 SVG: `curves`, with `--x` also `by_FIELD`, and for runs with `eval.slices` also `slices`. A sweep is
 reported as its trials. Runs that differ only in the seed are one line, with a mean and a spread.
+Runs of several tasks have a table and pictures for each.
 `--published` names a JSON file that maps values of the field to the numbers of a paper,
 `{"64": 0.515, "128": 0.655}`; the table shows them beside ours.
 """
@@ -14,9 +15,11 @@ reported as its trials. Runs that differ only in the seed are one line, with a m
 import datetime
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.laboratory.pictures import about, draw_against, draw_curves, draw_slices
@@ -34,6 +37,7 @@ from attention_jax.laboratory.runs import (
 )
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import local_path, make_directory
+from attention_jax.training.rules import FLAGS
 
 
 def table(
@@ -131,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(argv[0], __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one of a sweep")
     parser.add_argument("--out", help="directory to write to; default: show the table alone")
-    parser.add_argument("--x", help="field to draw the metric against, as model.features")
+    parser.add_argument("--x", help="field to draw the metric against, as learning_rate")
     parser.add_argument(
         "--metric",
         help="as eval_loss, eval_loss@128 on a slice, or eval_loss@* for the mean over the slices; "
@@ -153,10 +157,11 @@ def show(
     metric: str | None = None,
     published: str | Path | None = None,
 ) -> str:
-    """The table of `write`, for a screen; raises the same errors."""
-    found, numbers = _found(runs, x, metric, published)
-    parts = aligned(table(found, metric, x, numbers)), unfinished(found)
-    return "\n".join(filter(None, parts))
+    """The tables of `write`, for a screen; raises the same errors."""
+    parts = []
+    for heading, found, path, numbers in _found(runs, x, metric, published):
+        parts.append([heading, aligned(table(found, metric, path, numbers)), unfinished(found)])
+    return "\n\n".join("\n".join(filter(None, part)) for part in parts)
 
 
 def write(
@@ -168,26 +173,43 @@ def write(
 ) -> list[Path]:
     """Writes a report with pictures; returns the written files.
 
+    Runs of several tasks have a table and pictures for each task, because their losses do not
+    compare.
+
+    Args:
+        runs: Directories of runs, trials or sweeps.
+        out: The directory to write to; created when missing.
+        x: The field to draw the metric against, as `model.features`; or its flag, as `embed_dim`.
+        metric: As in `table`.
+        published: A JSON file of numbers by the value of `x`.
+
     Raises:
         ValueError: A directory holds no run; no run has the field or the metric; or `published`
             holds no numbers, or is given without `x`.
     """
-    found, numbers = _found(runs, x, metric, published)
+    parts = _found(runs, x, metric, published)
     out = local_path(out, "--out")
     make_directory(out, "--out")
-    files = draw_curves(found, out / "curves")
-    if x is not None:
-        files += draw_against(found, x, out / f"by_{x.split('.')[-1]}", metric, numbers)
-    if slices(found, main_metric(found) if metric is None else metric):
-        files += draw_slices(found, out / "slices", metric)
-    links = [f"![{file.stem}]({file.name})" for file in files if file.suffix == ".png"]
-    text = [f"# {about(found)}", *_command(runs, x, metric, published), *_facts(found)]
-    text += [markdown(table(found, metric, x, numbers)), unfinished(found), *links]
+    every = [run for part in parts for run in part.runs]
+    text = [f"# {about(every)}", *_command(runs, x, metric, published), *_facts(every)]
+    written = []
+    for heading, found, path, numbers in parts:
+        end = "_" + re.sub(r"\W+", "_", found[0].config.get(_TASK, "")) if heading else ""
+        files = draw_curves(found, out / f"curves{end}")
+        if path is not None:
+            name = f"by_{path.rpartition('.')[2]}{end}"
+            files += draw_against(found, path, out / name, metric, numbers)
+        if slices(found, main_metric(found) if metric is None else metric):
+            files += draw_slices(found, out / f"slices{end}", metric)
+        links = [f"![{file.stem}]({file.name})" for file in files if file.suffix == ".png"]
+        text += [heading and f"## {heading}", markdown(table(found, metric, path, numbers))]
+        text += [unfinished(found), *links]
+        written += files
     # A path among the fields may hold any bytes.
     (out / "report.md").write_text(
         "\n\n".join(filter(None, text)) + "\n", encoding="utf-8", errors="surrogateescape"
     )
-    return [out / "report.md", *files]
+    return [out / "report.md", *written]
 
 
 def _command(runs, x, metric, published):
@@ -207,13 +229,21 @@ def _facts(runs):
     return [f"{datetime.date.today()}. {versions + '.' if versions else ''}".strip()]
 
 
-def _found(runs, x, metric, published):
-    """The runs, and the numbers published."""
+_TASK = "task.name"
+
+
+class _Part(NamedTuple):
+    """The runs of a task; its heading, "" if it is the only one; and its field and numbers."""
+
+    heading: str
+    runs: list[Run]
+    x: str | None
+    published: dict[str, float] | None
+
+
+def _found(runs, x, metric, published) -> list[_Part]:
     found = [run for directory in runs for run in load(directory)]
-    if x is not None and not any(x in run.config for run in found):
-        raise ValueError(f"--x must be a field of the config: got {x!r}.")
-    if x == SEED:
-        raise ValueError("--x must not be the seed: runs that differ in it alone are one line.")
+    x = None if x is None else _field(x, found)
     names = {name for run in found for name in run.result if name.startswith("eval_")}
     names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}
     if metric is not None and metric not in names:
@@ -223,7 +253,32 @@ def _found(runs, x, metric, published):
     numbers = None if published is None else _published(published, x)
     if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
         raise ValueError(f"--published={published} has none of the values that {x} has here.")
-    return found, numbers
+    by_task: dict[str, list[Run]] = {}
+    for run in found:
+        by_task.setdefault("" if x == _TASK else run.config.get(_TASK, ""), []).append(run)
+    return [
+        _Part(
+            about(part) if len(by_task) > 1 else "",
+            part,
+            x if any(x in run.config for run in part) else None,
+            numbers,
+        )
+        for part in by_task.values()
+    ]
+
+
+def _field(x, runs):
+    """The path of a field, from its path or flag."""
+    known = dict.fromkeys(path for run in runs for path in run.config)
+    path = x.removeprefix("config.")
+    path = next((field for field, flag in FLAGS.items() if flag == path), path)
+    if path not in known:
+        ends = [field for field in known if field.rpartition(".")[2] == path]
+        hint = f" Did you mean {' or '.join(ends)}?" if ends else ""
+        raise ValueError(f"--x must be a field of the config: got {x!r}.{hint}")
+    if path == SEED:
+        raise ValueError("--x must not be the seed: runs that differ in it alone are one line.")
+    return path
 
 
 def _published(file, x):

@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from attention_jax.interop import huggingface
-from attention_jax.tasks.vocabulary import name_of_token
+from attention_jax.laboratory.parser import check_read
+from attention_jax.tasks.vocabulary import name_of_token, unread
 from attention_jax.training.checkpoint import checkpoint_steps, read_params, restore_params
 from attention_jax.training.loading import load
 from attention_jax.training.model import row_mask
@@ -97,7 +98,9 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
     else:
         tokens = _of_text(run, text)
         batch = _continued("--text", tokens, run.model)
-        rows, about = 1, f"the next of {len(tokens)} tokens"
+        rows, about = 1, f"a text of {len(tokens)} tokens"
+        if len(tokens) > run.config.task.seq_length:
+            about += f", of which training saw {run.config.task.seq_length} at once"
     T = batch.inputs.shape[1]
     weights = np.asarray(batch.weights) > 0
     queries = np.zeros((rows, T), bool)
@@ -136,9 +139,13 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
 def _of_text(run, text):
     if run.task.text is None:
         raise ValueError(f"--text is for a run of text: this one is of {run.task.name}.")
+    of = run.task.text
+    if of.lines and "\n" in (text := text.removesuffix("\n")):
+        raise ValueError("--text must be one line, as the rows of the run are.")
     tokens = run.encode(text).tolist()
+    check_read("--text", of.vocabulary.unread(text))
     # A line begins with the token of the newline.
-    return [first_token(run.task.text), *tokens] if run.task.text.lines else tokens
+    return [first_token(of), *tokens] if of.lines else tokens
 
 
 def _continued(name: str, tokens: Sequence[int], model: nn.Module) -> Batch:
@@ -214,6 +221,7 @@ def of_directory(
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError("--text is no text in UTF-8.") from error
+        check_read("--text", unread(coder, text))
         tokens = coder.encode(text).ids
     batch = _continued("--tokens" if text is None else "--text", tokens, model)
     T = batch.inputs.shape[1]
@@ -221,7 +229,7 @@ def of_directory(
     name_of = str if coder is None else lambda token: _visible(name_of_token(coder, token))
     return Subject(
         name=place.resolve().name,
-        about=f"the next of {T} tokens",
+        about=f"a text of {T} tokens",
         model=model,
         params=params,
         inputs=batch.inputs,

@@ -29,10 +29,9 @@ class Characters:
         try:
             return np.array([self._places[letter] for letter in text], np.int32)
         except KeyError:
-            strange = "".join(dict.fromkeys(x for x in text if x not in self._places))
             raise ValueError(
                 f"the text must be of the {self.size} characters that training has seen: got "
-                f"{strange[:20]!r}."
+                f"{self.unread(text)[:20]!r}."
             ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -41,6 +40,10 @@ class Characters:
     def name(self, token: int) -> str:
         """What a token stands for, as a label."""
         return self.letters[token]
+
+    def unread(self, text: str) -> str:
+        """What of a text has no token; "" if all has one."""
+        return "".join(dict.fromkeys(x for x in text if x not in self._places))
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "characters", "letters": self.letters}
@@ -62,6 +65,10 @@ class Bytes:
     def name(self, token: int) -> str:
         """What a token stands for, as a label."""
         return chr(token) if token < 128 else f"\\x{token:02x}"
+
+    def unread(self, text: str) -> str:
+        """Bytes have a token for all."""
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "bytes"}
@@ -118,6 +125,10 @@ class Tokenizer:
     def name(self, token: int) -> str:
         """What a token stands for, as a label."""
         return name_of_token(self._coder, token)
+
+    def unread(self, text: str) -> str:
+        """What of a text has no token; "" if all has one."""
+        return unread(self._coder, text)
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "tokenizer", "definition": self.definition}
@@ -176,6 +187,21 @@ def name_of_token(coder, token: int) -> str:
         return name
     # SentencePiece's decoder takes the space of the first word away.
     return f" {word}" if name.startswith("▁") and not word.startswith(" ") else word
+
+
+def unread(coder, text: str) -> str:
+    """What a tokenizer of the library `tokenizers` reads as its unknown token, or leaves out."""
+    found = coder.encode(text, add_special_tokens=False)
+    unknown = getattr(coder.model, "unk_token", None)
+    parts = [
+        text[begin:end].strip()
+        for name, token, (begin, end) in zip(found.tokens, found.ids, found.offsets, strict=True)
+        # Unigram names its unknown token by the text that it stands for.
+        if name == unknown or name != coder.id_to_token(token)
+    ]
+    parts = [part for part in parts if part != unknown]  # It may be written out.
+    decoded = coder.decode(found.ids, skip_special_tokens=False)
+    return " ".join(dict.fromkeys(parts)) or lost(text, decoded)
 
 
 def lost(text: str, decoded: str) -> str:

@@ -52,6 +52,7 @@ WRITTEN = (
 )
 MAX_TRIES = 100  # Tries to make and lock a directory.
 MAX_NAMED = 5  # Fields that an error about another run names.
+_SHA256 = "the sha256 of "  # Begins the name of a setting: of the file that a field names.
 # The entries of `result.json` that are words; all others are numbers.
 WORDS = ("fingerprint", "best_by", "held_out")
 # The settings of JAX that change the numbers of a run.
@@ -212,18 +213,25 @@ def _is_place(name, theirs, ours):
     """Whether a field says where something is, not what it is: a run may go on elsewhere."""
     if name.startswith("mesh."):
         return True
-    content = f"the sha256 of config.{name}"
+    content = f"{_SHA256}config.{name}"
     return content in ours and ours[content] == theirs.get(content)
 
 
 def _differing(theirs, ours):
     found = [
-        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        _told(name, theirs.get(name), ours.get(name))
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name) and not _is_place(name, theirs, ours)
     ]
     more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return ", ".join(found[:MAX_NAMED]) + more
+
+
+def _told(name, there, here):
+    if name.startswith(_SHA256) and there and here:
+        field = name.removeprefix(_SHA256)
+        return f"the file of {field} has changed (sha256 {there[:8]}… there, {here[:8]}… here)"
+    return f"{name} is {there!r} there and {here!r} here"
 
 
 def is_begun(path: Path) -> bool:
