@@ -207,6 +207,21 @@ def test_statistics_and_means_are_those_of_all_tokens(plain):
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
+def test_a_summary_is_of_the_queries_that_count(plain):
+    found = head_statistics(*plain, TOKENS)
+    counts = np.arange(TOKENS.shape[1]) < np.array([2, 4, 5])[:, None]
+    garbage = jax.tree.map(lambda x: np.where(counts[..., None], x, 99.0), found)
+    summary, want = summarize(garbage, counts)[FIRST], found[FIRST]
+    every = summarize(found)[FIRST]
+    assert_close(summary["entropy"], np.asarray(want.entropy)[counts].mean(0), 1e-6)
+    assert_close(summary["peak"], np.asarray(want.peak)[counts].max(0), 1e-6)
+    most, T = np.log(np.maximum(2, want.visible)), TOKENS.shape[1]
+    what = np.stack([want.entropy / most, want.distance / T, want.to_first, want.largest])
+    left_out = np.broadcast_to(~counts[..., None], what.shape)
+    assert_close(summary["spread"], np.ma.array(what, mask=left_out).std(1).max((0, 1)), 1e-5)
+    assert not np.allclose(summary["entropy"], every["entropy"])
+
+
 def test_statistics_of_one_head_and_of_other_layers():
     model = SequenceModel(
         TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention())], mask=masks.causal()

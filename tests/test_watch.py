@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attention_jax.analysis import attention_maps, dead_heads, head_statistics, summarize
-from attention_jax.training import build, experiment
+from attention_jax.training import build, experiment, watch
 from attention_jax.training.config import ConfigError, default_config, trials
 
 
@@ -48,6 +48,23 @@ def test_watching_changes_no_number_of_the_run(config):
     alone = experiment.run(config)
     assert watched.metrics["fingerprint"] == alone.metrics["fingerprint"]
     assert not any("/" in name for name in alone.history[-1])
+
+
+@pytest.mark.slow
+def test_the_padding_of_lines_does_not_count(tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"{'abcd' * (1 + i % 3)}\n" for i in range(60)))
+    config = default_config("text")
+    config.task.update({"path": str(tmp_path / "names.txt"), "lines": True, "seq_length": 20})
+    config.model.update({"features": 8, "num_heads": 2, "num_layers": 1})
+    found = build.make_functions(config)
+    batch, params = found.held_out_batch(), jax.jit(found.init)().params
+    logged = watch.make_watch(config)(params)
+    (maps,) = attention_maps(found.model, params, batch.inputs).values()
+    counts = np.asarray(batch.weights) > 0
+    assert not counts.all()
+    for head in (0, 1):
+        first = np.asarray(maps)[:, head, :, 0][counts].mean()
+        np.testing.assert_allclose(logged[f"to_first/blocks_0/{head}"], first, rtol=1e-5)
 
 
 def test_heads_are_not_watched_in_a_sweep(config):

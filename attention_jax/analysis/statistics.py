@@ -71,22 +71,31 @@ def head_statistics(
     return found
 
 
-def summarize(statistics: Mapping[str, AttentionStatistics]) -> dict[str, dict[str, Array]]:
+def summarize(
+    statistics: Mapping[str, AttentionStatistics], queries: Array | None = None
+) -> dict[str, dict[str, Array]]:
     """The mean of each statistic over rows and queries that see a key, `[N]`, by layer and name.
 
     Beside them: `uniformity`, the entropy over the largest that the visible keys allow; `spread`,
     the largest standard deviation over rows of what a query does, near 0 for a head that does the
     same for all inputs; and `peak` is the largest logit of all.
+
+    Args:
+        statistics: Those of `head_statistics`.
+        queries: Boolean `[B, T]`: the queries that count, as those that are no padding. None: all.
     """
-    return {path: _summary(found) for path, found in statistics.items()}
+    return {path: _summary(found, queries) for path, found in statistics.items()}
 
 
-def _summary(found: AttentionStatistics) -> dict[str, Array]:
+def _summary(found: AttentionStatistics, queries: Array | None) -> dict[str, Array]:
     T = found.entropy.shape[-2]
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), found)  # [B, T, N]
-    sees = rows.visible > 0
-    chooses = rows.visible > 1
-    mean = lambda x, where: jnp.sum(x * where, (0, 1)) / jnp.maximum(1, where.sum((0, 1)))
+    counts = True if queries is None else jnp.asarray(queries).reshape(-1, T, 1)
+    sees = (rows.visible > 0) & counts
+    chooses = (rows.visible > 1) & counts
+    mean = lambda x, where, axis=(0, 1): (
+        jnp.sum(jnp.where(where, x, 0), axis) / jnp.maximum(1, where.sum(axis))
+    )
     summary = {
         name: mean(getattr(rows, name), sees)
         for name in rows._fields
@@ -94,8 +103,9 @@ def _summary(found: AttentionStatistics) -> dict[str, Array]:
     }
     most = jnp.log(jnp.maximum(2, rows.visible))
     summary["uniformity"] = mean(rows.entropy / most, chooses)
-    what = jnp.stack([rows.entropy / most, rows.distance / T, rows.to_first, rows.largest])
-    summary["spread"] = jnp.std(what, axis=1).max((0, 1))
+    does = (rows.entropy / most, rows.distance / T, rows.to_first, rows.largest)
+    variances = [mean(jnp.square(x - mean(x, sees, 0)), sees, 0) for x in does]  # [T, N] each.
+    summary["spread"] = jnp.sqrt(jnp.stack(variances).max((0, 1)))
     summary["peak"] = jnp.where(sees, rows.peak, -jnp.inf).max((0, 1))
     return summary
 

@@ -36,9 +36,12 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
         mask = row_mask(functions.task)
         options = {} if mask is None else {"mask": mask}
         found = head_statistics(functions.model, params, batch.inputs, **options)
+        text = functions.task.text
+        # A line is padded where it asks for no token.
+        queries = batch.weights > 0 if text is not None and text.lines else None
         metrics = {
             f"{name}/{path.removesuffix('/attention')}/{head}": value
-            for path, summary in summarize(found).items()
+            for path, summary in summarize(found, queries).items()
             for name, values in summary.items()
             for head, value in enumerate(values)
         }
