@@ -271,6 +271,16 @@ def test_words_that_a_tokenizer_does_not_know_are_told():
     assert Bytes().unread("\udce9é") == ""
 
 
+def test_the_share_of_unknown_tokens_is_told(files):
+    pytest.importorskip("tokenizers")
+    options = {"path": str(files / "poem.txt"), "seq_length": 3}
+    words = re.findall(r"\w+|[^\w\s]+", POEM)
+    share = np.mean([word not in WORDS for word in words])
+    found = TASKS["text"](tokens=str(files / "tokenizer.json"), **options)
+    assert found.held_out.endswith(f"; its tokenizer does not know {share:.1%} of the tokens")
+    assert "know" not in TASKS["text"](**options).held_out
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [

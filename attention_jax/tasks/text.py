@@ -62,7 +62,7 @@ def text(
     source = _read(path, tokens, lines, _stamp(path), _stamp(tokens))
     task = _make_task(seq_length, source.text, lambda: source)
     _parts(source, seq_length)  # Raises an error if the text is too short.
-    return task
+    return task._replace(held_out=task.held_out + _unknown(source))
 
 
 def kept_text(
@@ -153,6 +153,15 @@ def _density(tokens, ends, letters, vocabulary) -> float:
     size = lambda tokens: len(vocabulary.decode(tokens.tolist()))
     share = size(held_out) / max(1, size(tokens))
     return len(held_out) / max(1.0, share * len(letters))
+
+
+def _unknown(source) -> str:
+    """A word on tokens that stand for anything, which are easy to name: losses are too low."""
+    vocabulary = source.text.vocabulary
+    if not isinstance(vocabulary, Tokenizer) or (token := vocabulary.unknown) is None:
+        return ""
+    share = np.mean(source.tokens == token)
+    return f"; its tokenizer does not know {share:.1%} of the tokens" if share else ""
 
 
 def _count(content: bytes) -> int:

@@ -1,6 +1,7 @@
 """Text as tokens and back: characters, bytes, or the tokens of a `tokenizer.json`."""
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,13 @@ class Tokenizer:
     def size(self) -> int:
         # The numbers may have gaps, so they are not counted.
         return max(self._coder.get_vocab().values(), default=-1) + 1
+
+    @property
+    def unknown(self) -> int | None:
+        """The token of what it does not know, if it has one."""
+        model = json.loads(self.definition)["model"]
+        name = model.get("unk_token")
+        return model.get("unk_id") if name is None else self._coder.token_to_id(name)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_each([text])[0]
