@@ -17,7 +17,7 @@ from attention_jax.training.metrics import Busy
 AT_ANSWERS = "induction_at_answers"
 PREFIX = "prefix_matching"
 _PAGE_ROWS = 4
-_HIGH = 0.5  # A score of induction that makes a head one of induction.
+HIGH = 0.5  # A score that makes a head one of that kind, as of induction.
 _SCORED_ROWS = 32  # Maps of more rows would fill the memory of a large model.
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # By name and layer, `[N]`.
@@ -309,7 +309,7 @@ def _groups(arguments, subject, measure, importance, newest):
     """What is left without the heads of induction, and without half of the others."""
     name, scores = next(iter(newest.scores.items()), (None, {}))
     ranked = analysis.ranked(importance)  # The least important first.
-    found = [(path, n) for path, n in ranked if path in scores and scores[path][n] >= _HIGH]
+    found = [(path, n) for path, n in ranked if path in scores and scores[path][n] >= HIGH]
     others = [head for head in ranked if head not in found]
     if not (found and others):
         return {}
@@ -323,7 +323,7 @@ def _groups(arguments, subject, measure, importance, newest):
     )
     kind = name.replace("_", " ")
     return {
-        f"without the {count(len(found), 'head')} whose {kind} is at least {_HIGH}": float(
+        f"without the {count(len(found), 'head')} whose {kind} is at least {HIGH}": float(
             left[0, 0]
         ),
         f"without {half} of the {len(others)} others, the least important": float(left[1, 1]),

@@ -178,7 +178,7 @@ def _command(run, out, rows, checkpoints, tokens, text):
 def _write(subject, findings, out, command):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
     from attention_jax.analysis.page import MAX_WEIGHTS
-    from attention_jax.laboratory.findings import evenly
+    from attention_jax.laboratory.findings import HIGH, evenly
 
     about = subject.about
     title = about if about.startswith(f"{subject.name},") else f"{subject.name}: {about}"
@@ -187,7 +187,10 @@ def _write(subject, findings, out, command):
     newest, by_step = findings.newest, findings.by_step
     words = subject.words
     first = None if words is None else words[0]
-    score = next(iter(newest.scores), None)
+    # The first that some head has, because all heads may be at 0.00 in the others.
+    highest = {name: max(of.max() for of in x.values()) for name, x in newest.scores.items()}
+    high = (name for name, value in highest.items() if value >= HIGH)
+    score = next(high, max(highest, key=highest.get, default=None))
     caption = title if score is None else f"{title}; above each head: {score.replace('_', ' ')}"
     scores = None if score is None else newest.scores[score]
     maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
