@@ -256,13 +256,10 @@ def _found(runs, x, metric, published) -> list[_Part]:
     by_task: dict[str, list[Run]] = {}
     for run in found:
         by_task.setdefault("" if x == _TASK else run.config.get(_TASK, ""), []).append(run)
+    several = len(by_task) > 1
+    has = lambda part: any(x in run.config for run in part)
     return [
-        _Part(
-            about(part) if len(by_task) > 1 else "",
-            part,
-            x if any(x in run.config for run in part) else None,
-            numbers,
-        )
+        _Part(about(part) if several else "", part, *((x, numbers) if has(part) else (None, None)))
         for part in by_task.values()
     ]
 
