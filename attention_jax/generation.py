@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.checks import as_integers, as_rng, as_size, check_number, jax_defaults, known
-from attention_jax.models import SequenceModel, decoding
+from attention_jax.models import SequenceModel, as_static, decoding
 from attention_jax.types import Array, PyTree
 
 
@@ -224,7 +224,7 @@ def _checked(
             f"{tokens.shape[-1]} + {num_tokens}. With context={longest} the text may be longer."
         )
     return {
-        "model": decoding(model, rolling=True),
+        "model": as_static(decoding(model, rolling=True)),
         "params": params,
         "tokens": tokens,
         "num_tokens": num_tokens,

@@ -1,12 +1,15 @@
 """Models put together from parts: layers of attention, an MLP, norms, an embedding, masks."""
 
+import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 import attention_jax
@@ -489,6 +492,25 @@ def decoding(model: SequenceModel, *, rolling: bool = False) -> SequenceModel:
 
     blocks = map(decoding_block, model.blocks, model._masks(None, None, None))
     return model.clone(blocks=tuple(blocks))
+
+
+def as_static(part: Any) -> Any:
+    """A module that `jit` takes as a static argument: known numbers in its fields are Python's.
+
+    A module whose field holds an array, as `scale=jnp.float32(0.3)`, cannot be hashed.
+    """
+    if isinstance(part, nn.Module):
+        names = [f.name for f in dataclasses.fields(part) if f.name not in ("parent", "name")]
+        fields = {name: getattr(part, name) for name in names}
+        changed = {name: new for name, x in fields.items() if (new := as_static(x)) is not x}
+        return part.clone(**changed) if changed else part
+    if type(part) in (tuple, list):
+        parts = [as_static(x) for x in part]
+        changes = any(new is not x for new, x in zip(parts, part, strict=True))
+        return type(part)(parts) if changes else part
+    if isinstance(part, jax.Array | np.ndarray | np.generic) and part.ndim == 0:
+        return part if isinstance(part, jax.core.Tracer) else part.item()
+    return part
 
 
 def _check_own_caches(blocks: Sequence[Block]) -> None:

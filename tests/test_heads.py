@@ -1,6 +1,7 @@
 """Gates, importance, ablation and pruning of heads, against loops and against one another."""
 
 import functools
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from attention_jax.analysis import (
     removal_curve,
     summarize,
 )
+from attention_jax.functional.statistics import attention_statistics
 
 VOCABULARY = 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 6)))
@@ -222,6 +224,15 @@ def test_a_summary_is_of_the_queries_that_count(plain):
     assert not np.allclose(summary["entropy"], every["entropy"])
 
 
+def test_a_head_is_uniform_among_its_keys_whatever_the_sink_takes():
+    query, key = jnp.ones((1, 1, 1)), jnp.array([0.0, 2.0])[:, None, None]
+    weights = np.exp([0.0, 2.0]) / np.exp([0.0, 2.0]).sum()
+    want = -(weights * np.log(weights)).sum() / np.log(2)
+    for sinks in (None, jnp.array([2.0]), jnp.array([-9.0]), jnp.array([7.0])):
+        found = attention_statistics(query, key, scale=1.0, sinks=sinks)
+        assert_close(summarize({"a": found})["a"]["uniformity"], [want], 1e-3)
+
+
 def test_statistics_of_one_head_and_of_other_layers():
     model = SequenceModel(
         TokenEmbedding(VOCABULARY, 8), [Block(SingleHeadAttention())], mask=masks.causal()
@@ -344,6 +355,10 @@ def test_what_cannot_be_pruned_or_gated_is_refused(plain):
         removal_curve(model, params, TOKENS, loss, [])
     with pytest.raises(ValueError, match="orders must name each head once"):
         removal_curve(model, params, TOKENS, loss, [[(FIRST, 0), (FIRST, 0)]])
+    with pytest.raises(TypeError, match="orders must be lists of heads"):
+        removal_curve(model, params, TOKENS, loss, [(FIRST, 0)])
+    with pytest.raises(TypeError, match="counts must hold integers"):
+        removal_curve(model, params, TOKENS, loss, [[(FIRST, 0)]], counts=[0.5])
 
 
 def test_a_model_without_gates_is_refused_and_not_answered_with_none():
@@ -375,3 +390,64 @@ def test_a_model_without_gates_is_refused_and_not_answered_with_none():
 def test_layers_without_weights_are_named(make, words):
     with pytest.raises(NotImplementedError, match=words):
         attention_maps(*made(make), TOKENS)
+
+
+class Repeated(nn.Module):
+    """A model whose layers `nn.scan` runs."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                layer = nn.MultiHeadDotProductAttention(2, deterministic=True, name="attention")
+                return x + layer(x), None
+
+        axes = {"params": 0, "intermediates": 0}
+        layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=6)
+        x, _ = layers(name="layers")(nn.Embed(VOCABULARY, 8)(tokens), None)
+        return nn.Dense(VOCABULARY)(x)
+
+
+def test_means_of_layers_that_scan_runs_are_over_all_runs():
+    model = Repeated()  # As many runs as tokens, which must not be taken for one another.
+    params = random_params(model)
+    outputs, x = [], params["Embed_0"]["embedding"][TOKENS]
+    for i in range(6):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]["attention"])
+        layer = nn.MultiHeadDotProductAttention(2, deterministic=True, qkv_features=8)
+        identity = {"kernel": jnp.eye(8).reshape(2, 4, 8), "bias": jnp.zeros(8)}
+        mixed = layer.apply({"params": own | {"out": identity}}, x)
+        outputs.append(mixed.reshape(-1, 2, 4).mean(0))
+        x = x + layer.apply({"params": own}, x)
+    (found,) = mean_outputs(model, params, TOKENS).values()
+    assert_close(found, np.mean(outputs, axis=0), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        functools.partial(nn.RMSNorm, use_scale=False, reduction_axes=(-2, -1)),
+        functools.partial(nn.LayerNorm, feature_axes=(-2, -1)),
+        nn.RMSNorm,
+    ],
+    ids=["over heads", "a scale for each head", "over a head"],
+)
+def test_heads_that_are_normed_together_are_not_removed(norm):
+    model, params = made(functools.partial(MultiHeadAttention, 4, qk_norm=norm))
+    together = norm is not nn.RMSNorm
+    with pytest.raises(NotImplementedError, match="qk_norm") if together else nullcontext():
+        smaller, fewer = prune_heads(model, params, {FIRST: [0]})
+        gates = {FIRST: jnp.array([0.0, 1, 1, 1])}
+        want = apply_with_gates(model, params, TOKENS, gates)
+        assert_close(smaller.apply({"params": fewer}, TOKENS), want, 1e-5)
+
+
+def test_a_number_of_a_layer_may_be_an_array():
+    model, params = made(functools.partial(MultiHeadAttention, 2, scale=jnp.float32(0.25)))
+    plain, _ = made(functools.partial(MultiHeadAttention, 2, scale=0.25))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        attention_maps(model, params, TOKENS),
+        attention_maps(plain, params, TOKENS),
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from attention_jax.analysis.maps import sown
-from attention_jax.checks import check_word, told
+from attention_jax.checks import as_array, check_word, told
 from attention_jax.types import Array, PyTree
 
 # The path of a layer, as "blocks_0/attention", and one number for each of its heads.
@@ -59,9 +59,10 @@ def apply_with_gates(
         kept = jnp.asarray(gates[path], dtype)
         each_row = (mixed.shape[0], N) if mixed.ndim > 3 else None
         if kept.shape not in ((N,), each_row):
+            more = " for inputs without an axis of rows" if mixed.ndim == 3 else ""
             raise ValueError(
                 f"gates must have one number for each of the {N} heads of {path}, got shape "
-                f"{kept.shape}."
+                f"{kept.shape}{more}."
             )
         ones = (1,) * (mixed.ndim - 2 - len(kept.shape[:-1]))
         kept = kept.reshape(*kept.shape[:-1], *ones, N, 1)
@@ -122,6 +123,8 @@ def mean_outputs(
 
     found: dict[str, list[Array]] = {}
     for path, mean in sown(model, params, inputs, intercept, _SOWN, **options).items():
+        # Under `nn.scan` there is one for each run.
+        mean = mean.reshape(-1, *mean.shape[-2:]).mean(0)
         found.setdefault(path.rpartition("/")[0], []).append(mean)
     return {path: jnp.stack(means).mean(0) for path, means in found.items()}
 
@@ -148,6 +151,7 @@ def importance(
         https://arxiv.org/abs/1905.10650
     """
     gates = _open(gated_heads(model, params, inputs, **options))
+    inputs = as_array("inputs", inputs)
     rows = inputs.shape[0]
 
     @jax.jit

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from attention_jax.checks import told
+from attention_jax.models import as_static
 from attention_jax.types import Array, PyTree
 
 # The path of a layer, as "blocks_0/attention", and its weights `[..., N, T, S]`.
@@ -40,7 +41,7 @@ def attention_maps(
     # Words and flags decide what is compiled; arrays and masks are data.
     words = {k: v for k, v in options.items() if v is None or isinstance(v, bool | str)}
     data = {k: v for k, v in options.items() if k not in words}
-    found = _compiled(model, params, inputs, data, tuple(words.items()))
+    found = _compiled(as_static(model), params, inputs, data, tuple(words.items()))
     if not found:
         layers = attention_layers(model, params, inputs, **options)
         raise NotImplementedError(

@@ -35,8 +35,8 @@ def prune_heads(
     Raises:
         ValueError: A layer or a head does not exist.
         TypeError: A head is no whole number, as in a mask of booleans.
-        NotImplementedError: A layer is of another kind or stands in several places, or the model
-            has a bias or a mask for each head.
+        NotImplementedError: A layer is of another kind, stands in several places or norms several
+            heads together, or the model has a bias or a mask for each head.
 
     Reference:
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.
@@ -72,6 +72,7 @@ def prune_heads(
                 f"heads of {path} cannot be removed: its layer stands in several places, "
                 f"{', '.join(places)}."
             )
+        _check_norm(path, layer, params[name]["attention"])
         kept = [n for n in range(layer.num_heads) if n not in numbers]
         smaller, found = _without(layer, params[name]["attention"], kept)
         blocks[i] = blocks[i].clone(attention=smaller)
@@ -86,6 +87,24 @@ def _has_heads(rule: Rule) -> bool:
         for x, axes in rule.arrays()
         if "N" in axes and x.ndim >= -(i := axes.index("N") - len(axes))
     )
+
+
+def _check_norm(path: str, layer: MultiHeadAttention, params: PyTree) -> None:
+    """Raises NotImplementedError for a norm of queries and keys that does not see a head alone."""
+    if not callable(layer.qk_norm):
+        return
+    N, H = params["query"]["kernel"].shape[1:]
+    norm, x = layer.qk_norm(name=None), jax.random.normal(jax.random.key(0), (1, N, H))
+    variables = norm.init(jax.random.key(1), x)
+    is_alone = all(leaf.shape == (H,) for leaf in jax.tree.leaves(variables))
+    if is_alone:
+        whole, first = norm.apply(variables, x), norm.apply(variables, x[:, :1])
+        is_alone = np.allclose(whole[:, :1], first, rtol=1e-4, atol=1e-5)
+    if not is_alone:
+        raise NotImplementedError(
+            f"heads of {path} cannot be removed: its qk_norm, {layer.qk_norm}, norms several heads "
+            "together."
+        )
 
 
 def _without(layer: nn.Module, params: PyTree, kept: list[int]) -> tuple[nn.Module, PyTree]:

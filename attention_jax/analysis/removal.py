@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from attention_jax.analysis.heads import Loss, apply_with_gates, check_heads, gated_heads
+from attention_jax.checks import as_integers, told
 from attention_jax.types import Array, PyTree
 
 Head = tuple[str, int]  # The path of its layer, and its number.
@@ -51,6 +52,7 @@ def removal_curve(
 
     Raises:
         ValueError: A head does not exist, there is no order, or a count is longer than one.
+        TypeError: An order is no list of heads, or a count no whole number.
         NotImplementedError: No head of the model has a gate.
 
     Reference:
@@ -60,8 +62,9 @@ def removal_curve(
     heads = gated_heads(model, params, inputs, **options)
     if not orders:
         raise ValueError("orders must have one order of heads at least, got none.")
+    orders = [_as_order(order) for order in orders]
     shortest = min(map(len, orders))
-    counts = range(shortest + 1) if counts is None else counts
+    counts = range(shortest + 1) if counts is None else as_integers("counts", counts, 1).tolist()
     if not all(0 <= count <= shortest for count in counts):
         raise ValueError(f"counts must be from 0 to {shortest}, got {list(counts)}.")
     gates = {path: np.ones((len(orders), len(counts), N), np.float32) for path, N in heads.items()}
@@ -81,3 +84,13 @@ def removal_curve(
 
     flat = {path: jnp.asarray(x.reshape(-1, x.shape[-1])) for path, x in gates.items()}
     return np.asarray(run(params, inputs, flat)).reshape(len(orders), len(counts))
+
+
+def _as_order(order: Sequence[Head]) -> list[Head]:
+    for head in order:
+        is_head = isinstance(head, tuple | list) and len(head) == 2 and isinstance(head[0], str)
+        if not is_head:
+            raise TypeError(
+                f"orders must be lists of heads, each a path and a number, got {told(head)}."
+            )
+    return [tuple(head) for head in order]

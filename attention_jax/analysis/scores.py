@@ -193,8 +193,8 @@ def repeated_tokens(
     Args and errors as in `prefix_matching`.
     """
     rng, vocab_size = as_rng("rng", rng), as_size("vocab_size", vocab_size)
-    if first is not None and not 0 <= first < vocab_size:
-        raise ValueError(f"first must be a token below {vocab_size}, got {first}.")
+    if first is not None:
+        first = as_size("first", first, 0, vocab_size - 1)
 
     def row(rng):
         if length <= vocab_size:

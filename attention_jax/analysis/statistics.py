@@ -76,9 +76,10 @@ def summarize(
 ) -> dict[str, dict[str, Array]]:
     """The mean of each statistic over rows and queries that see a key, `[N]`, by layer and name.
 
-    Beside them: `uniformity`, the entropy over the largest that the visible keys allow; `spread`,
-    the largest standard deviation over rows of what a query does, near 0 for a head that does the
-    same for all inputs; and `peak` is the largest logit of all.
+    Beside them: `uniformity`, the entropy of a query's weights among its keys, without what the
+    sink takes, over the largest that the visible keys allow; `spread`, the largest standard
+    deviation over rows of what a query does, near 0 for a head that does the same for all inputs;
+    and `peak` is the largest logit of all.
 
     Args:
         statistics: Those of `head_statistics`.
@@ -92,7 +93,8 @@ def _summary(found: AttentionStatistics, queries: Array | None) -> dict[str, Arr
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), found)  # [B, T, N]
     counts = True if queries is None else jnp.asarray(queries).reshape(-1, T, 1)
     sees = (rows.visible > 0) & counts
-    chooses = (rows.visible > 1) & counts
+    # Of a query that leaves all to the sink, the shares of its keys are lost in rounding.
+    chooses = (rows.visible > 1) & counts & (rows.sink < 0.999)
     mean = lambda x, where, axis=(0, 1): (
         jnp.sum(jnp.where(where, x, 0), axis) / jnp.maximum(1, where.sum(axis))
     )
@@ -101,9 +103,15 @@ def _summary(found: AttentionStatistics, queries: Array | None) -> dict[str, Arr
         for name in rows._fields
         if name not in ("visible", "peak")
     }
-    most = jnp.log(jnp.maximum(2, rows.visible))
-    summary["uniformity"] = mean(rows.entropy / most, chooses)
-    does = (rows.entropy / most, rows.distance / T, rows.to_first, rows.largest)
+    # The entropy of weights and sink is that of the sink against the keys, and that among the keys.
+    of_keys = jnp.where(chooses, 1 - rows.sink, 1)
+    split = -jax.scipy.special.xlogy(of_keys, of_keys) - jax.scipy.special.xlogy(
+        1 - of_keys, 1 - of_keys
+    )
+    uniform = (rows.entropy - split) / of_keys / jnp.log(jnp.maximum(2, rows.visible))
+    summary["uniformity"] = mean(uniform, chooses)
+    uniform = jnp.where(chooses, uniform, 0)
+    does = (uniform, rows.distance / T, rows.to_first, rows.largest)
     variances = [mean(jnp.square(x - mean(x, sees, 0)), sees, 0) for x in does]  # [T, N] each.
     summary["spread"] = jnp.sqrt(jnp.stack(variances).max((0, 1)))
     summary["peak"] = jnp.where(sees, rows.peak, -jnp.inf).max((0, 1))

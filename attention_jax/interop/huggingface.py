@@ -56,6 +56,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         dtype = _representable("dtype", dtype)
     with _told_of(directory / _CONFIG):
         family, model = make_model(config, jnp.dtype(dtype or jnp.float32))
+        shapes = _shapes(model)
     with contextlib.ExitStack() as stack:
         files = _open(directory, stack)
         names = _names(files, family)
@@ -66,7 +67,6 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
             dtype = _representable(f"{directory}: the type of the parameters", dtype)
             _, model = make_model(config, dtype)
         flat = {}
-        shapes = _shapes(model)
         for tensor in wanted:
             name = _name_of(tensor, names, directory)
             flat |= _load(tensor, _read(files, name, directory), shapes, dtype, directory)
@@ -174,7 +174,7 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
 def _check_field(name: str, value: Any, fields: dict[str, Any], model: SequenceModel) -> None:
     """Raises an error for a field that JSON has not, or that changes the model."""
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be of JSON's types, got {told(value)}.") from error
     try:
@@ -223,6 +223,8 @@ def _told_of(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]} is missing.") from error
+    except ArithmeticError as error:
+        raise ValueError(f"{path}: a number is out of its range: {error}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

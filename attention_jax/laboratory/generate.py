@@ -128,12 +128,13 @@ def write(
         context = author.context
     ends = author.ends
     if end is not None:
-        token = author.encode(end).tolist()
-        if len(token) != 1:
-            raise ValueError(f"--end must be one token: {end!r} is {len(token)}.")
         # A tokenizer may have one token for the start of a word, and one for all other places.
         size = author.model.embedding.num_embeddings
-        ends = ends | {x for x in range(size) if author.decode([x]) == end} | set(token)
+        found = {x for x in range(size) if author.decode([x]) == end}
+        token = author.encode(end).tolist()
+        if not found and len(token) != 1:
+            raise ValueError(f"--end must be one token: {end!r} is {len(token)}.")
+        ends = ends | found | set(token if len(token) == 1 else ())
     rng = jax.random.key(seed)
 
     def sample(number: int) -> Iterator[str]:
@@ -282,6 +283,8 @@ def _of_directory(place: Path) -> Author:
     if ends is None:
         ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int for token in ends):
+        raise ValueError(f"{place}: eos_token_id must be a token or some, got {ends!r}.")
 
     def begin(prompt):
         found = coder.encode(prompt).ids
@@ -292,7 +295,7 @@ def _of_directory(place: Path) -> Author:
             found = [first]
         return np.array(found, np.int32)
 
-    longest = getattr(model.positions, "max_length", None)
+    known = getattr(model.positions, "max_length", None) or config.get("max_position_embeddings")
     return Author(
         model=model,
         params=params,
@@ -301,7 +304,7 @@ def _of_directory(place: Path) -> Author:
         decode=lambda tokens: coder.decode(tokens, skip_special_tokens=False),
         unread=functools.partial(unread, coder),
         ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
-        context=longest or config.get("max_position_embeddings"),
+        context=known if isinstance(known, int) and known > 1 else None,
     )
 
 

@@ -119,7 +119,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     |---|---|
     | 0.01 | 3 |
     """
-    heading, *body = (f"| {' | '.join(row)} |" for row in rows)
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    heading, *body = (f"| {' | '.join(row)} |" for row in escaped)
     return "\n".join([heading, "|---" * len(rows[0]) + "|", *body])
 
 

@@ -40,7 +40,8 @@ class Run(NamedTuple):
             return math.nan
         if metric.endswith("@*"):
             start = metric.removesuffix("*")
-            return mean([value for name, value in self.result.items() if name.startswith(start)])
+            found = [value for name, value in self.result.items() if name.startswith(start)]
+            return mean([value for value in found if value is not None])
         value = self.result.get(metric)
         return math.nan if value is None else value
 
@@ -103,7 +104,10 @@ def load(directory: str | Path) -> list[Run]:
 
 def _rows(text):
     # A running or killed run may have written half a line.
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    # Other tools write null where there is no number.
+    number = lambda row: {name: x for name, x in row.items() if x is not None}
+    return [number(row) | {"step": row["step"]} for row in rows]
 
 
 def main_metric(runs: Iterable[Run]) -> str:

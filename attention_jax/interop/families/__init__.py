@@ -15,6 +15,12 @@ __all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "spec"]
 
 # Fields of the rotary positions that a file may have and `Family.defaults` may lack.
 ROTARY = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+# Fields that may be null: those whose default is None, and these. Of the former these are sizes.
+NULLABLE = (
+    *("num_key_value_heads", "head_dim", "sliding_window", "hidden_activation"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner")
 # By `model_type`. `describe` takes the first that fits.
 FAMILIES = GPTS | LLAMAS
 # Families that transformers loads only where the heads divide the width, whatever their size.
@@ -29,7 +35,7 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
         NotImplementedError: The family, or what a field asks for, has no model here.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotImplementedError(f"model_type must be one of {tuple(FAMILIES)}, got {kind!r}.")
     family = FAMILIES[kind]
     if config.get("quantization_config") is not None:
@@ -44,12 +50,16 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
         if value is REQUIRED:
             raise ValueError(f"{name} is missing.")
         default = family.defaults[name]
-        wanted = int if default is REQUIRED else type(default)
+        wanted = int if default is REQUIRED or name in OPTIONAL_SIZES else type(default)
         wanted = (int, float) if wanted is float else wanted
-        if None not in (default, value) and (
-            not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)
-        ):
+        if value is None and (default is None or name in NULLABLE):
+            continue
+        if default is None and name not in OPTIONAL_SIZES:
+            continue  # What reads it knows its types.
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
             raise ValueError(f"{name} must be of the type {_word(wanted)}, got {told(value)}.")
+        if wanted is int and not (name != "max_window_layers") <= value < 2**31:
+            raise ValueError(f"{name} must be a size that a model can have, got {told(value)}.")
     for name in ROTARY:
         if name in config:
             known[name] = config[name]
