@@ -294,6 +294,8 @@ def run(tmp_path_factory):
 def test_a_run_is_loaded_at_any_step_that_is_kept(run):
     last, first = attention_jax.load(run), attention_jax.load(run, step=1)
     same = attention_jax.load(run, step=3)
+    size = sum(x.size for x in jax.tree.leaves(last.params))
+    assert repr(last) == f"Run of recall: multihead, {size:,} parameters"
     kernel = lambda run: run.params["blocks_0"]["attention"]["out"]["kernel"]
     np.testing.assert_array_equal(kernel(last), kernel(same))
     assert not np.array_equal(kernel(last), kernel(first))
@@ -317,6 +319,16 @@ def test_a_run_is_inspected_in_one_command(run, tmp_path, capsys):
     assert all(0 <= float(x.strip(" |")) for row in rows for x in row[2:])
     for name in ("maps.png", "pruning.png", "phase.png", "page.html"):
         assert f"({name})" in table
+
+
+def test_a_row_whose_maps_do_not_fit_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    one = 2 * 16 * 16  # Of two heads.
+    monkeypatch.setattr(findings, "MAX_WEIGHTS", one - 1)
+    monkeypatch.setattr(findings, "_at", None)  # It would fail.
+    with pytest.raises(ValueError, match=f"maps of {one:,} weights, and at most {one - 1:,} fit"):
+        inspect.inspect(run, tmp_path / "out")
+    monkeypatch.setattr(findings, "MAX_WEIGHTS", 3 * one)
+    assert findings._rows_of_maps(subjects.of_run(run, 5)) == 3
 
 
 def test_work_that_takes_long_is_named(run, tmp_path, capsys, monkeypatch):

@@ -279,6 +279,10 @@ def test_the_share_of_unknown_tokens_is_told(files):
     found = TASKS["text"](tokens=str(files / "tokenizer.json"), **options)
     assert found.held_out.endswith(f"; its tokenizer does not know {share:.1%} of the tokens")
     assert "know" not in TASKS["text"](**options).held_out
+    (files / "other.txt").write_text("other words\n" * 60)
+    options = {"tokens": str(files / "tokenizer.json"), "seq_length": 3}
+    with pytest.raises(ValueError, match=r"other\.txt is in other words: .* not know 100\.0%"):
+        TASKS["text"](path=str(files / "other.txt"), **options)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +628,7 @@ def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
     np.testing.assert_allclose(found.loss(outputs).mean(), mean(losses), rtol=1e-5)
     np.testing.assert_allclose(found.accuracy(outputs).mean(), mean(right), rtol=1e-5)
     np.testing.assert_array_equal(found.counted, weights > 0)  # The padding is no token.
-    at = findings._at(found, found.params)
+    at = findings._at(found, found.params, 16)
     maps = analysis.attention_maps(found.model, found.params, found.inputs)
     for kind in ("induction_head", "duplicate_token_head"):
         want = analysis.head_scores(maps, found.inputs, kind, queries=weights > 0)
@@ -703,7 +707,8 @@ def test_a_run_is_inspected_on_a_text_without_its_file(files, tmp_path, length, 
         ),
         (["--temperature=-1"], "--temperature must be at least 0 and finite"),
         (["--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
-        (["--prompt=日本"], "got '日本'"),
+        (["--prompt=日本"], "--prompt: the model has no tokens for '日本'"),
+        (["--end=日"], "--end: the model has no tokens for '日'"),
         (["--prompt=a\udce9"], "--prompt is no text in UTF-8, at byte 1"),
         (["--length=3"], "unrecognized arguments: --length=3"),
     ],

@@ -1,6 +1,7 @@
 """What `attention-jax inspect` finds out about the heads of a model."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ PREFIX = "prefix_matching"
 _PAGE_ROWS = 4
 HIGH = 0.5  # A score that makes a head one of that kind, as of induction.
 _SCORED_ROWS = 32  # Maps of more rows would fill the memory of a large model.
+MAX_WEIGHTS = 2**28  # In maps at once: 1 GB, and several times as much on the way.
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # By name and layer, `[N]`.
 
@@ -169,11 +171,15 @@ def find(
         orders: How many random orders it compares.
         checkpoints: Of how many to look at, evenly taken.
         say: Takes a line about work that takes some seconds, from another thread.
+
+    Raises:
+        ValueError: A row is too long for its maps.
+        NotImplementedError: No layer can show its weights.
     """
-    busy = Busy(say)
+    busy, rows = Busy(say), _rows_of_maps(subject)
     with busy("looking at the heads"):
-        newest = _at(subject, subject.params)
-        few = subject.inputs[:_PAGE_ROWS]
+        newest = _at(subject, subject.params, rows)
+        few = subject.inputs[: min(_PAGE_ROWS, rows)]
         maps = _numbers(
             analysis.attention_maps(subject.model, subject.params, few, **subject.options)
         )
@@ -198,7 +204,7 @@ def find(
     if len(steps) > 1:
         for i, step in enumerate(steps[:-1]):
             with busy(f"looking at checkpoint {i + 1} of {len(steps)}"):
-                by_step[step] = _at(subject, subject.restore(step))
+                by_step[step] = _at(subject, subject.restore(step), rows)
         by_step[steps[-1]] = newest
     return Findings(
         newest=newest,
@@ -228,14 +234,28 @@ def evenly(values: Sequence, most: int) -> list:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def _at(subject, params) -> AtStep:
+def _rows_of_maps(subject) -> int:
+    """How many rows have room for their maps at once; ValueError if not even one has."""
+    maps = lambda params, row: analysis.attention_maps(
+        subject.model, params, row, **subject.options
+    )
+    found = jax.eval_shape(maps, subject.params, subject.inputs[:1])
+    one = sum(math.prod(weights.shape) for weights in found.values())
+    if one > MAX_WEIGHTS:
+        raise ValueError(
+            f"a row of {subject.inputs.shape[1]:,} tokens has maps of {one:,} weights, and at most "
+            f"{MAX_WEIGHTS:,} fit: take a shorter one."
+        )
+    return min(_SCORED_ROWS, len(subject.inputs), MAX_WEIGHTS // one)
+
+
+def _at(subject, params, some) -> AtStep:
     """Everything that is followed over the steps."""
     losses, right, weights = _answers(
         subject.model, subject.answers, params, subject.inputs, dict(subject.options)
     )
     losses, weights = np.asarray(losses, float), np.asarray(weights, float)
     mean = lambda values: float((values * weights).sum() / max(weights.sum(), 1e-9))
-    some = min(_SCORED_ROWS, len(subject.inputs))
     run = functools.partial(analysis.attention_maps, subject.model, params)
     maps = _numbers(run(subject.inputs[:some], **subject.options))
     places = _early_and_late(subject)

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     parser.add_argument("--samples", type=int, default=1, help="how many texts; default: 1")
     parser.add_argument("--context", type=int, help="tokens that the model sees at most")
-    parser.add_argument("--end", help="stop before this text, which must be one token")
+    parser.add_argument("--end", help="stop before this text of one token; \\n: the line's end")
     try:
         options = vars(parser.parse_args(argv[1:]))
         # A file gets the text as it is.
@@ -122,12 +122,14 @@ def write(
     prepare()
     author = _of_run(place) if of_run else _of_directory(place)
     prompt = _text(content, author.of_bytes)
-    given = author.begin(prompt)
     check_read("--prompt", author.unread(prompt))
+    given = author.begin(prompt)
     if context is None:
         context = author.context
     ends = author.ends
     if end is not None:
+        end = "\n" if end == "\\n" else end  # Which is hard to type.
+        check_read("--end", author.unread(end))
         # A tokenizer may have one token for the start of a word, and one for all other places.
         size = author.model.embedding.num_embeddings
         found = {x for x in range(size) if author.decode([x]) == end}

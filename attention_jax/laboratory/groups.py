@@ -154,8 +154,8 @@ def first_trials(group: Group) -> PyTree:
     params, opt_state = group.init(None, None, group.settings)
     if init_from := group.config.init_from:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group.like[0])
+        check_vocabulary(init_from, group.task)
         found = first_params(init_from, like=like)
         spread = lambda x, old: jax.device_put(np.broadcast_to(x, old.shape), old.sharding)
         params = jax.tree.map(spread, found, params)
-        check_vocabulary(init_from, group.task)
     return params, opt_state

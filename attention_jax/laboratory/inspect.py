@@ -93,6 +93,8 @@ def inspect(
     """
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
+    if out.exists():  # Refused before the work, if it is a file.
+        make_directory(out, "--out")
     asked = text
     if text is not None:
         text = read_text(text, "--text")
@@ -121,7 +123,8 @@ def inspect(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
     make_directory(out, "--out")
-    return _write(subject, findings, out, _command(run, out, rows, checkpoints, tokens, asked))
+    command = _command(run, out, rows, checkpoints, tokens, asked)
+    return _write(subject, findings, out, command, say)
 
 
 def is_run(place):
@@ -175,7 +178,7 @@ def _command(run, out, rows, checkpoints, tokens, text):
     return shlex.join(words)
 
 
-def _write(subject, findings, out, command):
+def _write(subject, findings, out, command, say):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
     from attention_jax.analysis.page import MAX_WEIGHTS
     from attention_jax.laboratory.findings import HIGH, evenly
@@ -193,14 +196,18 @@ def _write(subject, findings, out, command):
     score = next(high, max(highest, key=highest.get, default=None))
     caption = title if score is None else f"{title}; above each head: {score.replace('_', ' ')}"
     scores = None if score is None else newest.scores[score]
-    maps = draw_maps(out / "maps.png", newest.maps, first, scores=scores, caption=caption)
+    end = None if subject.counted is None else int(subject.counted[0].sum())
+    # The padding behind a line says nothing.
+    cut = lambda maps: {path: weights[:, :end, :end] for path, weights in maps.items()}
+    first = None if first is None else first[:end]
+    maps = draw_maps(out / "maps.png", cut(newest.maps), first, scores=scores, caption=caption)
     heading = {"title": title, "caption": command}
     # One row, and as many of the steps as a page of moderate size holds; or as many rows as fit.
     size = sum(weights.size for weights in newest.maps.values())
     page = None
     if len(by_step) > 1 and 2 * size <= MAX_WEIGHTS:
         steps = evenly(list(by_step), max(2, _PAGE_WEIGHTS // size))
-        shown = {step: by_step[step].maps for step in steps}
+        shown = {step: cut(by_step[step].maps) for step in steps}
         beside = {step: by_step[step].beside for step in steps}
         page = write_page(out / "page.html", shown, first, statistics=beside, **heading)
     elif size <= MAX_WEIGHTS:
@@ -224,8 +231,10 @@ def _write(subject, findings, out, command):
         pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
     table = out / "heads.md"
     links = [f"![{file.stem}]({file.name})" for file in pictures]
-    last = f"There is no page: a row has {size:,} weights, and a page holds {MAX_WEIGHTS:,}."
-    if page is not None:
+    if page is None:
+        last = f"There is no page: a row has {size:,} weights, and a page holds {MAX_WEIGHTS:,}."
+        say(last)
+    else:
         last = f"[The page]({page.name})"
     text = [f"# {title}", f"```bash\n{command}\n```", *findings.told(subject), *links, last]
     # A text on the command line may hold any bytes.

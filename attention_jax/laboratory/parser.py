@@ -49,4 +49,4 @@ def read_text(words: str, flag: str) -> str:
 def check_read(flag: str, unread: str) -> None:
     """Raises ValueError unless a vocabulary has tokens for all of a flag's text."""
     if unread:
-        raise ValueError(f"{flag}: the tokenizer has no tokens for {unread[:20]!r}.")
+        raise ValueError(f"{flag}: the model has no tokens for {unread[:20]!r}.")

@@ -5,6 +5,7 @@ below a picture names the runs and explains its dots and bands.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from attention_jax.training.config import slice_settings
 
 MAX_TICKS = 8  # Of an axis that has one for each value.
 MAX_LABELS = 12  # A longer legend would hide the picture.
+LONG = 36  # Letters of a label that needs a place outside.
 SUFFIXES = (".png", ".svg")
 # Colours that the colour-blind tell apart: Okabe and Ito 2008, "Color Universal Design".
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -238,7 +240,13 @@ def _finish_y(axes, runs, metric):
 def _save(figure, axes, runs, path, note):
     labels = [label for label in axes.get_legend_handles_labels()[1] if label]
     if 1 <= len(labels) <= MAX_LABELS:
-        axes.legend(fontsize="small", frameon=False, handlelength=3)
+        style = dict(fontsize="small", frameon=False, handlelength=3)
+        if max(map(len, labels)) > LONG:  # Inside it would hide the picture.
+            handles, labels = axes.get_legend_handles_labels()
+            labels = [textwrap.fill(label, 95) for label in labels]
+            figure.legend(handles, labels, loc="outside upper left", **style)
+        else:
+            axes.legend(**style)
     figure.supxlabel("; ".join(filter(None, (about(runs), note))), fontsize="x-small", color="0.3")
     files = [Path(path).with_suffix(suffix) for suffix in SUFFIXES]
     for file in files:

@@ -71,7 +71,9 @@ def table(
         best = (min if is_loss(metric) else max)(values) if values else math.nan
         row = [name, *map(str, line.fields.values())]
         row += [str(len(line.runs)), _number(best)]
-        row += [f"{_number(mean(values))} ± {_number(spread(values))}"]
+        row += [
+            _number(mean(values)) + (f" ± {_number(spread(values))}" if len(values) > 1 else "")
+        ]
         row += [str(sum("diverged_step" in run.result for run in line.runs))]
         for name in parts:
             row += [_number(mean(line.finals(f"{metric.partition('@')[0]}@{name}")))]
@@ -180,7 +182,8 @@ def write(
     Args:
         runs: Directories of runs, trials or sweeps.
         out: The directory to write to; created when missing.
-        x: The field to draw the metric against, as `model.features`; or its flag, as `embed_dim`.
+        x: The field to draw the metric against, as `model.window`; or its flag, or its last name,
+            as `window`.
         metric: As in `table`.
         published: A JSON file of numbers by the value of `x`.
 
@@ -270,8 +273,10 @@ def _field(x, runs):
     known = dict.fromkeys(path for run in runs for path in run.config)
     path = x.removeprefix("config.")
     path = next((field for field, flag in FLAGS.items() if flag == path), path)
+    ends = [field for field in known if field.rpartition(".")[2] == path]
+    if path not in known and len(ends) == 1:
+        (path,) = ends
     if path not in known:
-        ends = [field for field in known if field.rpartition(".")[2] == path]
         hint = f" Did you mean {' or '.join(ends)}?" if ends else ""
         raise ValueError(f"--x must be a field of the config: got {x!r}.{hint}")
     if path == SEED:

@@ -11,6 +11,7 @@ from attention_jax.training.config import default_config, flatten
 from attention_jax.training.files import local_path
 
 SEED = "seed"
+_OUTPUT = ("checkpoint.", "eval.sample", "eval.heads")
 _BITS = "eval_loss_in_bits_per_character"
 
 
@@ -65,7 +66,10 @@ class Line(NamedTuple):
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{path.split('.')[-1]}={value}" for path, value in self.fields.items())
+        return ", ".join(
+            f"{path.split('.')[-1]}={str(value).rpartition('/')[2]}"
+            for path, value in self.fields.items()
+        )
 
 
 def load(directory: str | Path) -> list[Run]:
@@ -139,8 +143,12 @@ def is_loss(metric: str) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The fields that differ between the runs, in the order of the configs."""
+    """The fields that differ between the runs, in the order of the configs.
+
+    Those that change no number of a run, as how many checkpoints it keeps, are left out.
+    """
     paths = dict.fromkeys(path for run in runs for path in run.config)
+    paths = [path for path in paths if not path.startswith(_OUTPUT)]
     return [p for p in paths if any(run.config.get(p) != runs[0].config.get(p) for run in runs)]
 
 

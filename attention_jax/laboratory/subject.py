@@ -93,7 +93,12 @@ def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
     if text is None:
         sample = run.task.sample_held_out or run.task.sample
         rng = jax.random.fold_in(jax.random.key(run.config.seed), _STREAM)
-        batch = jax.jit(sample)(rng, jnp.arange(rows, dtype=jnp.int32))
+        try:
+            batch = jax.jit(sample)(rng, jnp.arange(rows, dtype=jnp.int32))
+        except ValueError as error:
+            if run.task.text is None:
+                raise
+            raise ValueError(f"{error} --text takes a text of yours in their place.") from error
         about = f"{run.task.name}, {rows} held-out rows"
     else:
         tokens = _of_text(run, text)
@@ -142,8 +147,8 @@ def _of_text(run, text):
     of = run.task.text
     if of.lines and "\n" in (text := text.removesuffix("\n")):
         raise ValueError("--text must be one line, as the rows of the run are.")
-    tokens = run.encode(text).tolist()
     check_read("--text", of.vocabulary.unread(text))
+    tokens = run.encode(text).tolist()
     # A line begins with the token of the newline.
     return [first_token(of), *tokens] if of.lines else tokens
 

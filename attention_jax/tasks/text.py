@@ -161,7 +161,10 @@ def _unknown(source) -> str:
     if not isinstance(vocabulary, Tokenizer) or (token := vocabulary.unknown) is None:
         return ""
     share = np.mean(source.tokens == token)
-    return f"; its tokenizer does not know {share:.1%} of the tokens" if share else ""
+    line = f"its tokenizer does not know {share:.1%} of the tokens"
+    if share > 0.5:
+        raise ValueError(f"path of text: {source.text.name} is in other words: {line}.")
+    return f"; {line}" if share else ""
 
 
 def _count(content: bytes) -> int:

@@ -220,8 +220,8 @@ def _compile_ahead(config, program, look, ahead):
 def _first_state(config, program):
     state = program.init()
     if config.init_from and hosts.is_first():
-        state = state._replace(params=first_params(config.init_from, like=state.params))
         check_vocabulary(config.init_from, program.task)
+        state = state._replace(params=first_params(config.init_from, like=state.params))
     return state
 
 

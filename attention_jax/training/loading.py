@@ -47,6 +47,10 @@ class Run(NamedTuple):
     config: ConfigDict
     task: Task
 
+    def __repr__(self) -> str:
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Run of {self.task.name}: {self.config.model.name}, {count:,} parameters"
+
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, `[T]` int32, of a run of text.
 
