@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--metric",
         help="as eval_loss, eval_loss@128 on a slice, or eval_loss@* for the mean over the slices; "
-        "default: eval_accuracy where there is one",
+        "default: eval_accuracy where there is one; of text the loss",
     )
     parser.add_argument("--published", help="JSON file: numbers by the value of --x")
     try:
