@@ -524,12 +524,13 @@ def test_the_curves_show_a_run_that_was_evaluated_once(tmp_path):
 
 
 def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
-    (tmp_path / "paper.json").write_text('{"0.03": 0.5, "0.01": 0.6}')
+    (tmp_path / "paper.json").write_text('{"3e-2": 0.5, "0.01": 0.6}')
     command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=learning_rate"]
     report.main(["report", *command, f"--published={tmp_path / 'paper.json'}"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 0.03 | 2 |" in text
     assert "| 0.6 |" in text
+    assert "| 0.5 |" in text
     for name in ("curves.png", "by_learning_rate.png"):
         assert f"({name})" in text
         file = tmp_path / "out" / name

@@ -19,7 +19,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.laboratory.pictures import about, draw_against, draw_curves, draw_slices
@@ -254,8 +254,12 @@ def _found(runs, x, metric, published) -> list[_Part]:
         if not names:
             raise ValueError(f"--metric={metric}: no run has come to its end.")
         raise ValueError(f"--metric must be one of {', '.join(sorted(names))}: got {metric!r}.")
-    numbers = None if published is None else _published(published, x)
-    if numbers is not None and numbers.keys().isdisjoint(str(run.config.get(x)) for run in found):
+    numbers = None
+    if published is not None:
+        ours = {run.config.get(x) for run in found}
+        theirs = _published(published, x).items()
+        numbers = {str(v): number for v in ours for key, number in theirs if _is_value(key, v)}
+    if numbers == {}:
         raise ValueError(f"--published={published} has none of the values that {x} has here.")
     by_task: dict[str, list[Run]] = {}
     for run in found:
@@ -266,6 +270,16 @@ def _found(runs, x, metric, published) -> list[_Part]:
         _Part(about(part) if several else "", part, *((x, numbers) if has(part) else (None, None)))
         for part in by_task.values()
     ]
+
+
+def _is_value(key: str, value: Any) -> bool:
+    """Whether a key of JSON is a value of a field: "1e-3" is 0.001."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return key == str(value)
+    try:
+        return float(key) == value
+    except ValueError:
+        return False
 
 
 def _field(x, runs):
