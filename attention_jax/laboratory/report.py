@@ -256,7 +256,7 @@ def _found(runs, x, metric, published) -> list[_Part]:
         raise ValueError(f"--metric must be one of {', '.join(sorted(names))}: got {metric!r}.")
     numbers = None
     if published is not None:
-        ours = {run.config.get(x) for run in found}
+        ours = [run.config.get(x) for run in found]
         theirs = _published(published, x).items()
         numbers = {str(v): number for v in ours for key, number in theirs if _is_value(key, v)}
     if numbers == {}:
