@@ -85,7 +85,7 @@ def test_small_weights_of_a_long_row_are_seen(tmp_path):
         picture = imread(analysis.draw_maps(tmp_path / "a.png", {"x": weights}))
         return picture[picture.shape[0] // 3, picture.shape[1] // 3, 0]  # Red lacks in blue.
 
-    assert faintest(40) < faintest(8) - 0.05
+    assert faintest(65) < faintest(64) - 0.05
 
 
 def test_a_dollar_sign_begins_no_formula(tmp_path):

@@ -13,6 +13,7 @@ from attention_jax.checks import as_size
 from attention_jax.types import Array
 
 MAX_LABELS = 32  # A longer row shows positions; labels would run into one another.
+LONG = 64  # Tokens of a row from which on the colours bring out small weights.
 _BLUE, _RED, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "0.4"
 _DPI = 150
 
@@ -33,7 +34,7 @@ def draw_maps(
         path: The file; its suffix, as `.png` or `.svg`, is the format.
         maps: `[..., N, T, S]` for each layer, as `attention_maps` gives them.
         tokens: The T words, letters or numbers of the row. None shows positions, as a row of more
-            than 32 tokens does. The colours of so long a row bring out small weights.
+            than 32 tokens does. The colours of more than 64 bring out small weights.
         key_tokens: The S words of the keys. None: they are `tokens`.
         row: The number of the row, if the maps have batch axes.
         scores: `[N]` for each layer: a number to print above each head.
@@ -58,7 +59,7 @@ def draw_maps(
     words = [_labels(tokens, T), _labels(tokens if key_tokens is None else key_tokens, S)]
     low = min(float(weights.min()) for weights in shown.values())
     high = max(float(weights.max()) for weights in shown.values()) or 1.0
-    colours = _colours(low, high, is_long=max(T, S) > MAX_LABELS)
+    colours = _colours(low, high, is_long=max(T, S) > LONG)
     grid = _Grid(len(shown), heads, max(T, S), *words)
     for i, (name, weights) in enumerate(shown.items()):
         for n, one in enumerate(weights):
