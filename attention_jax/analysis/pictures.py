@@ -13,7 +13,7 @@ from attention_jax.checks import as_size
 from attention_jax.types import Array
 
 MAX_LABELS = 32  # A longer row shows positions; labels would run into one another.
-LONG = 64  # Tokens of a row from which on the colours bring out small weights.
+LONG = 64  # Tokens of a row beyond which the colours bring out small weights.
 _BLUE, _RED, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "0.4"
 _DPI = 150
 
