@@ -58,7 +58,8 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
             continue  # What reads it knows its types.
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
             raise ValueError(f"{name} must be of the type {_word(wanted)}, got {told(value)}.")
-        if wanted is int and not (name != "max_window_layers") <= value < 2**31:
+        least = 0 if name == "max_window_layers" else 1
+        if wanted is int and not least <= value < 2**31:
             raise ValueError(f"{name} must be a size that a model can have, got {told(value)}.")
     for name in ROTARY:
         if name in config:
