@@ -597,6 +597,15 @@ def test_a_run_writes_on_and_the_same_seed_writes_the_same(trained, tmp_path):
     assert len(written(trained[0], "--tokens=5")) == 5 + 1
 
 
+def test_a_context_beyond_the_trained_one_is_told(trained, capsys):
+    written(trained[0], "--tokens=2", "--context=8")
+    assert not capsys.readouterr().err
+    written(trained[0], "--tokens=2", "--context=16")
+    assert "--context=16 is longer than what the model was trained on, 8 tokens" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_diverged_run_says_so_although_its_model_cannot_write(files):
     config = small(files / "poem.txt")
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e29, 0

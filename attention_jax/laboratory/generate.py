@@ -126,6 +126,12 @@ def write(
     given = author.begin(prompt)
     if context is None:
         context = author.context
+    elif author.context is not None and context > author.context:
+        print(
+            f"--context={context} is longer than what the model was trained on, {author.context} "
+            f"tokens: it may write worse beyond them.",
+            file=sys.stderr,
+        )
     ends = author.ends
     if end is not None:
         end = "\n" if end == "\\n" else end  # Which is hard to type.
