@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from attention_jax.training import build
 from attention_jax.training.config import ConfigError, default_config
 from attention_jax.training.model import make_sequence_model
 
+processor_multiplies_bfloat16 = xla_cpu.multiplies_bfloat16
 B, T, D, F = 4, 64, 64, 96  # Large enough for XLA's products of bfloat16.
 
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     monkeypatch.setattr(xla_cpu, "_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda: True)  # The path with more steps.
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # Several compute in float32.
 
 
@@ -50,7 +53,9 @@ def assert_near(got, want):
 
 
 @pytest.mark.parametrize("features", [D // 2, F], ids=["narrower", "wider"])
-def test_operands_are_rounded_and_sums_are_not(features):
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_operands_are_rounded_and_sums_are_not(features, has_instructions, monkeypatch):
+    monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda: has_instructions)
     x, kernel = normal(B, T, D), normal(D, features, seed=1)
     cotangent = normal(B, T, features, seed=2)
     out, pull_back = jax.vjp(product, x, kernel)
@@ -60,6 +65,34 @@ def test_operands_are_rounded_and_sums_are_not(features):
     assert_near(out, x @ kernel)
     assert_near(d_x, cotangent @ kernel.T)
     assert_near(d_kernel, np.einsum("btd,btf->df", x, cotangent))
+
+
+def test_the_processor_without_instructions_multiplies_in_float32(monkeypatch):
+    x, kernel = normal(B, T, D), normal(D, F, seed=1)
+    for has_instructions, operand in ((True, "bf16"), (False, "f32")):
+        monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda has=has_instructions: has)
+        text = jax.jit(lambda x, kernel: product(x, kernel)).lower(x, kernel).as_text()
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert [f"x{operand}>" in line.partition(":")[2] for line in products] == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "has_instructions"),
+    [
+        ("flags : fma avx2", False),
+        ("flags : avx2 avx512_bf16 avx512vl", True),
+        ("Features : asimd bf16 i8mm", True),
+        (None, False),
+    ],
+)
+def test_instructions_are_those_that_the_system_lists(words, has_instructions, monkeypatch):
+    def read_text(path):
+        if words is None:
+            raise FileNotFoundError(path)
+        return words
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert processor_multiplies_bfloat16.__wrapped__() is has_instructions
 
 
 def test_kernels_may_have_any_axes():
