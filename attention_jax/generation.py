@@ -138,7 +138,7 @@ def compile_ahead(
     cache, token, ended = _prefill.eval_shape(*prompt)
     size = min(call["chunk"], capacity)
     rest = model, size, settings, params, cache, token, rng, zero, zero, end, ended
-    programs = [_prefill.lower(*prompt).compile(), _continue.lower(*rest).compile()]
+    programs = [_prefill.lower(*prompt).compile(), _continue_in_place.lower(*rest).compile()]
     if num_tokens > room:  # What stays of a text that slides.
         tokens = np.zeros((*tokens.shape[:-1], _kept(context)), np.int32)
         before = None if ended is None else (ended, token)
@@ -298,6 +298,9 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
     made, ended = 0, None  # How many tokens are made; which rows have ended.
     before = None  # The latter, and the newest tokens.
     capacity = _capacity(tokens, num_tokens, context)
+    arrays = jax.tree.leaves((params, tokens, lengths, rng))
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    proceed = _continue_in_trace if traced else _continue_in_place
     while made < num_tokens and not _all(ended):
         tokens, lengths, room = _room(tokens, lengths, num_tokens - made, context)
         cache, token, ended = _prefill(
@@ -310,7 +313,7 @@ def _parts(model, params, tokens, num_tokens, settings, rng, lengths, context, e
             count = min(chunk, room)
             numbers = np.int32(made), np.int32(count)
             size = min(chunk, capacity)
-            cache, token, ended, found = _continue(
+            cache, token, ended, found = proceed(
                 model, size, settings, params, cache, token, rng, *numbers, end, ended
             )
             found = _sound(found, count)
@@ -426,7 +429,6 @@ def _prefill(model, capacity, settings, params, tokens, lengths, rng, index, end
     return variables["cache"], token, _ended(token, end, ended)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 @jax_defaults()
 def _continue(model, size, settings, params, cache, token, rng, index, count, end, ended):
     """The next `count` tokens: the cache, the last, which rows have ended, all `[..., size]`.
@@ -456,6 +458,11 @@ def _continue(model, size, settings, params, cache, token, rng, index, count, en
     if end is not None:  # All rows may have ended before `count`.
         found = jnp.where(jnp.arange(size) < i, found, token[..., None])
     return cache, token, ended, found
+
+
+# The cache is written in place, except inside a trace: `jax.vmap` over keys shares it.
+_continue_in_place = jax.jit(_continue, static_argnums=(0, 1, 2), donate_argnums=4)
+_continue_in_trace = jax.jit(_continue, static_argnums=(0, 1, 2))
 
 
 def _ended(token: Array, end: Array | None, ended: Array | None) -> Array | None:

@@ -136,9 +136,9 @@ def test_the_key_decides(model, params, tokens):
 
 def test_the_same_call_compiles_once(model, params, tokens):
     generate(model, params, tokens, 8, temperature=0)
-    compiled = generation._continue._cache_size()
+    compiled = generation._continue_in_place._cache_size()
     generate(model, params, (tokens + 1) % VOCABULARY, 8, temperature=0)
-    assert generation._continue._cache_size() == compiled
+    assert generation._continue_in_place._cache_size() == compiled
 
 
 def test_no_tokens_are_none(model, params, tokens):
@@ -268,9 +268,9 @@ def test_a_stream_gives_the_same_tokens_in_parts(model, params, tokens):
 def test_a_longer_text_compiles_nothing(model, params, tokens):
     settings = {"temperature": 0, "context": 6}
     generate(model, params, tokens, 20, **settings)
-    compiled = generation._continue._cache_size(), generation._prefill._cache_size()
+    compiled = generation._continue_in_place._cache_size(), generation._prefill._cache_size()
     generate(model, params, tokens, 47, **settings)
-    assert compiled == (generation._continue._cache_size(), generation._prefill._cache_size())
+    assert compiled == (generation._continue_in_place._cache_size(), generation._prefill._cache_size())
 
 
 def test_a_cache_is_no_longer_than_the_text(model, params, tokens):
@@ -371,3 +371,10 @@ def test_a_prompt_may_be_traced(model, params, tokens, settings, lengths):
     else:
         traced = jax.jit(run)(tokens, lengths)
     np.testing.assert_array_equal(traced, run(tokens, lengths))
+
+
+def test_vmap_over_keys_gives_the_draws_of_each(model, params, tokens, recwarn):
+    draw = lambda rng: generate(model, params, tokens, 4, rng=rng)
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(jax.vmap(draw)(keys), [draw(key) for key in keys])
+    assert not [x for x in recwarn if "donated" in str(x.message)]
