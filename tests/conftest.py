@@ -25,6 +25,7 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
         jax.devices()
         del os.environ["XLA_FLAGS"]
 
+from attention_jax.functional import plan, xla_cpu  # noqa: E402
 
 # What takes longest, and has a sibling among the tests that always run: `pytest -m slow` runs these
 # and the tests that are marked where they stand.
@@ -279,6 +280,21 @@ def pytest_collection_modifyitems(items):
         for item in found:
             if item not in always:
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_instructions(monkeypatch):
+    """Every machine takes the path of processors that multiply bfloat16, which has more steps.
+
+    Returns a function that says whether the processor has such instructions.
+    """
+
+    def have(value):
+        for module in (plan, xla_cpu):
+            monkeypatch.setattr(module, "multiplies_bfloat16", lambda: value)
+
+    have(True)
+    return have
 
 
 @pytest.fixture

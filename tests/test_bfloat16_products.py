@@ -23,7 +23,6 @@ B, T, D, F = 4, 64, 64, 96  # Large enough for XLA's products of bfloat16.
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     monkeypatch.setattr(xla_cpu, "_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda: True)  # The path with more steps.
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # Several compute in float32.
 
 
@@ -54,8 +53,8 @@ def assert_near(got, want):
 
 @pytest.mark.parametrize("features", [D // 2, F], ids=["narrower", "wider"])
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_operands_are_rounded_and_sums_are_not(features, has_instructions, monkeypatch):
-    monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda: has_instructions)
+def test_operands_are_rounded_and_sums_are_not(features, has_instructions, bfloat16_instructions):
+    bfloat16_instructions(has_instructions)
     x, kernel = normal(B, T, D), normal(D, features, seed=1)
     cotangent = normal(B, T, features, seed=2)
     out, pull_back = jax.vjp(product, x, kernel)
@@ -67,10 +66,10 @@ def test_operands_are_rounded_and_sums_are_not(features, has_instructions, monke
     assert_near(d_kernel, np.einsum("btd,btf->df", x, cotangent))
 
 
-def test_the_processor_without_instructions_multiplies_in_float32(monkeypatch):
+def test_the_processor_without_instructions_multiplies_in_float32(bfloat16_instructions):
     x, kernel = normal(B, T, D), normal(D, F, seed=1)
     for has_instructions, operand in ((True, "bf16"), (False, "f32")):
-        monkeypatch.setattr(xla_cpu, "multiplies_bfloat16", lambda has=has_instructions: has)
+        bfloat16_instructions(has_instructions)
         text = jax.jit(lambda x, kernel: product(x, kernel)).lower(x, kernel).as_text()
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert [f"x{operand}>" in line.partition(":")[2] for line in products] == [True]

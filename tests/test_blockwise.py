@@ -219,6 +219,33 @@ def test_tiles_that_are_chosen_agree_with_the_definition(case, dtype):
         assert np.abs(x - y).max() <= bound, name
 
 
+def test_bfloat16_is_multiplied_in_float32_where_that_is_faster(bfloat16_instructions):
+    query, key, value, d_out = jnp.asarray(
+        np.random.default_rng(0).standard_normal((4, 310, 2, 16)), jnp.bfloat16
+    )
+
+    def run(attend, *qkv):
+        out, pull_back = jax.vjp(functools.partial(attend, mask=masks.causal()), *qkv)
+        return out, *pull_back(d_out.astype(out.dtype))
+
+    arrays = query, key, value
+    for has_instructions in (True, False):
+        bfloat16_instructions(has_instructions)
+        jax.clear_caches()
+        text = jax.jit(functools.partial(run, blockwise)).lower(*arrays).as_text()
+        products = [x.partition(" : ")[2] for x in text.splitlines() if "dot_general" in x]
+        assert products
+        assert any("bf16" in types for types in products) is has_instructions
+        found = run(blockwise, *arrays)
+        assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
+        want = run(
+            functools.partial(dot_product_attention, implementation="dense"),
+            *(x.astype(jnp.float32) for x in arrays),
+        )
+        for x, y in zip(found, want, strict=True):
+            assert_close(x, y, 2e-2 if has_instructions else 2**-8)
+
+
 def test_a_halved_triangle_takes_all_that_tiles_take():
     rng = np.random.default_rng(0)
     qkv = [jnp.asarray(rng.standard_normal((2100, n, 8)), jnp.float32) for n in (2, 1, 1)]

@@ -270,7 +270,10 @@ def test_a_longer_text_compiles_nothing(model, params, tokens):
     generate(model, params, tokens, 20, **settings)
     compiled = generation._continue_in_place._cache_size(), generation._prefill._cache_size()
     generate(model, params, tokens, 47, **settings)
-    assert compiled == (generation._continue_in_place._cache_size(), generation._prefill._cache_size())
+    assert compiled == (
+        generation._continue_in_place._cache_size(),
+        generation._prefill._cache_size(),
+    )
 
 
 def test_a_cache_is_no_longer_than_the_text(model, params, tokens):

@@ -57,8 +57,9 @@ def by_hand(query, key, *, sinks=None, block_size=None, **settings):
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_they_are_those_of_the_weights(settings):
     found = jax.jit(lambda q, k: attention_statistics(q, k, **settings))(QUERY, KEY)
+    is_large = settings.get("scale", 1) > 1  # Logits of 80, whose last place is 8e-6.
     for name, want in by_hand(QUERY, KEY, **settings).items():
-        assert_close(getattr(found, name), want, 2e-5 if name == "distance" else 1e-5)
+        assert_close(getattr(found, name), want, 2e-5 if name == "distance" or is_large else 1e-5)
     mask = settings.get("mask")
     seen = np.ones((T, T), bool) if mask is None else mask.materialize(T, T)
     counts = np.broadcast_to(seen, (2, 4, T, T)).sum(-1)

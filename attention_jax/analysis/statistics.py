@@ -15,8 +15,7 @@ from attention_jax.types import Array, PyTree
 
 UNIFORM = 0.99  # Of the largest possible entropy: a head above it weighs all keys alike.
 CONSTANT = 1e-3  # The spread over inputs below which a head does the same for all.
-EXPLODING = 80.0  # exp of a larger logit overflows in float16 sums, and its softmax is one-hot.
-
+EXPLODING = 80.0  # A softmax with such a logit is one-hot, and exp(89) is infinite in float32.
 
 _SOWN = "attention_statistics"
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from attention_jax.functional.masks import Bounds
 from attention_jax.functional.tiles import Tile
-from attention_jax.functional.xla_cpu import ONE_CORE, as_written
+from attention_jax.functional.xla_cpu import ONE_CORE, as_written, multiplies_bfloat16
 from attention_jax.types import Array
 
 GRAIN = 64  # Tiles begin and end at multiples of this where possible, for fast products.
@@ -61,7 +61,8 @@ class Sizes(NamedTuple):
         scales: The factor of queries when they are read, and the factor of logits; one of the two
             is 1. Scaling queries is less work, but it is taken only where it is exact.
         dtype: The type of logits, softmax and sums.
-        operand: The type of the operands of products: `dtype`, except for bfloat16.
+        operand: The type of the operands of products: `dtype`, but bfloat16 for inputs of bfloat16
+            where such products are fast.
     """
 
     lead: tuple[int, ...]
@@ -196,7 +197,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peaks=
     length is one tile, and an open axis of the batch or of heads is taken one by one.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
-    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 else wide
+    is_fast = platform != "cpu" or multiplies_bfloat16()
+    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 and is_fast else wide
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
     sizes = Sizes(tuple(lead), G, T, S, scales, wide, operand)
