@@ -261,6 +261,14 @@ def test_a_memory_goes_on_in_any_portions(options, batch):
     assert (state["cache"]["cache_index"] == 13).all()
 
 
+def test_a_memory_takes_no_tokens():
+    decoder = delta_layer(decode=True)
+    variables = decoder.init(jax.random.key(0), normal(2, 0, D))
+    out, after = decoder.apply(variables, normal(2, 0, D), mutable=["cache"])
+    assert out.shape == (2, 0, D)
+    jax.tree.map(np.testing.assert_array_equal, after["cache"], variables["cache"])
+
+
 def test_memories_of_rows_of_different_length():
     x = normal(2, 12, D)
     layer, decoder = delta_layer(), delta_layer(decode=True)

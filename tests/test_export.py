@@ -113,6 +113,18 @@ def test_a_batch_left_open_for_every_mechanism(attend):
     assert_equal(call(*arrays), attend(*arrays))
 
 
+@pytest.mark.parametrize(
+    "attend",
+    [functools.partial(linear_attention, mask=masks.causal()), gated_delta_attention],
+    ids=["linear causal", "gated_delta"],
+)
+def test_a_length_left_open_for_what_works_in_chunks(attend):
+    draw = lambda T: random_qkv(Sizes(batch=(3,), T=T, S=T, N=4, K=2, H=8, V=8))
+    call = exported(attend, draw(6), "b, t, 4, 8", "b, t, 2, 8", "b, t, 2, 8")
+    for T in (1, 6, 70):
+        assert_equal(call(*draw(T)), attend(*draw(T)))
+
+
 def test_a_layer_with_batch_and_length_left_open():
     layer = MultiHeadAttention(4, 2, rotary=True)
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 16)), jnp.float32)

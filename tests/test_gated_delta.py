@@ -137,6 +137,16 @@ def test_a_strong_decay_neither_overflows_nor_loses_its_gradient():
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
+def test_a_strong_decay_takes_no_digit_from_those_behind_it():
+    *arrays, log_decay, beta = problem(Sizes(T=24, S=24))
+    inputs = (*arrays, (0.2 * log_decay).at[:, 5].set(-1e6), beta)
+    run = lambda size: value_and_pull(functools.partial(attend, chunk_size=size))(*inputs)
+    (out, grads), (_, alone) = run(24), run(1)
+    assert_close(out, expected(*inputs), 5e-6)
+    for x, y in zip(grads, alone, strict=True):
+        assert_close(x, y, 1e-5)
+
+
 def test_half_precision_sums_in_float32():
     inputs = tuple(x.astype(jnp.bfloat16) for x in problem(Sizes(batch=(), T=67, S=67, N=1, K=1)))
     out = jax.jit(attend)(*inputs)

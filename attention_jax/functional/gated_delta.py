@@ -111,7 +111,8 @@ def _compute(query, key, value, log_decay, beta, memory, *, chunk_size):
     *batch, T, N, H = query.shape
     out_dtype, dtype = query.dtype, beta.dtype
     length = max(T, S, 1)
-    c = min(chunk_size, length)  # Positions i, j within a chunk.
+    # Positions i, j within a chunk. An export may leave the length open.
+    c = min(chunk_size, length) if isinstance(length, int) else chunk_size
     chunks = -(-length // c)
 
     def by_chunk(x):
@@ -127,13 +128,13 @@ def _compute(query, key, value, log_decay, beta, memory, *, chunk_size):
     )
     query = jnp.moveaxis(query.reshape(*query.shape[:-1], N // K, H), -2, -3)  # [..., K, G, c, H]
 
-    # The decay from before the chunk up to i, and from j up to i.
-    total = jnp.cumsum(log_decay, axis=-2)  # [..., c, 1]
-    past = jnp.tri(c, dtype=bool)
-    between = jnp.where(past, total - jnp.swapaxes(total, -1, -2), 0)
-    between = jnp.where(past, jnp.exp(between), 0)  # [..., i, j]
-    since = jnp.exp(total)
-    until = jnp.exp(total[..., -1:, :] - total)
+    # The decay from before the chunk up to i, and from behind j up to i. Each is a sum of its own:
+    # in a difference of two sums a strong decay before j would swallow the others.
+    since = jnp.exp(jnp.cumsum(log_decay, axis=-2))  # [..., c, 1]
+    behind = jnp.tri(c, k=-1, dtype=bool)
+    between = jnp.cumsum(jnp.where(behind, log_decay, 0), axis=-2)  # [..., i, j]
+    between = jnp.where(jnp.tri(c, dtype=bool), jnp.exp(between), 0)
+    until = jnp.swapaxes(between[..., -1:, :], -1, -2)  # [..., c, 1]
 
     # Position i writes u_i = beta_i (v_i - the memory's value for k_i), which depends on the u_j
     # before it. This is one triangular system for the chunk: (1 + L) u = beta (v - since k M).

@@ -125,7 +125,8 @@ def _causal(query: Array, key: Array, value: Array, chunk_size: int) -> Array:
     """Every query reads the sum over the chunks before its own, and its own chunk key by key."""
     T, S = query.shape[-2], key.shape[-2]
     length = max(T, S, 1)
-    c = min(chunk_size, length)  # Positions i, j within a chunk; m counts chunks.
+    # Positions i, j within a chunk; m counts chunks. An export may leave the length open.
+    c = min(chunk_size, length) if isinstance(length, int) else chunk_size
     query, key, value = (_chunks(x, length, c) for x in (query, key, value))
 
     state = jnp.einsum("...KmjF,...KmjV->...KmFV", key, value)

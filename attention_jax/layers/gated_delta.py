@@ -166,8 +166,10 @@ class GatedDeltaAttention(nn.Module):
         bias = self.param(
             "decay_bias", _inverse_softplus(1e-3, 0.1), (num_memories,), self.param_dtype
         )
-        step = nn.softplus(project("decay", num_memories)(inputs).astype(jnp.float32) + bias)
-        log_decay = -jnp.exp(rate) * step  # [..., T, W]
+        step = project("decay", num_memories)(inputs)
+        wide = jnp.promote_types(step.dtype, jnp.float32)
+        step = nn.softplus(step.astype(wide) + bias.astype(wide))
+        log_decay = -jnp.exp(rate.astype(wide)) * step  # [..., T, W]
         beta = nn.sigmoid(project("beta", num_memories)(inputs))  # [..., T, W]
 
         gates = {"log_decay": log_decay, "beta": beta}
@@ -199,8 +201,9 @@ class _Past:
         self.layer, self.ready = layer, layer.has_variable("cache", "memory")
         if not (self.ready or layer.is_initializing()):
             raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
+        # Zeros come from sums over at most one token: split as the inputs, which may be empty.
         index = layer.variable(
-            "cache", "cache_index", lambda: jnp.zeros_like(inputs[..., 0, 0], jnp.int32)
+            "cache", "cache_index", lambda: jnp.zeros_like(inputs[..., :1, 0].sum(-1), jnp.int32)
         )
         batch, T = inputs.shape[:-2], inputs.shape[-2]
         if index.value.shape != batch:
@@ -222,7 +225,9 @@ class _Past:
     def extend(self, name: str, x: Array, count: int) -> Array | None:
         """The last `count` inputs before `x`, and `x`; keeps those that are now the last."""
         shape = (*x.shape[:-2], count, x.shape[-1])
-        start = lambda: jnp.zeros_like(jnp.broadcast_to(x[..., :1, :], shape))
+        start = lambda: jnp.zeros_like(
+            jnp.broadcast_to(x[..., :1, :].sum(-2, keepdims=True), shape)
+        )
         kept = self.layer.variable("cache", f"{name}_inputs", start)
         if not self.ready:
             return None
@@ -237,7 +242,7 @@ class _Past:
     def attend(self, query, key, value, *, log_decay, beta, mask) -> Array:
         """Reads the memory that earlier calls have written, and writes to it."""
         layer, H = self.layer, key.shape[-1]
-        rows = value[..., 0, :, None, :]  # [..., W, 1, V]
+        rows = value[..., :1, :, :].sum(-3)[..., None, :]  # [..., W, 1, V]
         shape, dtype = (*rows.shape[:-2], H, H), jnp.promote_types(value.dtype, jnp.float32)
         start = lambda: jnp.zeros_like(jnp.broadcast_to(rows, shape), dtype)
         memory = layer.variable("cache", "memory", start)
