@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 
 from attention_jax.checks import as_integers, as_rng, as_size, check_number, jax_defaults, known
+from attention_jax.functional.mesh import in_auto, partition_of
+from attention_jax.layers.parts import VectorEmbedding
 from attention_jax.models import SequenceModel, as_static, decoding
 from attention_jax.types import Array, PyTree
 
@@ -47,7 +49,8 @@ def generate(
             stands behind them is not read. None: all T.
         context: The most tokens that the model sees at once, as the length that it was trained on.
             When they are full, the last half stays and is read anew, so a text may be of any
-            length. Of a longer prompt the end counts. None: the model sees the whole text.
+            length; with `lengths` all rows slide when the longest is full. Of a longer prompt the
+            end counts. None: the model sees the whole text.
         end: A token, or some, that end a row. The first one stays, and fills the rest of its row.
             When all rows have ended, no more tokens are made.
 
@@ -65,6 +68,7 @@ def generate(
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1 (top-p).
         https://arxiv.org/abs/1904.09751
     """
+    num_tokens = as_size("num_tokens", num_tokens, minimum=0)
     found = stream(
         model,
         params,
@@ -77,7 +81,7 @@ def generate(
         lengths=lengths,
         context=context,
         end=end,
-        chunk=max(1, num_tokens) if isinstance(num_tokens, int) else 1,
+        chunk=max(1, num_tokens),
     )
     made = _concatenated([np.zeros((*np.shape(tokens)[:-1], 0), np.int32), *found])
     missing = num_tokens - made.shape[-1]  # All rows have ended: each goes on with its end.
@@ -186,6 +190,8 @@ def _checked(
     """The arguments of `_parts`, from those of `stream`."""
     if not isinstance(model, SequenceModel):
         raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
+    if isinstance(model.embedding, VectorEmbedding):
+        raise TypeError("model must take tokens, but its VectorEmbedding takes vectors.")
     tokens = _known_integers("tokens", tokens, axes=1)
     if tokens.shape[-1] == 0:
         raise ValueError(f"tokens must be [..., T] with T at least 1, got shape {tokens.shape}.")
@@ -422,7 +428,7 @@ def _prefill(model, capacity, settings, params, tokens, lengths, rng, index, end
         **options,
     )
     token = _choose(logits[..., 0, :], rng, index, settings)
-    ended = None if end is None else jnp.zeros(batch, bool)
+    ended = None if end is None else jnp.zeros_like(token, bool)
     if before is not None:
         ended, last = before
         token = jnp.where(ended, last, token)
@@ -451,7 +457,8 @@ def _continue(model, size, settings, params, cache, token, rng, index, count, en
         i, _, _, ended, _ = carry
         return (i < count) if end is None else (i < count) & ~ended.all()
 
-    found = jnp.zeros((size, *token.shape), jnp.int32)
+    # Split over devices as the tokens are.
+    found = jnp.zeros_like(jnp.broadcast_to(token, (size, *token.shape)))
     carry = (jnp.int32(0), cache, token, ended, found)
     i, cache, token, ended, found = lax.while_loop(goes_on, step, carry)
     found = jnp.moveaxis(found, 0, -1)
@@ -473,10 +480,12 @@ def _ended(token: Array, end: Array | None, ended: Array | None) -> Array | None
 def _choose(logits: Array, rng: Array | None, index: Array, settings: tuple | None) -> Array:
     """One token of each row, `[..., vocabulary] -> [...]`; -1 if its logits are no numbers."""
     sound = jnp.isfinite(jnp.max(logits, axis=-1))
-    return jnp.where(sound, _chosen(logits, rng, index, settings), -1)
+    rows = partition_of(logits, *range(logits.ndim - 1))
+    token = in_auto(functools.partial(_chosen, settings), (logits, rng, index), rows)
+    return jnp.where(sound, token, -1)
 
 
-def _chosen(logits, rng, index, settings):
+def _chosen(settings, logits, rng, index):
     if settings is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_k, top_p = settings

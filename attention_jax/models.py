@@ -29,7 +29,7 @@ from attention_jax.checks import (
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.masks import Mask, hides_future
-from attention_jax.layers.cache import put, reach_back
+from attention_jax.layers.cache import advances, put, reach_back
 from attention_jax.layers.multi_head import at_places, outside
 from attention_jax.layers.parts import Dropout
 from attention_jax.types import Array
@@ -279,7 +279,11 @@ class SequenceModel(nn.Module, metaclass=_OfPartsOrWords):
             output_positions = jnp.clip(asked, 0, T - 1)  # See `outside`.
         positions, told, row, places = self._stand(positions, mask, tuple(batch), T)
         if self.positions is not None:
-            x = self.positions(x, positions)
+            stood = positions
+            if lengths is not None and positions is not None:  # Padding stands anywhere.
+                _, new, _ = advances(lengths, tuple(batch), T)
+                stood = jnp.where(new, positions, 0)
+            x = self.positions(x, stood)
         if self.embedding_norm is not None:
             x = self.embedding_norm(name="embedding_norm")(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
@@ -475,9 +479,12 @@ def decoding(model: SequenceModel, *, rolling: bool = False) -> SequenceModel:
             positions, as `masks.key_lengths`.
 
     Raises:
-        NotImplementedError: An attention layer has no cache, or two blocks share one.
+        NotImplementedError: There are no blocks, an attention layer has no cache, or two blocks
+            share one.
     """
     check_flag("rolling", rolling)
+    if not model.blocks:
+        raise NotImplementedError("decode=True: the model has no blocks, so it has no cache.")
     _check_own_caches(model.blocks)
 
     def decoding_block(block: Block, seen: Mask | None) -> Block:
@@ -495,19 +502,26 @@ def decoding(model: SequenceModel, *, rolling: bool = False) -> SequenceModel:
 
 
 def as_static(part: Any) -> Any:
-    """A module that `jit` takes as a static argument: known numbers in its fields are Python's.
+    """A module that `jit` takes as a static argument.
 
-    A module whose field holds an array, as `scale=jnp.float32(0.3)`, cannot be hashed.
+    It cannot hash lists, nor a module or a scaling whose field holds an array, as
+    `scale=jnp.float32(0.3)`. Known numbers become Python's, and lists tuples.
     """
-    if isinstance(part, nn.Module):
+    kind = getattr(type(part), "__dataclass_params__", None)
+    if isinstance(part, nn.Module) or (kind is not None and kind.frozen and kind.eq):
         names = [f.name for f in dataclasses.fields(part) if f.name not in ("parent", "name")]
         fields = {name: getattr(part, name) for name in names}
         changed = {name: new for name, x in fields.items() if (new := as_static(x)) is not x}
-        return part.clone(**changed) if changed else part
+        copy = (
+            part.clone
+            if isinstance(part, nn.Module)
+            else functools.partial(dataclasses.replace, part)
+        )
+        return copy(**changed) if changed else part
     if type(part) in (tuple, list):
-        parts = [as_static(x) for x in part]
-        changes = any(new is not x for new, x in zip(parts, part, strict=True))
-        return type(part)(parts) if changes else part
+        parts = tuple(as_static(x) for x in part)
+        is_same = type(part) is tuple and all(map(operator.is_, parts, part))
+        return part if is_same else parts
     if isinstance(part, jax.Array | np.ndarray | np.generic) and part.ndim == 0:
         return part if isinstance(part, jax.core.Tracer) else part.item()
     return part

@@ -15,9 +15,11 @@ from attention_jax import (
     SequenceModel,
     SingleHeadAttention,
     TokenEmbedding,
+    VectorEmbedding,
     generate,
     generation,
     masks,
+    positions,
 )
 from attention_jax.generation import stream
 from attention_jax.training.model import make_sequence_model
@@ -137,7 +139,7 @@ def test_the_key_decides(model, params, tokens):
 def test_the_same_call_compiles_once(model, params, tokens):
     generate(model, params, tokens, 8, temperature=0)
     compiled = generation._continue_in_place._cache_size()
-    generate(model, params, (tokens + 1) % VOCABULARY, 8, temperature=0)
+    generate(model, params, (tokens + 1) % VOCABULARY, np.int64(8), temperature=0)
     assert generation._continue_in_place._cache_size() == compiled
 
 
@@ -187,6 +189,22 @@ def test_a_model_without_positions_or_a_cache_for_them_is_refused(model, params,
     )
     with pytest.raises(NotImplementedError, match="SingleHeadAttention has no cache"):
         generate(other, params, tokens, 2, temperature=0)
+    with pytest.raises(NotImplementedError, match="the model has no blocks"):
+        generate(model.clone(blocks=[], reach=None), params, tokens, 2, temperature=0)
+    with pytest.raises(TypeError, match=r"model must take tokens.*VectorEmbedding"):
+        generate(model.clone(embedding=VectorEmbedding(8)), params, tokens, 2, temperature=0)
+
+
+def test_fields_that_cannot_be_hashed_are_those_of_their_values(model, params, tokens):
+    def run(*, use_bias, factor):
+        layer = MultiHeadAttention(2, rotary=True, use_bias=use_bias)
+        layer = layer.clone(rotary_scaling=positions.linear(factor))
+        changed = model.clone(blocks=[Block(layer)], reach=None)
+        params = jax.jit(changed.init)(jax.random.key(0), jnp.asarray(tokens))["params"]
+        return generate(changed, params, tokens, 3, temperature=0)
+
+    want = run(use_bias=("query",), factor=2.0)
+    np.testing.assert_array_equal(run(use_bias=["query"], factor=jnp.float32(2)), want)
 
 
 MODELS = {

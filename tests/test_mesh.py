@@ -19,6 +19,7 @@ from attention_jax import (
     differential_attention,
     dot_product_attention,
     gated_delta_attention,
+    generate,
     linear_attention,
     masks,
     positions,
@@ -311,6 +312,28 @@ def test_explicit_axes_of_a_model(positions):
     wanted = gradient(params, tokens, lengths)
     with jax.set_mesh(mesh):
         assert_equal(gradient(params, *place(mesh, ROWS, tokens, lengths)), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "shard_map"])
+def test_tokens_are_generated_where_their_rows_lie(kind):
+    model = make_sequence_model(8, num_heads=2, vocab_size=7, causal=True, positions="rotary")
+    tokens = jnp.arange(B * 3).reshape(B, 3) % 7
+    params = model.init(jax.random.key(0), tokens)["params"]
+    settings = [dict(end=3, rng=jax.random.key(1), top_k=1), dict(temperature=0, context=4)]
+
+    @jax.jit
+    def run(params, tokens):
+        return [generate(model, params, tokens, 5, **options) for options in settings]
+
+    wanted = run(params, tokens)
+    if kind == "explicit":
+        mesh = make_mesh(AxisType.Explicit)
+        with jax.set_mesh(mesh):
+            found = run(params, *place(mesh, ROWS, tokens))
+    else:
+        split = jax.shard_map(run, mesh=make_mesh(), in_specs=(P(), ROWS), out_specs=ROWS)
+        found = split(params, tokens)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -785,6 +785,20 @@ def test_a_call_that_cannot_be_is_refused(attention, arguments, error, words):
     assert "\n" not in str(refusal.value)
 
 
+def test_padding_needs_no_row_of_the_table():
+    model = make_sequence_model(
+        8, num_heads=2, vocab_size=5, causal=True, positions="learned", max_length=4
+    )
+    tokens = jnp.array([[1, 2, 3, 4]])
+    decoder = decoding(model)
+    variables = decoder.init(jax.random.key(0), tokens)
+    params = {"params": variables["params"]}
+    _, state = decoder.apply(variables, tokens[:, :2], mutable=["cache"])
+    padded = jnp.array([[3, 4, 0, 0]])
+    out, _ = decoder.apply({**params, **state}, padded, lengths=jnp.array([2]), mutable=["cache"])
+    np.testing.assert_allclose(out[:, :2], model.apply(params, tokens)[:, 2:], atol=1e-5)
+
+
 def test_a_refused_call_moves_no_position():
     model = make_sequence_model(8, num_heads=2, vocab_size=5, causal=True, positions="sinusoidal")
     tokens = jnp.array([[1, 2, 3, 4]])
