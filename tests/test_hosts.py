@@ -45,7 +45,7 @@ def alone():
 class Job:
     """The processes of a run, which are killed at the end of the block."""
 
-    def __init__(self, place, cache, launcher, processes, devices=1, *flags):
+    def __init__(self, place, cache, launcher, processes, devices=1, *flags, of_second=()):
         with socket.socket() as free:  # The system chooses a port.
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -71,7 +71,8 @@ class Job:
                 f"--num_processes={processes}",
                 f"--process_id={number}",
             ]
-            command = [sys.executable, ROOT / "train.py", *options]
+            own = of_second if number == 1 else ()
+            command = [sys.executable, ROOT / "train.py", *options, *own]
             with errors.open("w") as stderr:
                 self.processes.append(
                     subprocess.Popen(
@@ -180,6 +181,23 @@ def test_an_error_of_the_first_is_told_to_all(tmp_path, cache):
     with Job(tmp_path / "run", cache, "pmap", 2) as job:
         assert job.statuses(60) == [2, 2]
         assert "is a file" in job.errors[1].read_text()
+
+
+def test_a_command_that_differs_is_refused(tmp_path, cache):
+    with Job(tmp_path / "run", cache, "pmap", 2, of_second=["--seed=7"]) as job:
+        assert job.statuses(60) == [2, 2]
+        assert "the command of another process differs" in job.errors[0].read_text()
+        assert "seed is 0 there and 7 here" in job.errors[1].read_text()
+        assert not job.checkpoints()
+
+
+def test_a_second_process_0_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        where = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(hosts.RunError, match=f"{where}: something listens there already"):
+            hosts.join(Hosts(where, 2, 0))
 
 
 @pytest.mark.parametrize(("signs", "ends"), [(["1", "2", "done"], False), (["1", "2"], True)])

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -24,7 +25,14 @@ from attention_jax.training.build import build
 from attention_jax.training.build import make_task as make_task  # It stood here once.
 from attention_jax.training.checkpoint import fingerprint, fitted, restore_params
 from attention_jax.training.clock import Finish, FirstCall
-from attention_jax.training.config import ConfigError, Target, check, refused, slice_settings
+from attention_jax.training.config import (
+    ConfigError,
+    Target,
+    check,
+    flatten,
+    refused,
+    slice_settings,
+)
 from attention_jax.training.files import VOCABULARY, is_weights, local_path
 from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.metrics import Busy, Console, metrics_line
@@ -37,8 +45,11 @@ from attention_jax.training.run_directory import (
     RunDirectory,
     claim,
     clear,
+    difference,
     is_begun,
+    is_of_host,
     owned,
+    settings_of_jax,
 )
 from attention_jax.training.watch import make_look
 from attention_jax.types import Array, PyTree
@@ -178,15 +189,22 @@ def _begin(config, program, store, look, ahead):
             _compile_ahead(config, program, look, ahead)
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
-    files = files_of([program.task])
+    settings = flatten(config) | settings_of_jax() | files_of([program.task])
+    differing = ""
     if hosts.is_first():
         message = {"step": store.step, "rows": list(store.rows), "result": store.result}
-        hosts.tell(message | {"files": files})
+        hosts.tell(message | {"settings": settings})
     else:
         message = hosts.listen()
-        if message["files"] != files:
-            raise ConfigError("config.task.path must be the same file as that of process 0.")
+        settings = json.loads(json.dumps(settings))  # As the other ones came.
+        differing = difference(message["settings"], settings, is_of_host)
         store.step, store.rows, store.result = (message[x] for x in ("step", "rows", "result"))
+    if hosts.largest(bool(differing)):
+        raise ConfigError(
+            f"the commands of the processes differ. There is process 0: {differing}."
+            if differing
+            else "the command of another process differs; that process says how."
+        )
     return hosts.share(state)
 
 

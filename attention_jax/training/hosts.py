@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -55,6 +56,11 @@ def join(hosts: Hosts) -> None:
     # It would tell of signals that the processes tell one another themselves.
     jax.config.update("jax_enable_preemption_service", False)
     where = None if hosts.coordinator == AUTO else hosts.coordinator
+    if where is not None and hosts.process_id == 0 and _is_taken(where):
+        raise RunError(
+            f"--coordinator={where}: something listens there already. Has another process the flag "
+            "--process_id=0 too?"
+        )
     try:
         jax.distributed.initialize(
             where,
@@ -74,6 +80,16 @@ def join(hosts: Hosts) -> None:
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _watcher.start()
+
+
+def _is_taken(address: str) -> bool:
+    """Whether anything listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

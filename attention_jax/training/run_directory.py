@@ -165,7 +165,7 @@ def claim(
             or other files, or it cannot be written.
     """
     file = path / "config.json"
-    settings = {name: getattr(jax.config, name) for name in SETTINGS} | dict(others)
+    settings = settings_of_jax() | dict(others)
     with refused():
         theirs = None
         if os.path.lexists(file):
@@ -173,7 +173,7 @@ def claim(
             theirs = flatten(default_config(config.task.name)) | settings | _noted(path)
     if theirs is None:
         _check_empty(path, file)
-    elif differing := _differing(theirs, flatten(config) | settings):
+    elif differing := difference(theirs, flatten(config) | settings, _is_place):
         if is_begun(path):
             raise ConfigError(
                 f"the run directory {path} holds another run: {differing}. To go on from its "
@@ -189,6 +189,11 @@ def claim(
             raise ConfigError(
                 f"the run directory {path} cannot be written: {error.strerror}."
             ) from error
+
+
+def settings_of_jax() -> dict[str, Any]:
+    """Those that change the numbers of a run."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
 
 
 def _noted(path):
@@ -217,11 +222,21 @@ def _is_place(name, theirs, ours):
     return content in ours and ours[content] == theirs.get(content)
 
 
-def _differing(theirs, ours):
+def is_of_host(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether a field says where a host has a file: process 0 reads it, or contents compare."""
+    return name == "init_from" or f"{_SHA256}config.{name}" in ours
+
+
+def difference(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    is_left_out: Callable[..., bool] = lambda name, theirs, ours: False,
+) -> str:
+    """Which values differ there and here, in words; "" if none does."""
     found = [
         _told(name, theirs.get(name), ours.get(name))
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and not _is_place(name, theirs, ours)
+        if ours.get(name) != theirs.get(name) and not is_left_out(name, theirs, ours)
     ]
     more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return ", ".join(found[:MAX_NAMED]) + more
