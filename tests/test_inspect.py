@@ -18,7 +18,7 @@ from attention_jax import analysis
 from attention_jax.laboratory import findings, inspect
 from attention_jax.laboratory import subject as subjects
 from attention_jax.training import experiment, metrics
-from attention_jax.training.config import ConfigError, default_config
+from attention_jax.training.config import ConfigError, RunError, default_config
 
 ROOT = Path(__file__).parent.parent
 GPT2 = ROOT / "tests" / "huggingface" / "gpt2"
@@ -329,6 +329,29 @@ def test_a_row_whose_maps_do_not_fit_is_refused_before_the_work(run, tmp_path, m
         inspect.inspect(run, tmp_path / "out")
     monkeypatch.setattr(findings, "MAX_WEIGHTS", 3 * one)
     assert findings._rows_of_maps(subjects.of_run(run, 5)) == 3
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(findings, "_at", None)  # It would fail.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RunError, match=r"--out=.*new/out cannot be written"):
+        inspect.main(["inspect", str(run), f"--out={tmp_path / 'new' / 'out'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_caption_stands_inside_the_picture(tmp_path):
+    from matplotlib.image import imread
+
+    words = " ".join(["a/long/path/of/a/run"] * 12)
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    analysis.draw_maps(files[0], {"blocks_0/attention": np.eye(3)[None]}, caption=words)
+    analysis.draw_pruning(files[1], [2, 1], [0.9, 0.1], [[0.9, 0.2]], caption=words)
+    analysis.draw_phase(files[2], [1, 2], {"a": [0, 1]}, {}, caption=words)
+    for file in files:
+        picture = imread(file)
+        lowest = picture[-len(picture) // 5 :, :, :3]  # Where the caption stands.
+        assert lowest.min() < 0.6
+        assert (lowest[:, [0, 1, -2, -1]] == 1).all(), file.name
 
 
 def test_work_that_takes_long_is_named(run, tmp_path, capsys, monkeypatch):

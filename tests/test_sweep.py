@@ -593,18 +593,21 @@ def test_each_task_has_a_table_and_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "--out=out"], "nowhere holds no run"),
-        (["{run}", "--out=out", "--x=name"], "Did you mean model.name or "),
-        (["--out=out"], "RUN"),
-        (["{run}", "--out=out", "--x=model.width"], "'model.width'"),
-        (["{run}", "--out=out", "--metric=eval_accuracy"], "must be one of eval_loss"),
-        (["{run}", "--out=out", "--metric=fingerprint"], "must be one of eval_loss"),
-        (["{run}", "--out=out", "--x=seed"], "one line"),
-        (["{run}", "--out=out", "--metric=*"], "must be one of eval_loss"),
-        (["{run}", "--out=out", "--x=model.features", "--published={paper}"], "none of the values"),
-        (["{run}", "--out=out", "--published=p.json"], "needs --x"),
+        (["nowhere", "--out={out}"], "nowhere holds no run"),
+        (["{run}", "--out={out}", "--x=name"], "Did you mean model.name or "),
+        (["--out={out}"], "RUN"),
+        (["{run}", "--out={out}", "--x=model.width"], "'model.width'"),
+        (["{run}", "--out={out}", "--metric=eval_accuracy"], "must be one of eval_loss"),
+        (["{run}", "--out={out}", "--metric=fingerprint"], "must be one of eval_loss"),
+        (["{run}", "--out={out}", "--x=seed"], "one line"),
+        (["{run}", "--out={out}", "--metric=*"], "must be one of eval_loss"),
         (
-            ["{run}", "--out=out", "--x=model.features", "--published={run}/config.json"],
+            ["{run}", "--out={out}", "--x=model.features", "--published={paper}"],
+            "none of the values",
+        ),
+        (["{run}", "--out={out}", "--published=p.json"], "needs --x"),
+        (
+            ["{run}", "--out={out}", "--x=model.features", "--published={run}/config.json"],
             "to numbers",
         ),
     ],
@@ -612,11 +615,25 @@ def test_each_task_has_a_table_and_pictures(tmp_path, monkeypatch):
 def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):
     paper = tmp_path / "paper.json"
     paper.write_text('{"7": 0.5}')
-    places = {"run": whole[0], "paper": paper}
+    places = {"run": whole[0], "paper": paper, "out": tmp_path / "out"}
     with pytest.raises(ConfigError) as error:
         report.main(["report", *(argument.format_map(places) for argument in arguments)])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(whole, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    before = {path.name: path.read_bytes() for path in report.write([whole[0]], tmp_path)}
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(RunError, match=r"^--out=.* cannot be written: No space left on device\.$"):
+        report.main(["report", str(whole[0]), f"--out={tmp_path}"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_names_that_moved_are_still_where_they_were():

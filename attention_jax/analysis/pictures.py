@@ -1,6 +1,7 @@
 """Pictures of heads, as a paper would print them, as PNG or SVG."""
 
 import logging
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,9 @@ def draw_maps(
     low = min(float(weights.min()) for weights in shown.values())
     high = max(float(weights.max()) for weights in shown.values()) or 1.0
     colours = _colours(low, high, is_long=max(T, S) > LONG)
-    grid = _Grid(len(shown), heads, max(T, S), *words)
+    where = "across: the token looked at;  down: the token that looks"
+    caption = f"{caption}\n{where}" if caption else where
+    grid = _Grid(len(shown), heads, max(T, S), *words, caption)
     for i, (name, weights) in enumerate(shown.items()):
         for n, one in enumerate(weights):
             axes = grid.panel(i, n)
@@ -71,8 +74,6 @@ def draw_maps(
             if n == 0:
                 axes.set_ylabel(short_name(name), fontsize=9)
     grid.bar(image)
-    where = "across: the token looked at;  down: the token that looks"
-    grid.caption(f"{caption}\n{where}" if caption else where)
     return _save(grid.figure, path)
 
 
@@ -88,7 +89,7 @@ def _colours(low, high, *, is_long):
 class _Grid:
     """Panels in rows and columns, in inches: matplotlib's own layouts take minutes for 144."""
 
-    def __init__(self, rows, columns, count, down, across):
+    def __init__(self, rows, columns, count, down, across, caption):
         self.rows, self.is_dense = rows, columns > 4
         is_named = count == len(down[0]) or count == len(across[0])
         size = max(1.1 if self.is_dense else 2.2, 0.17 * count if is_named else 0)
@@ -99,11 +100,15 @@ class _Grid:
         self.turned = 90 if is_named and longest(across) > 2 else 0
         letter = 0.65 * self.small / 72
         self.left = 0.45 + letter * longest(down)
-        self.below = 0.75 + (letter * longest(across) if self.turned else 0.12)
         self.gap, self.over = 0.1, 0.27
         self.width = self.left + columns * (size + self.gap) + 0.75
+        caption = _wrapped(caption, self.width, 8)
+        under = 0.32 + 0.14 * len(caption.splitlines())
+        self.below = under + (letter * longest(across) if self.turned else 0.12)
         self.height = self.below + rows * (size + self.over) + 0.05
         self.figure = _figure(self.width, self.height, layout=None)
+        at = 0.5, 0.08 / self.height
+        self.figure.text(*at, caption, fontsize=8, color="0.3", ha="center", va="bottom")
 
     def _axes(self, x, y, width, height):
         """Of inches from the left and from below."""
@@ -130,12 +135,6 @@ class _Grid:
         bar.set_label("attention weight", fontsize=8)
         axes.tick_params(labelsize=7, width=0.5)
         bar.outline.set_linewidth(0.5)
-
-    def caption(self, text):
-        middle = (self.left + self.width - 0.8) / 2 / self.width
-        self.figure.text(
-            middle, 0.08 / self.height, text, fontsize=8, color="0.3", ha="center", va="bottom"
-        )
 
 
 def _row(name, weights, row):
@@ -226,7 +225,7 @@ def draw_pruning(
     axes.set_ylabel(measure)
     axes.legend(fontsize=8, frameon=False, title="heads removed", title_fontsize=8)
     note = f"band: from the worst to the best of {len(at_random)} random orders"
-    figure.supxlabel("; ".join(filter(None, (caption, note))), fontsize=7, color="0.3")
+    _caption_below(figure, "; ".join(filter(None, (caption, note))))
     return _save(figure, path)
 
 
@@ -267,7 +266,7 @@ def draw_phase(
         else:
             axes.set_ylabel("loss")
     panels[-1].set_xlabel("step")
-    figure.supxlabel(caption, fontsize=7, color="0.3")
+    _caption_below(figure, caption)
     return _save(figure, path)
 
 
@@ -279,6 +278,18 @@ def _figure(width, height, layout="constrained"):
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _caption_below(figure, caption):
+    """The caption of a figure whose layout makes room for it."""
+    text = _wrapped(caption, figure.get_figwidth(), 7)
+    figure.supxlabel(text, fontsize=7, color="0.3")
+
+
+def _wrapped(text, inches, size):
+    """A caption in lines that fit a figure; letters are half as wide as they are high."""
+    width = int(72 * (inches - 0.2) / (0.52 * size))
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
 def _plain_axes(figure):

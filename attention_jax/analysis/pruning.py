@@ -48,7 +48,8 @@ def prune_heads(
     removed = {path: set(map(int, numbers)) for path, numbers in heads.items() if len(numbers)}
     if model.bias is not None and removed:
         raise NotImplementedError(
-            f"heads cannot be removed beside bias={model.bias}, which has a part for each head."
+            f"heads cannot be removed beside bias={type(model.bias).__name__}, which has a part "
+            "for each head."
         )
     for name in ("mask", "reach") if removed else ():
         rules = getattr(model, name)

@@ -126,6 +126,8 @@ def save(path: str | os.PathLike, params: PyTree) -> None:
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}.") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # Not the unfinished one.
     finally:
         unfinished.unlink(missing_ok=True)
 

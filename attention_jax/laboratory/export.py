@@ -30,7 +30,10 @@ def main(argv: Sequence[str]) -> None:
         options = parser.parse_args(argv[1:])
         params, step = export(options.run, options.file)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        line = str(error)
+        if isinstance(error, OSError) and error.filename == options.file:
+            line = f"FILE cannot be written: {error.strerror}: {options.file}."
+        raise ConfigError(line) from error
     count = sum(math.prod(array.shape) for array in params.values())
     print(f"{options.file} has the parameters of {options.run} at step {step}: {count:,} numbers.")
 

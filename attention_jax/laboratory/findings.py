@@ -115,7 +115,7 @@ class Findings(NamedTuple):
             if score > 0:  # Else no head has it, as in a text where no token repeats.
                 best.append(f"- {name.replace('_', ' ')}: {path}, head {head} ({score:.3f})")
         for path, head in analysis.ranked(self.importance)[-1:]:
-            best.append(f"- the most important: {path}, head {head}")
+            best.append(f"- the largest importance, which is a slope: {path}, head {head}")
         lines = [f"{whole}.", "\n".join(best)] if best else [f"{whole}."]
         if self.groups:
             shown = "{:.1%}" if self.curve.measure == "accuracy" else "{:.4f}"

@@ -24,8 +24,14 @@ from pathlib import Path
 
 from attention_jax.laboratory.parser import Parser, read_text
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import CHECKPOINTS, local_path, locate, make_directory
-from attention_jax.training.process import prepare, say
+from attention_jax.training.files import (
+    CHECKPOINTS,
+    check_directory,
+    local_path,
+    locate,
+    written_whole,
+)
+from attention_jax.training.process import RunError, prepare, say
 
 OUT, ROWS, MAX_CHECKPOINTS = "inspect", 128, 50
 MAX_POINTS = 17  # Of the curve of pruning: as many as there are up to 16 heads.
@@ -55,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, RunError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise ConfigError(str(error)) from error
     print(*written, sep="\n", flush=True)
@@ -93,8 +99,7 @@ def inspect(
     """
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
-    if out.exists():  # Refused before the work, if it is a file.
-        make_directory(out, "--out")
+    check_directory(out, "--out")
     asked = text
     if text is not None:
         text = read_text(text, "--text")
@@ -122,9 +127,10 @@ def inspect(
     findings = find(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
-    make_directory(out, "--out")
     command = _command(run, out, rows, checkpoints, tokens, asked)
-    return _write(subject, findings, out, command, say)
+    with written_whole(out, "--out") as place:
+        written = _write(subject, findings, place, command, say)
+    return [out / path.name for path in written]
 
 
 def is_run(place):

@@ -247,7 +247,8 @@ def _save(figure, axes, runs, path, note):
             figure.legend(handles, labels, loc="outside upper left", **style)
         else:
             axes.legend(**style)
-    figure.supxlabel("; ".join(filter(None, (about(runs), note))), fontsize="x-small", color="0.3")
+    caption = textwrap.fill("; ".join(filter(None, (about(runs), note))), 125)
+    figure.supxlabel(caption, fontsize=7, color="0.3")
     files = [Path(path).with_suffix(suffix) for suffix in SUFFIXES]
     for file in files:
         figure.savefig(file, dpi=120)

@@ -36,7 +36,8 @@ from attention_jax.laboratory.runs import (
     spread,
 )
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import local_path, make_directory
+from attention_jax.training.files import local_path, written_whole
+from attention_jax.training.process import RunError
 from attention_jax.training.rules import FLAGS
 
 
@@ -150,6 +151,8 @@ def main(argv: Sequence[str]) -> None:
         out = options.pop("out")
         found = [show(**options)] if out is None else write(out=out, **options)
     except (ValueError, OSError) as error:
+        if isinstance(error, RunError):
+            raise
         raise ConfigError(str(error)) from error
     print(*found, sep="\n", flush=True)
 
@@ -193,9 +196,14 @@ def write(
     """
     parts = _found(runs, x, metric, published)
     out = local_path(out, "--out")
-    make_directory(out, "--out")
     every = [run for part in parts for run in part.runs]
     text = [f"# {about(every)}", *_command(runs, x, metric, published), *_facts(every)]
+    with written_whole(out, "--out") as place:
+        written = _write(parts, place, text, metric)
+    return [out / path.name for path in written]
+
+
+def _write(parts, out, text, metric):
     written = []
     for heading, found, path, numbers in parts:
         end = "_" + re.sub(r"\W+", "_", found[0].config.get(_TASK, "")) if heading else ""

@@ -103,7 +103,8 @@ def load(directory: str | Path) -> list[Run]:
         inside = f" Its directories do: take {directory}/*." if has_runs else ""
         raise ValueError(f"{directory} holds no run.{inside}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory} holds no run that can be read: {error!r}.") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{directory} holds no run that can be read: {reason}.") from error
 
 
 def _rows(text):

@@ -1,10 +1,15 @@
 """Files of runs: paths that a user writes, JSON, and the places of trials. Imports no jax."""
 
+import contextlib
 import json
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from attention_jax.training.process import RunError
 
 CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
 VOCABULARY, SAMPLES = "vocabulary.json", "samples.txt"  # Of a task of text.
@@ -119,9 +124,39 @@ def locate(run: Path) -> tuple[Path, int | None]:
     return run, best
 
 
-def make_directory(path: Path, name: str) -> None:
-    """Makes the directory for what a command writes; ValueError if a file is in its place."""
+class Unwritable(RunError, OSError):
+    """What a command has made cannot be written."""
+
+
+def check_directory(path: Path, name: str) -> None:
+    """Raises an error, before work that takes long, where `written_whole` could not write.
+
+    Raises:
+        ValueError: A file is in the directory's place.
+        Unwritable: It may not be written, or not be made.
+    """
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{name} must be a directory: {path} is a file or below one.")
+    if not os.access(place, os.W_OK):
+        raise Unwritable(f"{name}={path} cannot be written.")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, name: str) -> Iterator[Path]:
+    """A directory for what a command writes; its files then move to `path`, which is made.
+
+    After an error, as on a full disk, those that were in `path` are as before.
+
+    Raises:
+        ValueError, Unwritable: As `check_directory`; or the disk is full.
+    """
+    check_directory(path, name)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{name} must be a directory: {path} is a file or below one.") from None
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path) as place:
+            yield Path(place)
+            for file in os.listdir(place):
+                os.replace(Path(place, file), path / file)
+    except OSError as error:
+        raise Unwritable(f"{name}={path} cannot be written: {error.strerror}.") from error
