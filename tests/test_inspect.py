@@ -339,6 +339,14 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_work(run, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_warning_of_the_command_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(
+        inspect, "inspect", lambda **_: warnings.warn("no font", stacklevel=1) or []
+    )
+    inspect.main(["inspect", "run"])
+    assert capsys.readouterr().err == "inspect: no font\n"
+
+
 def test_a_long_caption_stands_inside_the_picture(tmp_path):
     from matplotlib.image import imread
 

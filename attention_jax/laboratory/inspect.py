@@ -19,6 +19,8 @@ A run keeps the newest `--config.checkpoint.keep` checkpoints.
 import json
 import os
 import shlex
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,7 +61,12 @@ def main(argv: Sequence[str]) -> None:
         "--text", help="for Hugging Face, or a run of text: the row to look at, or FILE:PATH"
     )
     try:
-        written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
+        with warnings.catch_warnings():
+            # In a line, as all that the command says; Python's own form shows our code.
+            warnings.showwarning = lambda words, *_, **__: print(
+                f"{argv[0]}: {words}", file=sys.stderr
+            )
+            written = inspect(**vars(parser.parse_args(argv[1:])), say=say)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
         if isinstance(error, RunError) or "RESOURCE_EXHAUSTED" in str(error):
             raise

@@ -201,7 +201,7 @@ def _begin(config, program, store, look, ahead):
         store.step, store.rows, store.result = (message[x] for x in ("step", "rows", "result"))
     if hosts.largest(bool(differing)):
         raise ConfigError(
-            f"the commands of the processes differ. There is process 0: {differing}."
+            f"the command differs from that of process 0: {differing}."
             if differing
             else "the command of another process differs; that process says how."
         )

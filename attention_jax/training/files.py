@@ -159,4 +159,4 @@ def written_whole(path: Path, name: str) -> Iterator[Path]:
             for file in os.listdir(place):
                 os.replace(Path(place, file), path / file)
     except OSError as error:
-        raise Unwritable(f"{name}={path} cannot be written: {error.strerror}.") from error
+        raise Unwritable(f"{name}={path} cannot be written: {error.strerror or error}.") from error

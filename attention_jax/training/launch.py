@@ -257,7 +257,9 @@ def _over_trials(function: Callable) -> Callable:
     return jax.vmap(function, in_axes=(None, 0, 0))
 
 
-def check_split(batch: PyTree, num_devices: int, name: str = "a batch of {} rows") -> None:
+def check_split(
+    batch: PyTree, num_devices: int, name: str = "a batch of {} rows (train.batch_size)"
+) -> None:
     """Raises ValueError unless the leading axis of every array divides evenly among the devices."""
     for x in jax.tree.leaves(batch):
         size = np.shape(x)[0]
