@@ -21,6 +21,7 @@ from attention_jax import (
     biases,
     decoding,
     generate,
+    linear_attention,
     masks,
 )
 
@@ -162,6 +163,12 @@ def test_a_cache_length_without_a_cache_is_refused():
     for length, words in ((4, "decode=True"), (0, "cache_length"), (-1, "cache_length")):
         with pytest.raises(ValueError, match=words):
             MultiHeadAttention(2, cache_length=length).init(jax.random.key(0), normal(1, 5, D))
+
+
+def test_linear_attention_has_no_cache():
+    layer = MultiHeadAttention(2, attention_fn=linear_attention, decode=True)
+    with pytest.raises(NotImplementedError, match="no attention_fn=linear_attention"):
+        layer.init(jax.random.key(0), normal(1, 5, D), mask=masks.causal())
 
 
 # Cross-attention.

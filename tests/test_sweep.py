@@ -464,6 +464,15 @@ def test_the_table_puts_seeds_together_and_leaves_out_what_diverged():
     assert second == ["run, run", "16", "2", "5", "5", "1", "-"]
 
 
+def test_a_picture_names_what_diverged_and_has_no_mark(tmp_path):
+    runs = [run_of(1.0, optimizer__name="sgd", model__window=8)]
+    runs += [run_of(np.nan, optimizer__name="adamw", model__window=n) for n in (8, 16)]
+    pictures.draw_against(runs, "model.window", tmp_path / "by_window")
+    drawn = (tmp_path / "by_window.svg").read_text()
+    assert "<!-- name=adamw (diverged) -->" in drawn
+    assert "<!-- name=sgd -->" in drawn
+
+
 def test_texts_in_other_tokens_compare_by_bits_per_character():
     bits = "eval_loss_in_bits_per_character"
     runs = [

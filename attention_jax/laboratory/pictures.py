@@ -44,7 +44,8 @@ def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> 
         style = _style(number)
         if len(points) > 1:
             style["marker"] = None
-        axes.plot(*_columns([(x, mean(v)) for x, v in points]), label=line.label, **style)
+        label = _named(line.label, [line], points)
+        axes.plot(*_columns([(x, mean(v)) for x, v in points]), label=label, **style)
         if any(len(values) > 1 for _, values in points):
             bands = True
             x, low, high = zip(*((x, min(v), max(v)) for x, v in points), strict=True)
@@ -89,8 +90,9 @@ def draw_against(
         at = lambda line: place[line.runs[0].config.get(x)]
         # Categories have room beside one another.
         shift = 0 if numbers else 0.5 * ((number + 0.5) / len(series) - 0.5)
-        found = [(at(line) + shift, line.values) for line in sorted(found, key=at) if line.values]
-        _means_and_dots(axes, found, _style(number), label or "ours", joined=numbers)
+        points = [(at(line) + shift, line.values) for line in sorted(found, key=at) if line.values]
+        label = _named(label or "ours", found, points)
+        _means_and_dots(axes, points, _style(number), label, joined=numbers)
     if published:
         points = [(place[v], published[str(v)]) for v in values if str(v) in published]
         style = dict(color="black", ls="--" if numbers else "", marker="x", ms=6, lw=1.2)
@@ -125,7 +127,8 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
         else:
             shift = 0.5 * ((number + 0.5) / len(found) - 0.5)
             points = [(i + shift, v) for i, v in enumerate(finals.values()) if v]
-        _means_and_dots(axes, points, _style(number), line.label, joined=bool(lengths))
+        label = _named(line.label, [line], points)
+        _means_and_dots(axes, points, _style(number), label, joined=bool(lengths))
     if lengths:
         _scale_x(axes, sorted(set(lengths.values())))
         axes.axvline(trained, color="0.4", ls=":", lw=1)
@@ -174,6 +177,12 @@ def _figure():
 def _style(number):
     of = lambda styles: styles[number % len(styles)]
     return dict(color=of(_COLOURS), ls=of(_DASHES), marker=of(_MARKERS), ms=4, lw=1.4)
+
+
+def _named(label, found, points):
+    """A label that says why its lines of the table have no mark, if they have diverged."""
+    diverged = any("diverged_step" in run.result for line in found for run in line.runs)
+    return f"{label} (diverged)" if diverged and not points else label
 
 
 def _means_and_dots(axes, points, style, label, *, joined):

@@ -26,6 +26,7 @@ from attention_jax.checks import (
 from attention_jax.functional import biases, masks
 from attention_jax.functional.biases import Bias
 from attention_jax.functional.dot_product import dot_product_attention
+from attention_jax.functional.linear import linear_attention
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.rotary import LAYOUTS, Scaling, dynamic, rotary
 from attention_jax.functional.xla_cpu import kernel_product
@@ -278,8 +279,8 @@ class MultiHeadAttention(Named, nn.Module):
             ValueError: Sizes do not fit together, `positions` are given without `rotary`, or
                 (outside `jit`) the cache has no room or the row no such place.
             NotImplementedError: `rotary` or `output_positions` with `inputs_kv`, or `decode` with
-                dropout; in cross-attention with `decode`, a rule that depends on the places of
-                queries.
+                dropout or `linear_attention`; in cross-attention with `decode`, a rule that depends
+                on the places of queries.
         """
         check_fields(self)
         _check_both(inputs_q, inputs_kv)
@@ -332,6 +333,11 @@ class MultiHeadAttention(Named, nn.Module):
             key, value = memory.read(inputs_kv, keys_and_values)
             memory.check(mask, bias, lengths, inputs_q)
 
+        if self.decode and memory is None and self.attention_fn is linear_attention:
+            raise NotImplementedError(
+                "decode=True has no attention_fn=linear_attention, which reads no cache of keys. "
+                "GatedDeltaAttention keeps a memory instead."
+            )
         cache = Cache(self, key, value) if self.decode and memory is None else None
         if self.rotary:
             # Keys are stored rotated, so a cached key is never turned again.
