@@ -179,18 +179,8 @@ SLOW = (
 )
 
 
-# Every second case of the tests in these files always runs; `pytest -m slow` runs the others.
-HALVED = (
-    *("test_ahead.py", "test_biases.py", "test_blockwise.py", "test_documents.py"),
-    *("test_dot_product.py", "test_dropout.py", "test_export.py", "test_generation.py"),
-    *("test_heads.py", "test_huggingface.py", "test_launch.py", "test_layers.py"),
-    *("test_masks.py", "test_mechanisms.py", "test_models.py", "test_modes.py"),
-    *("test_parallel.py", "test_statistics.py", "test_step.py", "test_tasks.py"),
-    "test_transformations.py",
-)
-
-
-# How many cases of a test always run, evenly taken from all; `pytest -m slow` runs the others.
+# Of how many cases of a test every second always runs, evenly taken; of all, if it is not here.
+# `pytest -m slow` runs the others.
 CASES = {
     "test_biases.py::test_alibi_slopes_are_those_of_the_paper": 3,
     "test_biases.py::test_distances_are_those_of_positions": 1,
@@ -273,9 +263,7 @@ def pytest_collection_modifyitems(items):
         elif not item.get_closest_marker("slow"):
             cases[name.split("[")[0]].append(item)
     for name, found in cases.items():
-        number = CASES.get(name, len(found))
-        if name.startswith(HALVED):
-            number = (number + 1) // 2
+        number = (CASES.get(name, len(found)) + 1) // 2
         always = {found[i * len(found) // number] for i in range(number)}
         for item in found:
             if item not in always:

@@ -220,18 +220,14 @@ def test_tiles_that_are_chosen_agree_with_the_definition(case, dtype):
 
 
 def test_bfloat16_is_multiplied_in_float32_where_that_is_faster(bfloat16_instructions):
-    query, key, value, d_out = jnp.asarray(
-        np.random.default_rng(0).standard_normal((4, 310, 2, 16)), jnp.bfloat16
-    )
-
     def run(attend, *qkv):
         out, pull_back = jax.vjp(functools.partial(attend, mask=masks.causal()), *qkv)
-        return out, *pull_back(d_out.astype(out.dtype))
+        return out, *pull_back(out)
 
-    arrays = query, key, value
-    for has_instructions in (True, False):
+    for T, has_instructions in ((30, True), (31, False)):  # Else jax keeps the first program.
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.standard_normal((T, 2, 16)), jnp.bfloat16) for _ in range(3)]
         bfloat16_instructions(has_instructions)
-        jax.clear_caches()
         text = jax.jit(functools.partial(run, blockwise)).lower(*arrays).as_text()
         products = [x.partition(" : ")[2] for x in text.splitlines() if "dot_general" in x]
         assert products

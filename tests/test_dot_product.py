@@ -250,9 +250,9 @@ def test_what_is_masked_may_hold_anything(case, settings):
     ]
     for key, value in spoiled:
         got_out, got_grads = run(query, key, value)
-        np.testing.assert_array_equal(got_out, out)
-        for got, want in zip(got_grads, grads, strict=True):
-            np.testing.assert_array_equal(got, want)
+        # A NaN has tiles take another product, which on some processors ends in another last bit.
+        for got, want in zip((got_out, *got_grads), (out, *grads), strict=True):
+            assert_close(got, want, 3e-7)
 
 
 @every_dot_product
