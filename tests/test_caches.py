@@ -270,8 +270,9 @@ def test_a_memory_goes_on_in_any_portions(options, batch):
 
 def test_a_memory_takes_no_tokens():
     decoder = delta_layer(decode=True)
-    variables = decoder.init(jax.random.key(0), normal(2, 0, D))
-    out, after = decoder.apply(variables, normal(2, 0, D), mutable=["cache"])
+    variables = jax.jit(decoder.init)(jax.random.key(0), normal(2, 0, D))
+    step = jax.jit(functools.partial(decoder.apply, mutable=["cache"]))
+    out, after = step(variables, normal(2, 0, D))
     assert out.shape == (2, 0, D)
     jax.tree.map(np.testing.assert_array_equal, after["cache"], variables["cache"])
 

@@ -121,8 +121,8 @@ def test_a_batch_left_open_for_every_mechanism(attend):
 def test_a_length_left_open_for_what_works_in_chunks(attend):
     draw = lambda T: random_qkv(Sizes(batch=(3,), T=T, S=T, N=4, K=2, H=8, V=8))
     call = exported(attend, draw(6), "b, t, 4, 8", "b, t, 2, 8", "b, t, 2, 8")
-    for T in (1, 6, 70):
-        assert_equal(call(*draw(T)), attend(*draw(T)))
+    for T in (1, 70):
+        assert_equal(call(*draw(T)), jax.jit(attend)(*draw(T)))
 
 
 def test_a_layer_with_batch_and_length_left_open():
