@@ -322,7 +322,7 @@ def test_tokens_are_generated_where_their_rows_lie(kind):
 
     @jax.jit
     def run(params, tokens):
-        return generate(model, params, tokens, 5, rng=jax.random.key(1), top_k=2, end=3, context=4)
+        return generate(model, params, tokens, 5, rng=jax.random.key(1), top_k=1, end=3, context=4)
 
     wanted = run(params, tokens)
     if kind == "explicit":
