@@ -9,7 +9,7 @@ import oracles
 import pytest
 from cases import Sizes, assert_close, random_qkv, value_and_pull
 
-from attention_jax import gated_delta_attention, masks
+from attention_jax import GatedDeltaAttention, gated_delta_attention, masks
 from attention_jax.functional.gated_delta import causal_convolution, unit_length
 
 
@@ -145,6 +145,22 @@ def test_a_strong_decay_takes_no_digit_from_those_behind_it():
     assert_close(out, expected(*inputs), 5e-6)
     for x, y in zip(grads, alone, strict=True):
         assert_close(x, y, 1e-5)
+
+
+def test_the_decays_of_a_layer_are_float64_in_float64(x64):
+    decays = []
+
+    def attend(*arrays, log_decay, **options):
+        decays.append(log_decay)
+        return gated_delta_attention(*arrays, log_decay=log_decay, **options)
+
+    layer = GatedDeltaAttention(2, param_dtype=jnp.float64, attention_fn=attend)
+    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 8)))
+    variables = jax.jit(layer.init)(jax.random.key(0), inputs)
+    found = jax.jit(lambda *arguments: (layer.apply(*arguments), decays[-1])[1])(variables, inputs)
+    params = jax.tree.map(np.asarray, variables["params"])
+    steps = np.logaddexp(0, inputs @ params["decay"]["kernel"] + params["decay_bias"])
+    np.testing.assert_allclose(found, -np.exp(params["decay_rate"]) * steps, rtol=1e-14)
 
 
 def test_half_precision_sums_in_float32():

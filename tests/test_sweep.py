@@ -631,6 +631,12 @@ def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_cannot_be_exported_is_named(whole, tmp_path):
+    file = tmp_path / "none" / "x.safetensors"
+    with pytest.raises(ConfigError, match=rf"^FILE cannot be written: No such file.*: {file}\.$"):
+        export.main(["export", f"{whole[0]}/trials/000", str(file)])
+
+
 def test_a_report_that_cannot_be_written_leaves_the_one_before(whole, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
