@@ -197,8 +197,8 @@ def make_plan(lead, G, T, S, H, mask, block_size, scale, dtype, platform, peaks=
     length is one tile, and an open axis of the batch or of heads is taken one by one.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
-    is_fast = platform != "cpu" or multiplies_bfloat16()
-    operand = jnp.dtype(dtype) if dtype == jnp.bfloat16 and is_fast else wide
+    is_narrow = dtype == jnp.bfloat16 and (platform != "cpu" or multiplies_bfloat16())
+    operand = jnp.dtype(dtype) if is_narrow else wide
     exact = operand == wide or abs(math.frexp(scale)[0]) == 0.5  # A power of two.
     scales = (scale, 1.0) if exact else (1.0, scale)
     sizes = Sizes(tuple(lead), G, T, S, scales, wide, operand)

@@ -129,7 +129,7 @@ def write(
     elif author.context is not None and context > author.context:
         print(
             f"--context={context} is longer than what the model was trained on, {author.context} "
-            f"tokens: it may write worse beyond them.",
+            "tokens: it may write worse beyond them.",
             file=sys.stderr,
         )
     ends = author.ends

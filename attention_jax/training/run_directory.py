@@ -230,7 +230,7 @@ def is_of_host(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
 def difference(
     theirs: Mapping[str, Any],
     ours: Mapping[str, Any],
-    is_left_out: Callable[..., bool] = lambda name, theirs, ours: False,
+    is_left_out: Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool],
 ) -> str:
     """Which values differ there and here, in words; "" if none does."""
     found = [
