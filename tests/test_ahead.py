@@ -5,13 +5,16 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from attention_jax.training import build, experiment
 from attention_jax.training.ahead import Ahead
 from attention_jax.training.config import default_config
 from attention_jax.training.experiment import steps_per_second
+from attention_jax.training.watch import make_watch
 
 
 def test_programs_are_compiled_in_turn_beside_the_host():
@@ -137,6 +140,75 @@ def test_a_run_compiles_each_program_once(launcher, minutes, tmp_path, monkeypat
     assert compiled.count("_prefill") == 2  # Of the first token, and of what stays.
 
 
+NUMBERS = {
+    "seed": 5,
+    "optimizer.learning_rate": 0.3,
+    "optimizer.warmup_steps": 3,
+    "optimizer.weight_decay": 0.2,
+    "optimizer.clip_norm": 0.7,
+    "optimizer.momentum": 0.6,
+    "train.epochs": 4,
+}
+
+
+def with_every_number():
+    config = default_config("teacher")
+    config.update_from_flattened_dict(
+        {
+            "task.seq_length": 3,
+            "model.features": 8,
+            "model.num_heads": 2,
+            "optimizer.name": "sgd",
+            "optimizer.schedule": "cosine",
+            "optimizer.warmup_steps": 1,
+            "optimizer.weight_decay": 0.01,
+            "optimizer.clip_norm": 0.1,
+            "optimizer.momentum": 0.9,
+            "train.batch_size": 8,
+            "train.steps_per_epoch": 4,
+            "train.epochs": 2,
+            "eval.heads": True,
+        }
+    )
+    return config
+
+
+@pytest.mark.parametrize("launcher", ["single", "pmap", "sharded"])
+def test_the_numbers_of_a_config_are_no_part_of_its_programs(launcher):
+    """Else another seed or learning rate would compile anew."""
+
+    def programs(**changes):
+        config = with_every_number()
+        config.launcher = launcher
+        config.update_from_flattened_dict(changes)
+        program = build.build(config)
+        state = program.put_state(program.init())
+        return {
+            "init": program.init.lower().as_text(),
+            "epoch": program.epoch.lower(state, program.rows).as_text(),
+            "evaluate": program.evaluate.lower(state.params, program.rows).as_text(),
+            "baseline": program.baseline.lower().as_text(),
+            # Its partitioned calls hold an address of Python.
+            "watch": re.sub(r'"\d+"', "", make_watch(config).lower(state.params).as_text()),
+        }
+
+    want = programs()
+    assert programs(**NUMBERS) == want
+    assert programs(**{"task.seq_length": 4})["epoch"] != want["epoch"]
+
+
+def test_a_program_uses_each_number_of_its_config():
+    config = with_every_number()
+    config.update_from_flattened_dict(NUMBERS)
+    program, functions = build.build(config), build.make_functions(config)
+    rows = np.arange(8)
+    want, _ = jax.jit(functions.epoch)(functions.init(), rows)
+    got, _ = program.epoch(program.put_state(program.init()), program.rows)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, got.params, functions.init().params)) > 0.01
+    for one, other in zip(*map(jax.tree.leaves, (got.params, want.params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("task", ["teacher", "memorization"])
 def test_what_is_compiled_at_a_lower_level_has_the_same_bits(task):
     disabled = jax.config.read("jax_disable_most_optimizations")
@@ -145,9 +217,8 @@ def test_what_is_compiled_at_a_lower_level_has_the_same_bits(task):
         config = default_config(task)
         program, functions = build.build(config), build.make_functions(config)
         for name in ("init", "baseline"):
-            want = jax.jit(getattr(functions, name)).lower().compile()
-            got = getattr(program, name).lower().compile()
-            for one, other in zip(*map(jax.tree.leaves, (got(), want())), strict=True):
+            want, got = jax.jit(getattr(functions, name))(), getattr(program, name)()
+            for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
                 if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
                     np.testing.assert_array_equal(one, other)
     finally:

@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.tasks import Task
-from attention_jax.tasks.teacher import draw_weights
 from attention_jax.training import build as builder
 from attention_jax.training.config import Target, flatten
 from attention_jax.training.experiment import first_params
@@ -17,18 +16,6 @@ from attention_jax.training.launch import Launcher
 from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.step import all_finite
 from attention_jax.types import Array, PyTree, TrainState
-
-# Fields that may differ between the trials of a program, and their types in it.
-TRACED = {
-    "seed": np.int32,
-    "model.dropout_rate": np.float32,
-    "model.init_scale": np.float32,
-    "optimizer.learning_rate": np.float32,
-    "optimizer.warmup_steps": np.int32,
-    "optimizer.weight_decay": np.float32,
-    "optimizer.clip_norm": np.float32,
-    "optimizer.momentum": np.float32,
-}
 
 
 class Group(NamedTuple):
@@ -70,12 +57,12 @@ def build(
         ValueError, TypeError, NotImplementedError: As `builder.make_functions`, or the trials of a
             program do not divide evenly among the devices.
     """
-    static = [path for path in axes if path not in TRACED]
+    static = [path for path in axes if path not in builder.TRACED]
     sorts: dict[tuple, list[int]] = {}
     for number, config in enumerate(configs):
         leaves = flatten(config)
         sorts.setdefault(tuple(leaves[path] for path in static), []).append(number)
-    traced = [path for path, values in axes.items() if path in TRACED and len(values) > 1]
+    traced = [path for path, values in axes.items() if path in builder.TRACED and len(values) > 1]
     return [
         _build(numbers, _name(static, values), configs, traced, launcher)
         for values, numbers in sorts.items()
@@ -91,12 +78,8 @@ def _build(numbers, name, configs, traced, launcher):
     # The other launchers divide the trials among the devices.
     devices = 1 if config.launcher == "single" else jax.device_count()
     builder.check_fits(config, -(-len(numbers) // devices))
-    settings = {path: np.array([flatten(c)[path] for c in mine], TRACED[path]) for path in traced}
-    if "seed" in traced and config.task.name == "teacher":
-        # NumPy draws the teacher, which a program cannot do, so each trial is given its teacher.
-        heads = config.model.num_heads if config.model.name == "multihead" else 1
-        layers = [draw_weights(c.seed, config.model.features, heads) for c in mine]
-        settings["task.layer"] = jax.tree.map(lambda *x: np.stack(x), *layers)
+    settings = [builder.traced(each, traced) for each in mine]
+    settings = jax.tree.map(lambda *x: np.stack(x), *settings)
     # `number` gives an axis of trials even if no field is traced.
     given = {"number": np.array(numbers, np.int32), "settings": settings}
     rows = np.arange(config.train.batch_size, dtype=np.int32)

@@ -1,9 +1,10 @@
 """Makes the values that a config names: task, model, optimizer, and the functions of a run."""
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,12 @@ from attention_jax.models import SequenceModel
 from attention_jax.tasks import TASKS, Task, text
 from attention_jax.tasks.packing import packed
 from attention_jax.tasks.task import check_rows, check_task
+from attention_jax.tasks.teacher import draw_weights
 from attention_jax.tasks.vocabulary import Text
 from attention_jax.training import own
 from attention_jax.training import step as steps
-from attention_jax.training.config import ConfigError, Target, slice_settings
-from attention_jax.training.launch import make_launcher
+from attention_jax.training.config import ConfigError, Target, flatten, slice_settings
+from attention_jax.training.launch import Bound, make_launcher
 from attention_jax.training.memory import check_memory
 from attention_jax.training.model import make_model, row_mask
 from attention_jax.training.optimizer import make_optimizer, skipping
@@ -30,9 +32,23 @@ from attention_jax.types import Array, Batch, PyTree, TrainState
 # The streams of randomness, each `fold_in(key(seed), stream)`.
 _PARAMS, _TRAIN, _HELD_OUT, _DROPOUT = range(4)
 
+# Fields that a program may take as arguments, and their types in it.
+TRACED = {
+    "seed": np.int32,
+    "model.dropout_rate": np.float32,
+    "model.init_scale": np.float32,
+    "optimizer.learning_rate": np.float32,
+    "optimizer.warmup_steps": np.int32,
+    "optimizer.weight_decay": np.float32,
+    "optimizer.clip_norm": np.float32,
+    "optimizer.momentum": np.float32,
+}
+
 
 class Program(NamedTuple):
     """The compiled functions of a run, and their fixed arguments.
+
+    Runs whose configs differ in `arguments` alone share what is compiled.
 
     Attributes:
         task: The task to learn.
@@ -129,23 +145,71 @@ def _build(config):
         raise ValueError(
             f"{rows.shape[-1]} rows (per device) cannot be accumulated in {accumulate} parts."
         )
-    functions = make_functions(
+    functions = functools.partial(
+        make_functions,
         config,
         axis_name=launcher.axis_name,
         constrain=launcher.constrain,
         attention_fn=launcher.attention_fn,
     )
+    task = functions().task  # Traced numbers are not checked, so all are checked here.
+    given = arguments(config)
+
+    def init(given: PyTree) -> TrainState:
+        return functions(given).init()
+
+    def epoch(state: TrainState, rows: Array, given: PyTree) -> tuple[TrainState, dict]:
+        return functions(given).epoch(state, rows)
+
+    def evaluate(params: PyTree, rows: Array, given: PyTree) -> dict:
+        return functions(given).evaluate(params, rows)
+
+    def baseline(given: PyTree) -> Array:
+        return functions(given).baseline()
+
     return Program(
-        task=functions.task,
+        task=task,
         target=Target.parse(config.train.target),
-        init=jit_once(functions.init),
+        init=Bound(jit_once(init), given),
         put_state=launcher.put_state,
         get_state=launcher.get_state,
-        epoch=launcher.compile(functions.epoch, donate=True),
-        evaluate=launcher.compile(functions.evaluate),
-        baseline=jit_once(functions.baseline),
+        epoch=launcher.compile(epoch, donate=True, given=given),
+        evaluate=launcher.compile(evaluate, given=given),
+        baseline=Bound(jit_once(baseline), given),
         rows=rows,
     )
+
+
+def arguments(config: ConfigDict) -> dict[str, Any]:
+    """The numbers of a config that its programs take as arguments: `traced` of `make_functions`.
+
+    They are the seed, the numbers of the optimizer and where its schedule ends. An optimizer leaves
+    out what is 0, so such a number is part of the program.
+    """
+    leaves = flatten(config)
+    paths = [path for path in TRACED if path.startswith("optimizer.") and leaves[path]]
+    found = traced(config, ["seed", *paths])
+    if not config.train.minutes:  # Else it is part of the state.
+        found["optimizer.total_steps"] = np.int32(
+            config.train.steps_per_epoch * config.train.epochs
+        )
+    return found
+
+
+def traced(config: ConfigDict, paths: Iterable[str]) -> dict[str, Any]:
+    """The values of these fields, each in `TRACED`, for `make_functions`."""
+    leaves = flatten(config)
+    found = {path: TRACED[path](leaves[path]) for path in paths}
+    if "seed" in found and config.task.name == "teacher":
+        # NumPy draws the teacher, which a program cannot do.
+        found["task.layer"] = draw_weights(
+            config.seed, config.model.features, _heads_of_student(config)
+        )
+    return found
+
+
+def _heads_of_student(config):
+    return config.model.num_heads if config.model.name == "multihead" else 1
 
 
 def jit_once(function, level=1):
@@ -199,8 +263,9 @@ def make_functions(
     Args:
         config: Checked.
         traced: Values that replace those of the config, by the path of the field. They may be
-            arrays in a function that jax traces, so that one program serves many. They are the
-            seed, numbers of the optimizer and of the model; and `task.*`, arguments of the task.
+            arrays in a function that jax traces, so that one program serves many. They are those
+            of `TRACED`; `optimizer.total_steps`, where the schedule ends; and `task.*`, arguments
+            of the task.
         axis_name, constrain, attention_fn: Of the launcher.
 
     Raises:
@@ -224,7 +289,7 @@ def make_functions(
     accumulate, max_skipped = settings.pop("accumulate"), settings.pop("max_skipped")
     budget = config.train.minutes > 0
     length = {"budget": True} if budget else {"total_steps": num_steps * config.train.epochs}
-    optimizer = make_optimizer(**settings, **length)
+    optimizer = make_optimizer(**length | settings)
     if max_skipped:
         optimizer = skipping(optimizer)
     seed = traced.get("seed", config.seed)
@@ -356,7 +421,7 @@ def make_task(config: ConfigDict, kept: Text | None = None, **traced: Any) -> Ta
     if kept is not None:
         return text.kept_text(kept, **settings)
     if name == "teacher":
-        heads = config.model.num_heads if config.model.name == "multihead" else 1
+        heads = _heads_of_student(config)
         settings |= {"features": config.model.features, "num_heads": heads, "seed": config.seed}
     return TASKS[name](**settings | traced)
 

@@ -26,9 +26,10 @@ class Launcher(NamedTuple):
     """How to run a step.
 
     Attributes:
-        compile: `(function, *, donate=False) -> function` for functions of a state (or parameters)
-            and a batch (or rows), whose results are no longer split over devices. `donate=True`
-            gives the memory of the first argument to the result: the caller must not use it again.
+        compile: `(function, *, donate=False, given=None) -> function` for functions of a state (or
+            parameters) and a batch (or rows), whose results are no longer split over devices.
+            `donate=True` gives the memory of the first argument to the result: the caller must not
+            use it again. `given` is a third argument of the function, which each call gets.
         put_state: Places a state where the compiled function wants it. Both states may share
             memory: once the result is donated, do not use the argument.
         get_state: The state, or any part of it, so that each process can fetch the whole.
@@ -57,6 +58,22 @@ class Launcher(NamedTuple):
     get_trials: Callable[[PyTree], PyTree]
 
 
+class Bound:
+    """A function of `jax.jit` or `jax.pmap` whose last argument is given beforehand."""
+
+    def __init__(self, function: Callable, given: PyTree):
+        self._function, self._given = function, given
+
+    def __call__(self, *arguments: PyTree) -> PyTree:
+        return self._function(*arguments, self._given)
+
+    def lower(self, *arguments: PyTree) -> jax.stages.Lowered:
+        return self._function.lower(*arguments, self._given)
+
+    def eval_shape(self, *arguments: PyTree) -> PyTree:
+        return jax.eval_shape(self._function, *arguments, self._given)
+
+
 def single() -> Launcher:
     """One device."""
     if jax.process_count() > 1:
@@ -66,8 +83,11 @@ def single() -> Launcher:
         )
     device = jax.local_devices()[0]
 
-    def compiled(function: Callable, *, donate: bool = False) -> Callable:
-        return jax.jit(function, donate_argnums=0 if donate else ())
+    def compiled(
+        function: Callable, *, donate: bool = False, given: PyTree | None = None
+    ) -> Callable:
+        run = jax.jit(function, donate_argnums=0 if donate else ())
+        return run if given is None else Bound(run, jax.device_put(given, device))
 
     def compiled_trials(function: Callable, *, donate: bool = False) -> Callable:
         return jax.jit(_over_trials(function), donate_argnums=1 if donate else ())
@@ -92,17 +112,20 @@ def pmapped() -> Launcher:
     ours = np.flatnonzero([x.process_index == jax.process_index() for x in devices])
     local = [devices[i] for i in ours]
 
-    def compiled(function: Callable, *, donate: bool = False) -> Callable:
+    def compiled(
+        function: Callable, *, donate: bool = False, given: PyTree | None = None
+    ) -> Callable:
         # Axis None: the state is never stacked per device, so checkpoints and metrics look the same
         # under every launcher.
-        return jax.pmap(
+        run = jax.pmap(
             function,
             AXIS,
-            in_axes=(None, 0),
+            in_axes=(None, 0) if given is None else (None, 0, None),
             out_axes=None,
             devices=devices,
             donate_argnums=0 if donate else (),
         )
+        return run if given is None else Bound(run, jax.device_put(given, replicated))
 
     # The sharding of pmap's results; with any other the second call would compile again.
     mesh = jax.make_mesh((len(local),), (AXIS,), axis_types=(AxisType.Auto,), devices=local)
@@ -173,17 +196,20 @@ def sharded(data: int | None = None, model: int = 1, sequence: int = 1) -> Launc
     def placed(tree: PyTree) -> PyTree:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(tree, mesh))
 
-    def compiled(function: Callable, *, donate: bool = False) -> Callable:
+    def compiled(
+        function: Callable, *, donate: bool = False, given: PyTree | None = None
+    ) -> Callable:
         donated = 0 if donate else ()
         if shared > 1:  # The arguments say how they are split.
-            run = lambda state, batch: placed(function(state, batch))
-            return jax.jit(run, donate_argnums=donated)
-        return jax.jit(
-            function,
-            in_shardings=(replicated, split),
-            out_shardings=replicated,
-            donate_argnums=donated,
-        )
+            run = jax.jit(lambda *arguments: placed(function(*arguments)), donate_argnums=donated)
+        else:
+            run = jax.jit(
+                function,
+                in_shardings=(replicated, split, *([] if given is None else [replicated])),
+                out_shardings=replicated,
+                donate_argnums=donated,
+            )
+        return run if given is None else Bound(run, jax.device_put(given, replicated))
 
     def put_batch(batch: PyTree) -> PyTree:
         check_split(batch, mesh.shape[DATA])

@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.generation import check, compile_ahead, generate
-from attention_jax.training.build import jit_once, make_functions, refusals
+from attention_jax.training.build import arguments, jit_once, make_functions, refusals
+from attention_jax.training.launch import Bound
 from attention_jax.training.model import row_mask
 from attention_jax.types import Array, PyTree
 
@@ -29,9 +30,8 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
     """
     from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
 
-    functions = make_functions(config)
-
-    def watch(params: PyTree) -> dict[str, Array]:
+    def watch(params: PyTree, given: PyTree) -> dict[str, Array]:
+        functions = make_functions(config, given)
         batch = functions.held_out_batch()
         mask = row_mask(functions.task)
         options = {} if mask is None else {"mask": mask}
@@ -49,7 +49,8 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
         norms = gradient_norms(gradients).items()
         return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
 
-    return jit_once(watch, level=0)  # It is called a few times.
+    # It is called a few times.
+    return Bound(jit_once(watch, level=0), arguments(config))
 
 
 class Sampler(NamedTuple):
@@ -82,12 +83,14 @@ def make_sampler(config: ConfigDict) -> Sampler:
     options = {"temperature": TEMPERATURE, "context": max(2, T)}
 
     @jax.jit
-    def key(step: Array) -> Array:
-        rng = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _STREAM)
+    def key(seed: Array, step: Array) -> Array:
+        rng = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _STREAM)
         return jax.random.fold_in(rng, step)
 
+    seed = np.int32(config.seed)
+
     def sample(params: PyTree, step: int) -> str:
-        rng = key(np.int32(step))
+        rng = key(seed, np.int32(step))
         try:
             found = generate(functions.model, params, start, number, rng=rng, **options)
         except FloatingPointError:  # The held-out loss is NaN too: the loop says so, and the step.
@@ -99,7 +102,7 @@ def make_sampler(config: ConfigDict) -> Sampler:
 
     def on_shapes(of: Callable) -> Callable:
         def run(params: PyTree):
-            more = {"rng": key(np.int32(0)), "chunk": max(1, number), **options}
+            more = {"rng": key(seed, np.int32(0)), "chunk": max(1, number), **options}
             return of(functions.model, params, start, number, **more)
 
         return run
