@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     def work():
         if name not in ("-h", "--help"):
             what = f"there is no command {name!r}" if name else "a command is missing"
-            error = process.RunError(f"{what}: {' or '.join(COMMANDS)}. {NAME} --help says more.")
+            error = process.RunError(f"{what}: {', '.join(COMMANDS)}. {NAME} --help says more.")
             error.status = 2
             raise error
         print(_HELP, end="", flush=True)

@@ -491,6 +491,16 @@ def test_all_that_is_wrong_is_found():
     assert {path for path, _ in problems(config)} == {"train.epochs", "model.features"}
 
 
+def test_help_has_the_fields_and_defaults_of_the_task(capsys):
+    for arguments in (["--task=text"], ["--config=configs/text.py"]):
+        with pytest.raises(SystemExit):
+            parse(["train.py", *arguments, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert "  task.path = " in lines
+        assert "  model.num_layers = 4" in lines
+        assert any("the defaults of --task=text" in line for line in lines)
+
+
 def test_help_names_every_flag_and_field(capsys):
     with pytest.raises(SystemExit) as leaving:
         parse(["train.py", "--help"])

@@ -15,6 +15,7 @@ import pytest
 
 import attention_jax
 from attention_jax import analysis
+from attention_jax.analysis import pictures
 from attention_jax.laboratory import findings, inspect
 from attention_jax.laboratory import subject as subjects
 from attention_jax.training import experiment, metrics
@@ -86,6 +87,19 @@ def test_small_weights_of_a_long_row_are_seen(tmp_path):
         return picture[picture.shape[0] // 3, picture.shape[1] // 3, 0]  # Red lacks in blue.
 
     assert faintest(65) < faintest(64) - 0.05
+
+
+@pytest.mark.parametrize("count", [33, 1024, 1025, 5000])
+def test_a_long_row_has_a_few_places_on_its_axes(count):
+    places, labels = pictures._labels(None, count)
+    assert 4 < len(places) <= 8
+    assert labels == [str(place) for place in places]
+
+
+def test_letters_that_are_not_seen_have_labels():
+    assert [pictures._word(x) for x in (" ", "\n", "\u200d", "\ufe0f", "\xa0", "é", "日")] == [
+        *("␣", "⏎", "\\u200d", "\\ufe0f", "\\xa0", "é", "日")
+    ]
 
 
 def test_a_dollar_sign_begins_no_formula(tmp_path):
@@ -407,7 +421,7 @@ def test_a_text_becomes_tokens_by_the_tokenizer_of_the_directory(tmp_path):
     coder.add_special_tokens(["<s>"])
     shutil.copytree(GPT2, tmp_path / "cats")
     coder.save(str(tmp_path / "cats" / "tokenizer.json"))
-    subject = of_directory(tmp_path / "cats", text="<s> the cat sat the cat")
+    subject = of_directory(tmp_path / "cats", text=b"<s> the cat sat the cat")
     assert subject.inputs.tolist() == [[3, 1, 4, 7, 1, 4]]
     assert subject.words == [["<s>", "the", "cat", "sat", "the", "cat"]]
 
@@ -424,7 +438,7 @@ def test_a_tokenizer_neither_pads_nor_cuts_and_shows_where_words_begin(tmp_path)
     coder.enable_truncation(2)
     shutil.copytree(GPT2, tmp_path / "cats")
     coder.save(str(tmp_path / "cats" / "tokenizer.json"))
-    subject = of_directory(tmp_path / "cats", text="the cat sat")
+    subject = of_directory(tmp_path / "cats", text=b"the cat sat")
     assert subject.inputs.tolist() == [[1, 4, 7]]
     assert subject.words == [["␣the", "␣cat", "␣sat"]]
 

@@ -537,6 +537,7 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
     command = [str(whole[0]), f"--out={tmp_path / 'out'}", "--x=learning_rate"]
     report.main(["report", *command, f"--published={tmp_path / 'paper.json'}"])
     text = (tmp_path / "out" / "report.md").read_text()
+    assert f"attention-jax report {' '.join(command)}" in text
     assert "| 0.03 | 2 |" in text
     assert "| 0.6 |" in text
     assert "| 0.5 |" in text
@@ -547,7 +548,6 @@ def test_the_command_writes_a_table_and_pictures(whole, tmp_path, capsys):
         assert file.with_suffix(".svg").read_text().startswith("<?xml")
     assert capsys.readouterr().out.count(str(tmp_path / "out")) == 5
     assert text.startswith("# teacher, ")
-    assert f"attention-jax report {whole[0]} --x=learning_rate" in text
     assert "jax " in text
     assert "mean ± spread" in text
 

@@ -1,5 +1,6 @@
 """Promises of text of one's own: rows, vocabularies, what a run keeps, and what is refused."""
 
+import base64
 import contextlib
 import io
 import json
@@ -20,6 +21,7 @@ from attention_jax import analysis, generation
 from attention_jax.interop import huggingface
 from attention_jax.laboratory import findings, inspect, subject, sweep
 from attention_jax.laboratory import generate as laboratory
+from attention_jax.laboratory.parser import as_text
 from attention_jax.tasks import TASKS
 from attention_jax.tasks.vocabulary import Bytes, Characters, Text, Tokenizer, lost
 from attention_jax.training import budget, experiment
@@ -643,10 +645,36 @@ def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
         want = analysis.head_scores(maps, found.inputs, kind, queries=weights > 0)
         chex.assert_trees_all_close(at.scores[kind], want)
     assert findings.AT_ANSWERS not in at.scores
-    row = subject.of_run(tmp_path / "names", 1, "ab\n")  # A file ends its last line.
-    assert row.words == [["\\n", "a", "b"]]
+    for line in (b"ab\n", b"\xef\xbb\xbfab\r\n", b"ab"):  # A file ends its last line.
+        assert subject.of_run(tmp_path / "names", 1, line).words == [["\\n", "a", "b"]]
     with pytest.raises(ValueError, match="--text must be one line"):
-        subject.of_run(tmp_path / "names", 1, "a\nb")
+        subject.of_run(tmp_path / "names", 1, b"a\nb")
+    with pytest.raises(ValueError, match="--text is no text in UTF-8, at byte 1"):
+        subject.of_run(tmp_path / "names", 1, b"a\xe9")
+    (tmp_path / "prompt.txt").write_bytes(b"ab\r\n")
+    told = written(tmp_path / "names", f"--prompt=FILE:{tmp_path / 'prompt.txt'}", "--tokens=3")
+    assert told.startswith("ab")
+    assert told.count("\n") == 1
+    with pytest.raises(ConfigError, match="--prompt must be one line"):
+        written(tmp_path / "names", "--prompt=a\nb")
+
+
+def test_a_page_of_lines_shows_no_padding(files, tmp_path):
+    config = small(files / "names.txt")
+    config.task.lines, config.train.epochs = True, 1
+    experiment.run(config, tmp_path / "names")
+    inspect.inspect(tmp_path / "names", tmp_path / "out", checkpoints=1, rows=8)
+    text = (tmp_path / "out" / "page.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    lengths = subject.of_run(tmp_path / "names", 8).counted.sum(1)[: len(data["tokens"])]
+    shown = np.array(data["tokens"]) != ""
+    assert shown.shape[1] == lengths.max() < 8
+    np.testing.assert_array_equal(shown.sum(1), lengths)
+    for layer, packed in zip(data["layers"], data["weights"][0], strict=True):
+        weights = np.frombuffer(base64.b64decode(packed), "<u2")
+        weights = weights.reshape(len(shown), layer["heads"], layer["T"], layer["S"])
+        assert not weights[~shown[:, None, :].repeat(layer["heads"], 1)].any()
+        assert weights[shown[:, None, :].repeat(layer["heads"], 1)].any(-1).all()
 
 
 def test_a_text_sees_all_before_it_in_a_run_of_packed_rows(files, tmp_path):
@@ -654,7 +682,7 @@ def test_a_text_sees_all_before_it_in_a_run_of_packed_rows(files, tmp_path):
     config.task.pack, config.train.epochs = "4+4", 1
     experiment.run(config, tmp_path / "run")
     assert "mask" in subject.of_run(tmp_path / "run", 2).options
-    assert not subject.of_run(tmp_path / "run", 1, "line 1 o").options
+    assert not subject.of_run(tmp_path / "run", 1, b"line 1 o").options
 
 
 def test_bytes_have_labels_and_may_be_no_text(files, tmp_path):
@@ -697,7 +725,7 @@ def test_a_run_is_inspected_on_a_text_without_its_file(files, tmp_path, length, 
     written = inspect.inspect(tmp_path / "run", tmp_path / "out", text=named)
     assert f"--text={named}" in (tmp_path / "out" / "heads.md").read_text()
     assert {"maps.png", "page.html", "heads.md"} <= {path.name for path in written}
-    found = subject.of_run(tmp_path / "run", 1, text)
+    found = subject.of_run(tmp_path / "run", 1, text.encode())
     logits = found.model.apply({"params": found.params}, found.inputs)[0]
     tokens = attention_jax.load(tmp_path / "run").encode(text)
     want = -jax.nn.log_softmax(logits)[jnp.arange(length - 1), tokens[1:]]
@@ -745,7 +773,7 @@ def test_a_prompt_is_read_as_the_text_was(trained, files, tmp_path):
     for content in (b"the\r\npoem \xe9", b"\xef\xbb\xbfthe"):
         (tmp_path / "prompt.txt").write_bytes(content)
         of_run = laboratory._of_run(tmp_path / "bytes")
-        text = laboratory._text(content, of_bytes=True)
+        text = as_text(content, "--prompt", of_bytes=True)
         given = bytes(of_run.begin(text).tolist())
         assert given == content
         shown = written(

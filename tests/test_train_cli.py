@@ -253,13 +253,12 @@ def test_the_package_is_a_command(environment, tmp_path):
     [
         (
             [],
-            "attention-jax: a command is missing: train or report or inspect or generate or export "
-            "or check.",
+            "attention-jax: a command is missing: train, report, inspect, generate, export, check.",
         ),
         (
             ["trian"],
-            "attention-jax: there is no command 'trian': train or report or inspect or generate or "
-            "export or check.",
+            "attention-jax: there is no command 'trian': train, report, inspect, generate, export, "
+            "check.",
         ),
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),

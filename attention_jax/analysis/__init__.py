@@ -26,11 +26,13 @@ from attention_jax.analysis.statistics import (
     head_statistics,
     summarize,
 )
+from attention_jax.functional.statistics import attention_statistics
 
 __all__ = [
     "ablation",
     "apply_with_gates",
     "attention_maps",
+    "attention_statistics",
     "best_head",
     "dead_heads",
     "draw_maps",

@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,15 +156,35 @@ def _labels(tokens, count):
     """The places of the ticks, and their text."""
     if tokens is not None and count <= MAX_LABELS:
         return list(range(count)), [_word(token) for token in tokens]
-    step = next(x for x in (1, 2, 4, 8, 16, 32, 64, 128, 10**9) if count <= 8 * x)
+    step = 1
+    while count > 8 * step:
+        step *= 2
     return list(range(0, count, step)), list(map(str, range(0, count, step)))
 
 
 def _word(token):
     """A token as a label: what is not seen has a sign, what is long an end."""
-    text = str(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    text = text.encode("utf-8", "replace").decode()  # Half of a character has no picture.
+    text = str(token).replace("\n", "⏎").replace("\t", "⇥")
+    text = visible(text.encode("utf-8", "replace").decode())  # Half of a character has no picture.
     return text if len(text) <= 10 else text[:9] + "…"
+
+
+def visible(text: str) -> str:
+    r"""A text with signs for the characters that are not seen.
+
+    >>> visible("a b\u200d")
+    'a␣b\\u200d'
+    """
+    return "".join(map(_sign, text))
+
+
+def _sign(letter):
+    if letter == " ":
+        return "␣"
+    unseen = unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs")
+    if unseen or "\ufe00" <= letter <= "\ufe0f":  # These choose a form of the letter before.
+        return letter.encode("unicode_escape").decode()
+    return letter
 
 
 def short_name(path: str, row: int | None = None) -> str:

@@ -30,7 +30,7 @@ _PAST, _FUTURE = masks.Band(None, 0, 0), masks.Band(-1, None, 0)  # s <= t, and 
 class AttentionStatistics(NamedTuple):
     """Statistics of the weights of each query, `[..., T, N]` in float32 at least.
 
-    A query with no visible key has zeros everywhere.
+    A query with no visible key has zeros everywhere, but a sink takes 1.
 
     Attributes:
         entropy: In nats, of the weights and the sink together; ln of the number of visible keys if

@@ -142,7 +142,10 @@ class Findings(NamedTuple):
 
 
 def _notes(subject, findings):
-    notes = []
+    notes = [
+        "The entropy is in nats, the distance in tokens; the largest weight and the weight to the "
+        "first, previous and own token are shares of 1."
+    ]
     if findings.newest.scores:
         notes.append(
             "The scores of heads are TransformerLens' over all tokens but padding; prefix matching "
@@ -150,9 +153,9 @@ def _notes(subject, findings):
         )
     if AT_ANSWERS in findings.newest.scores:
         notes.append("At answers: the induction score at the places that are asked for alone.")
-    if notes and len(findings.by_step) > 1 and _early_and_late(subject) is None:
+    if findings.newest.scores and len(findings.by_step) > 1 and _early_and_late(subject) is None:
         notes.append("There is no in-context score: the task does not ask at every token.")
-    return [" ".join(notes)] if notes else []
+    return [" ".join(notes)]
 
 
 def find(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention_jax.laboratory.inspect import is_run
-from attention_jax.laboratory.parser import Parser, check_read, read_words
+from attention_jax.laboratory.parser import Parser, as_text, check_read, read_words
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import local_path, read_json
 from attention_jax.training.metrics import harmless
@@ -121,7 +121,7 @@ def write(
 
     prepare()
     author = _of_run(place) if of_run else _of_directory(place)
-    prompt = _text(content, author.of_bytes)
+    prompt = as_text(content, "--prompt", of_bytes=author.of_bytes, of_lines=author.of_lines)
     check_read("--prompt", author.unread(prompt))
     given = author.begin(prompt)
     if context is None:
@@ -159,7 +159,7 @@ def write(
             end=sorted(ends) or None,
             chunk=CHUNK,
         )
-        shown = content.decode(errors="replace") if author.of_bytes else prompt
+        shown = prompt.encode(errors="surrogateescape").decode(errors="replace")
         yield shown[: _sure(shown, of_bytes=True)] if author.of_bytes else shown
         told = Told(author.decode, given.tolist(), author.of_bytes)
         for part in parts:
@@ -237,6 +237,7 @@ class Author(NamedTuple):
         ends: The tokens that end a text.
         context: How many tokens it was trained on; None if this is not known.
         of_bytes: Whether tokens are bytes, so that a prompt may be any bytes.
+        of_lines: Whether it writes one line.
     """
 
     model: Any
@@ -248,6 +249,7 @@ class Author(NamedTuple):
     ends: set[int]
     context: int | None
     of_bytes: bool = False
+    of_lines: bool = False
 
 
 def _of_run(place: Path) -> Author:
@@ -276,6 +278,7 @@ def _of_run(place: Path) -> Author:
         ends={first} if text.lines else set(),
         context=max(2, run.config.task.seq_length),
         of_bytes=isinstance(text.vocabulary, Bytes),
+        of_lines=text.lines,
     )
 
 
@@ -314,14 +317,3 @@ def _of_directory(place: Path) -> Author:
         ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
         context=known if isinstance(known, int) and known > 1 else None,
     )
-
-
-def _text(content: bytes, of_bytes: bool) -> str:
-    """A prompt as a text to learn from is read."""
-    if of_bytes:
-        return content.decode(errors="surrogateescape")
-    try:
-        letters = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt is no text in UTF-8, at byte {error.start:,}.") from error
-    return letters.replace("\r\n", "\n").replace("\r", "\n")

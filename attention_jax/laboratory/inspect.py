@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attention_jax.laboratory.parser import Parser, read_text
+from attention_jax.laboratory.parser import Parser, read_words
 from attention_jax.training.config import ConfigError
 from attention_jax.training.files import (
     CHECKPOINTS,
@@ -107,9 +107,7 @@ def inspect(
     place = local_path(run, "RUN")
     out = local_path(out, "--out")
     check_directory(out, "--out")
-    asked = text
-    if text is not None:
-        text = read_text(text, "--text")
+    content = None if text is None else read_words(text, "--text")
     of_run = is_run(place)
     if of_run:
         _refuse("is for a directory of Hugging Face", tokens=tokens)
@@ -128,13 +126,13 @@ def inspect(
 
     prepare()
     if of_run:
-        subject = subjects.of_run(place, rows, text)
+        subject = subjects.of_run(place, rows, content)
     else:
-        subject = subjects.of_directory(place, tokens=tokens, text=text)
+        subject = subjects.of_directory(place, tokens=tokens, text=content)
     findings = find(
         subject, points=MAX_POINTS, orders=ORDERS, checkpoints=checkpoints or 1, say=say
     )
-    command = _command(run, out, rows, checkpoints, tokens, asked)
+    command = _command(run, out, rows, checkpoints, tokens, text)
     with written_whole(out, "--out") as place:
         written = _write(subject, findings, place, command, say)
     return [out / path.name for path in written]
@@ -191,15 +189,32 @@ def _command(run, out, rows, checkpoints, tokens, text):
     return shlex.join(words)
 
 
+def _without_padding(maps, words, counted):
+    """Rows of lines, as long as the longest of them; what stands behind a line is empty."""
+    import numpy as np
+
+    counted = counted[: len(words)]
+    end = counted.sum(1).max()
+    counted = counted[:, :end]
+    shown = {
+        path: np.where(counted[:, None, :, None], weights[..., :end, :end], 0)
+        for path, weights in maps.items()
+    }
+    rows = [
+        [word if of_line else "" for word, of_line in zip(row, line, strict=False)]
+        for row, line in zip(words, counted, strict=True)
+    ]
+    return shown, rows
+
+
 def _write(subject, findings, out, command, say):
     from attention_jax.analysis import draw_maps, draw_phase, draw_pruning, write_page
     from attention_jax.analysis.page import MAX_WEIGHTS
     from attention_jax.laboratory.findings import HIGH, evenly
 
     about = subject.about
-    title = about if about.startswith(f"{subject.name},") else f"{subject.name}: {about}"
-    if findings.step is not None:
-        title += f", step {findings.step:,}"
+    name = about if about.startswith(f"{subject.name},") else f"{subject.name}: {about}"
+    title = name if findings.step is None else f"{name}, step {findings.step:,}"
     newest, by_step = findings.newest, findings.by_step
     words = subject.words
     first = None if words is None else words[0]
@@ -224,9 +239,10 @@ def _write(subject, findings, out, command, say):
         beside = {step: by_step[step].beside for step in steps}
         page = write_page(out / "page.html", shown, first, statistics=beside, **heading)
     elif size <= MAX_WEIGHTS:
-        count = MAX_WEIGHTS // size
-        shown = {path: weights[:count] for path, weights in findings.maps.items()}
+        shown = {path: x[: MAX_WEIGHTS // size] for path, x in findings.maps.items()}
         rows = None if words is None else words[: len(next(iter(shown.values())))]
+        if subject.counted is not None:
+            shown, rows = _without_padding(shown, rows, subject.counted)
         page = write_page(out / "page.html", shown, rows, statistics=newest.beside, **heading)
     pictures, curve = [maps], findings.curve
     if curve is not None:
@@ -241,7 +257,7 @@ def _write(subject, findings, out, command, say):
         )
         pictures.append(drawn)
     if len(by_step) > 1:
-        pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=title))
+        pictures.append(draw_phase(out / "phase.png", *findings.phase(), caption=name))
     table = out / "heads.md"
     links = [f"![{file.stem}]({file.name})" for file in pictures]
     if page is None:

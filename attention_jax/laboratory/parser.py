@@ -1,7 +1,6 @@
 """The parser of the laboratory's commands."""
 
 import argparse
-import codecs
 
 from attention_jax.training.files import local_path
 
@@ -40,10 +39,30 @@ def read_words(words: str, flag: str) -> bytes:
         raise ValueError(f"{flag}: {file} cannot be read: {error.strerror}.") from error
 
 
-def read_text(words: str, flag: str) -> str:
-    """`read_words` as a text; lone surrogates stand for bytes that are no UTF-8."""
-    content = read_words(words, flag).removeprefix(codecs.BOM_UTF8)
-    return content.decode(errors="surrogateescape")
+def as_text(content: bytes, flag: str, *, of_bytes: bool = False, of_lines: bool = False) -> str:
+    """What `read_words` has read, as a text to learn from is read.
+
+    Args:
+        content: The bytes.
+        flag: Named in errors.
+        of_bytes: The model reads any bytes: lone surrogates stand for those that are no UTF-8.
+        of_lines: The model reads one line: a newline at its end does not count.
+
+    Raises:
+        ValueError: It is no text in UTF-8, or must be one line.
+    """
+    if of_bytes:
+        text = content.decode(errors="surrogateescape")
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{flag} is no text in UTF-8, at byte {error.start:,}.") from error
+    if of_lines or not of_bytes:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if of_lines and "\n" in (text := text.removesuffix("\n")):
+        raise ValueError(f"{flag} must be one line, as the rows of the run are.")
+    return text
 
 
 def check_read(flag: str, unread: str) -> None:

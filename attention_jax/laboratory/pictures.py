@@ -230,7 +230,7 @@ def _finish_y(axes, runs, metric):
     name = metric.replace("eval_", "held-out ").replace("@*", ", mean over the slices")
     axes.set_ylabel("training loss" if metric == "loss" else name)
     found = [run.result["baseline_loss"] for run in runs if run.result.get("baseline_loss")]
-    if found and max(found) - min(found) <= 1e-3 * max(found):
+    if found and max(found) - min(found) <= 0.01 * max(found):  # Seeds have other rows.
         if metric in ("loss", "eval_loss"):
             axes.axhline(mean(found), color="0.4", ls=":", lw=1, label="baseline of the task")
         elif metric == "eval_accuracy":  # The baseline is a guess among exp(loss) answers.

@@ -197,7 +197,7 @@ def write(
     parts = _found(runs, x, metric, published)
     out = local_path(out, "--out")
     every = [run for part in parts for run in part.runs]
-    text = [f"# {about(every)}", *_command(runs, x, metric, published), *_facts(every)]
+    text = [f"# {about(every)}", *_command(runs, out, x, metric, published), *_facts(every)]
     with written_whole(out, "--out") as place:
         written = _write(parts, place, text, metric)
     return [out / path.name for path in written]
@@ -224,8 +224,8 @@ def _write(parts, out, text, metric):
     return [out / "report.md", *written]
 
 
-def _command(runs, x, metric, published):
-    options = {"--x": x, "--metric": metric, "--published": published}
+def _command(runs, out, x, metric, published):
+    options = {"--out": out, "--x": x, "--metric": metric, "--published": published}
     words = [*map(str, runs), *(f"{name}={v}" for name, v in options.items() if v is not None)]
     return ["```bash\nattention-jax report " + shlex.join(words) + "\n```"]
 

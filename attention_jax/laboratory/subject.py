@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from attention_jax.analysis.pictures import visible
 from attention_jax.interop import huggingface
-from attention_jax.laboratory.parser import check_read
-from attention_jax.tasks.vocabulary import name_of_token, unread
+from attention_jax.laboratory.parser import as_text, check_read
+from attention_jax.tasks.vocabulary import Bytes, name_of_token, unread
 from attention_jax.training.checkpoint import checkpoint_steps, read_params, restore_params
 from attention_jax.training.loading import load
 from attention_jax.training.model import row_mask
@@ -77,7 +78,7 @@ def _mean(values, weights):
     return (values * weights).sum(-1) / jnp.maximum(weights.sum(-1).mean(), 1e-9)
 
 
-def of_run(place: Path, rows: int, text: str | None = None) -> Subject:
+def of_run(place: Path, rows: int, text: bytes | None = None) -> Subject:
     """A run, a trial, or the best trial of a sweep.
 
     Args:
@@ -145,8 +146,7 @@ def _of_text(run, text):
     if run.task.text is None:
         raise ValueError(f"--text is for a run of text: this one is of {run.task.name}.")
     of = run.task.text
-    if of.lines and "\n" in (text := text.removesuffix("\n")):
-        raise ValueError("--text must be one line, as the rows of the run are.")
+    text = as_text(text, "--text", of_bytes=isinstance(of.vocabulary, Bytes), of_lines=of.lines)
     check_read("--text", of.vocabulary.unread(text))
     tokens = run.encode(text).tolist()
     # A line begins with the token of the newline.
@@ -173,11 +173,7 @@ def _words(run, tokens):
     if run.task.text is None:
         return tokens.astype(str).tolist()
     name = run.task.text.vocabulary.name
-    return [[_visible(name(token)) for token in row] for row in tokens.tolist()]
-
-
-def _visible(text):
-    return text.replace("\n", "\\n").replace(" ", "␣")
+    return [[visible(name(token)) for token in row] for row in tokens.tolist()]
 
 
 def _guess(run, batch):
@@ -201,7 +197,7 @@ def _vectors(batch: Batch, outputs):
 
 
 def of_directory(
-    place: Path, *, tokens: Sequence[int] | None = None, text: str | None = None
+    place: Path, *, tokens: Sequence[int] | None = None, text: bytes | None = None
 ) -> Subject:
     """A model of Hugging Face on one row, which it continues at every token.
 
@@ -222,16 +218,13 @@ def of_directory(
                 raise
     model, params = huggingface.load(place)
     if text is not None:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("--text is no text in UTF-8.") from error
+        text = as_text(text, "--text")
         check_read("--text", unread(coder, text))
         tokens = coder.encode(text).ids
     batch = _continued("--tokens" if text is None else "--text", tokens, model)
     T = batch.inputs.shape[1]
     limit = getattr(model.positions, "max_length", None)
-    name_of = str if coder is None else lambda token: _visible(name_of_token(coder, token))
+    name_of = str if coder is None else lambda token: visible(name_of_token(coder, token))
     return Subject(
         name=place.resolve().name,
         about=f"a text of {T} tokens",

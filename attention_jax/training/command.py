@@ -110,10 +110,6 @@ def parse(argv: Sequence[str]) -> Command:
         overrides = values(list(argv), known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(str(error)) from error
-    if values.help:
-        print(_help(argv[0]), flush=True)
-        raise SystemExit(0)
-
     hosts = _hosts(**{name: values[name].value for name in _HOSTS})
     given = {name: values[name].value for name in _HELP if values[name].value is not None}
     places = {name: given.pop(name) for name in ("save_path", "workdir") if name in given}
@@ -122,6 +118,11 @@ def parse(argv: Sequence[str]) -> Command:
         raise ConfigError(f"--save_path and --workdir differ: got {' and '.join(sorted(places))}.")
     workdir = places.pop() if places else None
     config = None if values.config is None else load(values.config)
+    if values.help:
+        task = given.get("task", "teacher")
+        config = default_config(task) if config is None else _with_task(config, given.get("task"))
+        print(_help(argv[0], config), flush=True)
+        raise SystemExit(0)
     init_from = _init_from(given, overrides, config)
     _check_apart(init_from, workdir)
     if init_from and not _is_weights(init_from):
@@ -371,8 +372,9 @@ def _path(text, name):
         return str(local_path(text, name))
 
 
-def _help(program):
-    defaults = flatten(default_config())
+def _help(program, config):
+    """The text of --help, with the defaults of a config."""
+    defaults = flatten(config)
     lines = [
         f"usage: {program} [--flag=value ...] [--config=FILE] [--config.any.field=value ...]",
         "",
@@ -389,7 +391,8 @@ def _help(program):
         "  --interactive    ask for each parameter",
         "  --config         Python file with get_config(): see configs/ (default none)",
         "",
-        "Fields for --config.any.field=value, with the defaults of --task=teacher:",
+        f"Fields for --config.any.field=value, with the defaults of --task={config.task.name}"
+        "; another --task or --config beside --help has its own:",
         "",
     ]
     return "\n".join(lines + [f"  {path} = {value}" for path, value in defaults.items()])

@@ -343,10 +343,11 @@ def _train(config, program, state, store, look, started, stop, ahead):
                 is_open, epochs = False, fit.epochs
                 config.train.epochs = epochs
                 if fit.seconds > 60 * config.train.minutes:
+                    fewer = max(1, int(0.8 * num_steps * 60 * config.train.minutes / fit.seconds))
                     console.say(
                         f"--minutes={config.train.minutes:g} is less than "
                         f"{budget.LEAST} epochs take, the fewest: about {fit.seconds:.0f} s. A "
-                        "smaller config.train.steps_per_epoch makes them shorter."
+                        f"smaller config.train.steps_per_epoch, as {fewer}, makes them shorter."
                     )
                 console.set_epochs(epochs, (epoch, time.perf_counter() - started))
                 ends = epoch * num_steps, epochs * num_steps
