@@ -500,32 +500,99 @@ def test_the_minutes_decide_the_steps_once_and_a_resumed_run_is_the_same(files, 
 
 
 @pytest.mark.parametrize(
-    ("epoch", "evaluation", "fits"), [(0.5, 0.0, 98 * 2), (0.5, 0.5, 160), (1000.0, 0.0, 1)]
+    ("epoch", "evaluation", "save", "fits"),
+    [
+        (0.5, 0.0, 0.0, 2 * (98 - 2)),
+        (0.5, 0.5, 0.0, 157),  # 94.1 s of 0.6 s each.
+        (0.5, 0.5, 2.0, 115),  # 91.1 s of 0.8 s each.
+        (1000.0, 0.0, 0.0, 1),
+    ],
 )
-def test_as_many_epochs_are_left_as_fit(monkeypatch, epoch, evaluation, fits):
-    now = [20.0]
+def test_as_many_epochs_are_left_as_fit(monkeypatch, epoch, evaluation, save, fits):
+    now = [0.0]
+
+    def passes(seconds):
+        now[0] += seconds
+
     monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
-
-    def evaluate():
-        now[0] += evaluation
-
     config = default_config("text")
     config.train.minutes = 2.0
-    config.eval.every_epochs = 5
+    config.eval.every_epochs, config.checkpoint.every_epochs = 5, 10
     config.train.steps_per_epoch = 20  # More than 100 steps of warmup in all.
-    found = budget.epochs_that_fit(config, 7, 0.0, epoch, evaluate)
+    pilot = budget.Pilot(config, 0.0)
+    passes(9)  # The first row and the first checkpoint take long.
+    pilot.saved(4.0)
+    pilot.end_lap()
+    for _ in range(2):
+        passes(epoch + evaluation)
+        pilot.evaluated()
+        pilot.end_lap()
+    passes(epoch + save)
+    pilot.saved(save)
+    pilot.started += now[0] - 22  # 22 s have passed.
+    begun = now[0]
+    found = budget.epochs_that_fit(config, 7, pilot, lambda: passes(evaluation))
     assert found.epochs == 7 + fits
-    # The whole run: what has passed, the epochs, and an evaluation after every fifth and the last.
-    seconds = 20 + 2 * evaluation + fits * (epoch + evaluation / 5) + evaluation
-    assert found.seconds == pytest.approx(seconds)
+    # What has passed, the epochs, and an evaluation after every fifth and the last; and so on.
+    each = epoch + evaluation / 5 + save / 10
+    assert found.seconds == pytest.approx(22 + 2 * evaluation + fits * each + evaluation + save)
+    assert now[0] == begun + 2 * evaluation
     assert (found.seconds > 120) == (epoch == 1000)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "every", "epochs"),
+    [(0.5, 10, 12), (0.5, 3, 6), (7.0, 10, 1), (0.5, 1, 2)],
+)
+def test_a_pilot_ends_at_the_second_checkpoint_or_after_a_tenth(monkeypatch, epoch, every, epochs):
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+    config = default_config("text")
+    config.train.minutes = 1.0
+    pilot = budget.Pilot(config, 0.0)
+    done = 0
+    while not pilot.is_over():
+        now[0] += epoch
+        done += 1
+        if done % every == 0:
+            pilot.saved(0.0)
+    assert done == epochs
 
 
 def test_a_budget_has_no_more_steps_than_can_be_counted():
     config = default_config("text")
     config.train.update(minutes=1e12, steps_per_epoch=1000)
-    found = budget.epochs_that_fit(config, 2, budget.time.perf_counter(), 1e-3, lambda: None)
+    pilot = budget.Pilot(config, budget.time.perf_counter())
+    found = budget.epochs_that_fit(config, 2, pilot, lambda: None)
     assert 2**31 - 1000 <= found.epochs * 1000 < 2**31
+
+
+def test_other_minutes_alone_are_told(files, tmp_path):
+    config = small(files / "poem.txt")
+    config.train.minutes, config.eval.sample = 0.01, 0
+    experiment.run(config, tmp_path / "run")
+    config.train.minutes = 0.02
+    with pytest.raises(ConfigError, match=r"train\.minutes") as refused:
+        experiment.run(config, tmp_path / "run")
+    assert "epochs" not in str(refused.value)
+
+
+def test_a_run_that_was_killed_as_it_decided_notes_its_epochs(files, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    config = small(files / "poem.txt")
+    config.train.minutes, config.eval.sample = 0.01, 0
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.RunDirectory, "renew", kill)
+        with pytest.raises(Killed):
+            experiment.run(config, tmp_path / "run")
+    result = experiment.run(config, tmp_path / "run")
+    noted = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert noted["train"]["epochs"] * 4 == result.metrics["step"]
 
 
 def test_minutes_without_room_for_the_warmup_are_refused(files, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """`--minutes`: a run as long as a time, whose learning rate falls to 0 at its end.
 
-How many steps fit into the time is measured once: after two epochs of a process, when all programs
-have been compiled. From there on the run is one of so many epochs. Its optimizer holds the number,
+How many steps fit into the time is measured once, in the first epochs of a process: see `Pilot`.
+From there on the run is one of so many epochs. Its optimizer holds the number,
 so every checkpoint does, and a resumed run is the same run. Until then a cosine has not begun.
 """
 
@@ -16,9 +16,9 @@ from attention_jax.training.config import ConfigError, flatten
 from attention_jax.training.files import read_config
 from attention_jax.training.rules import MOST_32_BITS
 
-FIRST = 2  # Epochs of a process after which it knows its speed.
-LEAST = FIRST + 1  # Epochs of any run.
-SPARE = 0.02  # Of the time that is left, for checkpoints and the end of the run.
+LEAST = 3  # Epochs of any run: one compiles, one is measured, one is left.
+PILOT = 0.1  # Of the minutes: it measures no longer, but for the least epochs.
+SPARE = 0.02  # Of the time that is left, for the end of the run.
 
 
 class Fit(NamedTuple):
@@ -46,42 +46,99 @@ def noted(config: ConfigDict, run: Path | None) -> ConfigDict:
     config = ConfigDict(config.to_dict()).lock()
     if run is not None and (run / "config.json").exists():
         theirs = flatten(read_config(run))
-        if theirs.get("train.minutes") == config.train.minutes:
+        if theirs.get("train.minutes"):  # Other minutes are refused for themselves.
             config.train.epochs = theirs.get("train.epochs", config.train.epochs)
     return config
 
 
+class Pilot:
+    """The epochs that a run measures its speed in, with the rows and checkpoints that they write.
+
+    They begin after the first epoch, when all programs have been compiled, and end at the second
+    checkpoint, after a tenth of the minutes, or when no time is left. A short epoch may take less
+    time than its row and its checkpoint.
+
+    Attributes:
+        started: When the run began, by `time.perf_counter`.
+        laps: The seconds of each epoch with its row, without its checkpoint, and how many times it
+            was evaluated. The first lap writes the first row, which imports and opens what the
+            others use, so it counts only where it is the only one.
+        saves: How long it took to save each checkpoint, in seconds.
+    """
+
+    def __init__(self, config: ConfigDict, started: float):
+        self._config, self.started = config, started
+        self._begun = self._lap_begun = time.perf_counter()
+        self._aside, self._evaluations = 0.0, 0
+        self.laps: list[tuple[float, int]] = []
+        self.saves: list[float] = []
+
+    def evaluated(self) -> None:
+        """Notes that this epoch was evaluated."""
+        self._evaluations += 1
+
+    def saved(self, seconds: float) -> None:
+        """Notes that its checkpoint was saved."""
+        self.saves.append(seconds)
+        self._aside += seconds
+
+    def end_lap(self) -> None:
+        """Ends an epoch, with all that was done after it, and begins the next one."""
+        now = time.perf_counter()
+        self.laps.append((now - self._lap_begun - self._aside, self._evaluations))
+        self._lap_begun, self._aside, self._evaluations = now, 0.0, 0
+
+    def is_over(self) -> bool:
+        """Whether to decide, at the end of an epoch."""
+        budget = 60 * self._config.train.minutes
+        is_long = time.perf_counter() >= min(self._begun + PILOT * budget, self.started + budget)
+        return is_long or len(self.saves) > 1
+
+    def epoch_seconds(self, evaluation: float = 0.0) -> float:
+        """How long an epoch takes, without an evaluation that takes so long."""
+        laps = self.laps[1:] or self.laps
+        return max(1e-6, sum(lap - n * evaluation for lap, n in laps) / len(laps))
+
+    def check_warmup(self, done: int) -> None:
+        """As `epochs_that_fit`, before any row is written: the time for epochs alone."""
+        now = time.perf_counter()
+        left = 60 * self._config.train.minutes - (now - self.started)
+        most = max(1, int(left / max(1e-6, now - self._begun)))
+        _check_warmup(self._config, (done + most) * self._config.train.steps_per_epoch)
+
+
 def epochs_that_fit(
-    config: ConfigDict,
-    done: int,
-    started: float,
-    epoch_seconds: float,
-    evaluate: Callable[[], None],
+    config: ConfigDict, done: int, pilot: Pilot, evaluate: Callable[[], None]
 ) -> Fit:
     """What a run with a budget has time for; one epoch more than `done` at least.
 
     Args:
         config: Of the run.
         done: Epochs done.
-        started: When the run began, by `time.perf_counter`.
-        epoch_seconds: How long an epoch takes, without compilation.
+        pilot: What was measured.
         evaluate: Does what is done at an evaluation, and waits for it.
 
     Raises:
         ConfigError: These steps do not hold the warmup of a cosine.
     """
+    pilot.end_lap()
     evaluate()  # It may compile.
     begun = time.perf_counter()
     evaluate()
     now = time.perf_counter()
-    evaluation, elapsed = now - begun, now - started
+    evaluation = now - begun
+    # The first save imports and opens what the others use.
+    saves = pilot.saves[1:] or pilot.saves
+    save = sum(saves) / max(1, len(saves))
+    # The last epoch is evaluated and saved too.
+    each = pilot.epoch_seconds(evaluation) + evaluation / config.eval.every_epochs
+    each += save / config.checkpoint.every_epochs
+    elapsed = now - pilot.started
     left = (60 * config.train.minutes - elapsed) * (1 - SPARE)
-    # The last epoch is evaluated too.
-    each = epoch_seconds + evaluation / config.eval.every_epochs
     most = MOST_32_BITS // config.train.steps_per_epoch - done
-    more = max(1, min(most, int((left - evaluation) / each)))
+    more = max(1, min(most, int((left - evaluation - save) / each)))
     _check_warmup(config, (done + more) * config.train.steps_per_epoch)
-    return Fit(done + more, elapsed + more * each + evaluation)
+    return Fit(done + more, elapsed + more * each + evaluation + save)
 
 
 def _check_warmup(config, total_steps):

@@ -265,7 +265,10 @@ def _train(config, program, state, store, look, started, stop, ahead):
     num_steps, epochs = config.train.steps_per_epoch, config.train.epochs
     is_open = bool(config.train.minutes)  # Whether the number of epochs is still to be found.
     if is_open and (end := budget_end(state.opt_state)) is not None:
-        is_open, config.train.epochs = False, end // num_steps
+        is_open = False
+        if config.train.epochs != end // num_steps:  # Killed before it was written.
+            config.train.epochs = end // num_steps
+            store.renew(config)
     epochs = MOST_32_BITS // num_steps if is_open else config.train.epochs
     first_epoch = store.step // num_steps
     history = list(store.rows)
@@ -324,22 +327,25 @@ def _train(config, program, state, store, look, started, stop, ahead):
             params = jax.device_get(program.get_state(state.params))
             return held_out, sample(params, step) if hosts.is_first() else None
 
+        pilot = None
         while epoch < epochs:
-            if is_open and epoch + 1 == first_epoch + budget.FIRST:
-                ahead.wait()  # Else the epoch that decides is slower than the rest.
-            epoch, epoch_begun = epoch + 1, time.perf_counter()
-            state, metrics = run_epoch(state, program.rows)
-            decides = is_open and epoch == first_epoch + budget.FIRST
-            if decides:
+            if is_open and epoch == first_epoch + 1:
+                ahead.wait()  # Else the epochs that are measured are slower than the rest.
                 jax.block_until_ready(state)
-                now = time.perf_counter()
-                fit = budget.epochs_that_fit(
-                    config,
-                    epoch,
-                    started,
-                    now - epoch_begun,
-                    lambda: jax.block_until_ready(look_at(state, 0)),  # noqa: B023
-                )
+                pilot = budget.Pilot(config, started)
+            elif pilot is not None:
+                pilot.end_lap()
+            epoch, decides = epoch + 1, False
+            state, metrics = run_epoch(state, program.rows)
+            if pilot is not None:
+                if not pilot.laps or pilot.is_over():
+                    jax.block_until_ready(state)
+                if not pilot.laps:
+                    pilot.check_warmup(epoch)
+                decides = pilot.is_over()
+            if decides:
+                evaluate_all = lambda: jax.block_until_ready(look_at(state, 0))  # noqa: B023
+                fit = budget.epochs_that_fit(config, epoch, pilot, evaluate_all)
                 is_open, epochs = False, fit.epochs
                 config.train.epochs = epochs
                 if fit.seconds > 60 * config.train.minutes:
@@ -352,10 +358,12 @@ def _train(config, program, state, store, look, started, stop, ahead):
                 console.set_epochs(epochs, (epoch, time.perf_counter() - started))
                 ends = epoch * num_steps, epochs * num_steps
                 state = state._replace(opt_state=with_budget(state.opt_state, *ends))
-                state = program.put_state(state)
+                state, pilot = program.put_state(state), None
             last, held_out, written = epoch == epochs, {}, None
             if last or epoch % config.eval.every_epochs == 0:
                 held_out, written = look_at(state, epoch * num_steps)
+                if pilot is not None:
+                    pilot.evaluated()
             if target is not None and held_out:
                 # Wait for the devices here, so that no epoch runs after the target.
                 last = last or target.is_reached(jax.device_get(held_out))
@@ -369,7 +377,10 @@ def _train(config, program, state, store, look, started, stop, ahead):
                 # `record` first: only a sound state whose rows are written may be saved.
                 record(*waiting)
                 waiting = None
+                begun = time.perf_counter()
                 store.save(program.get_state(state))
+                if pilot is not None:
+                    pilot.saved(time.perf_counter() - begun)
             if decides:  # The checkpoint is the one that counts: a config without it is undone.
                 store.wait()
                 store.renew(config)
