@@ -78,6 +78,24 @@ def test_rows_that_see_nothing_must_be_zeros(monkeypatch):
     assert not result.is_right
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--shape=1,16,2,8", "--features=lengths"],
+        ["--shape=3,16,2,8", "--keys=1", "--features=lengths"],
+        ["--shape=2,30,2,8", "--keys=9", "--features=window=2", "--dtype=bfloat16"],
+    ],
+    ids=str,
+)
+def test_a_fault_is_found_where_many_queries_see_nothing(flags, monkeypatch):
+    request = check.parse(["check", *flags])
+    assert check.check(request)["blockwise"].is_right
+    right = dot_product.blockwise_attention
+    for wrong in (lambda *a: right(*a) * 1.4, lambda *a: right(*a) + 0.5):
+        monkeypatch.setattr(dot_product, "blockwise_attention", wrong)
+        assert not check.check(request)["blockwise"].is_right
+
+
 def test_the_command_prints_a_table_and_ends_with_an_error_if_it_is_broken(monkeypatch, capsys):
     check.main(["check", SMALL])
     lines = capsys.readouterr().out.splitlines()
@@ -106,6 +124,15 @@ def test_the_command_prints_a_table_and_ends_with_an_error_if_it_is_broken(monke
         (["--features=causal=3"], "causal has no number"),
         (["--features=window"], "window needs a number"),
         (["--features=window=x"], "window needs a number.*x"),
+        (["--features=window=-1"], "window must be at least 0 .*: got -1"),
+        (["--features=window=99999999999999999999"], "window must be at least 0.*got 9999"),
+        (["--features=softcap=1e400"], "softcap must be positive and finite: got 1e400"),
+        (["--features=softcap=0"], "softcap must be positive and finite: got 0"),
+        (["--features=dropout=1"], r"dropout must be in \[0, 1\): got 1"),
+        (["--features=dropout=nan"], r"dropout must be in \[0, 1\): got nan"),
+        (["--seed=-1"], "--seed.*-1"),
+        (["--shape=\u00b2,9,2,8"], "--shape must be four positive integers"),
+        (["--shape=2,9,2,99999999999"], "--shape has .* numbers in an input"),
         (["--what=1"], "unrecognized"),
     ],
     ids=str,

@@ -6,13 +6,14 @@
 SHAPE is B,T,N,H. The features are causal, window=N, lengths, segments, alibi, bias, softcap=X,
 sinks and dropout=R, joined by commas. For each implementation the table says how far its values and
 gradients are from the definition in float64, as a multiple of the bound; whether outputs keep their
-bits when the future changes (with causal); and whether rows that see nothing are exact zeros (with
-lengths). The bounds: float32 values 2e-6 and gradients 1e-5 of the largest number; in half
-precision twice and three times the error of the formula as it is written down in that type. The
-status is 1 if a bound is broken.
+bits when the future changes (with causal); and whether queries that see nothing give exact zeros
+(where there are any). The bounds: float32 values 2e-6 and gradients 1e-5 of the largest number; in
+half precision twice and three times the error of the formula as it is written down in that type.
+The status is 1 if a bound is broken.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,13 @@ from attention_jax.training.process import RunError
 
 IMPLEMENTATIONS = ("dense", "blockwise", "cudnn")
 DTYPES = ("float32", "bfloat16", "float16")
-# The number of a feature that has one.
+# The number of a feature that has one, and its range.
 NUMBERS = {"window": int, "softcap": float, "dropout": float}
+RANGES = {
+    "window": (lambda x: 0 <= x < 2**31, "must be at least 0 and below 2**31"),
+    "softcap": (lambda x: 0 < x < math.inf, "must be positive and finite"),
+    "dropout": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+}
 FEATURES = (
     "causal",
     "window",
@@ -35,7 +41,7 @@ FEATURES = (
     "sinks",
     "dropout",
 )
-MOST = 2**28  # Logits of the definition, 2 GB in float64.
+MOST = 2**28  # Logits of the definition, or numbers of an input: 2 GB in float64.
 
 
 class Request(NamedTuple):
@@ -64,7 +70,7 @@ class Found(NamedTuple):
     Attributes:
         values, gradients: The largest error as a multiple of its bound.
         causal: Whether no output depends on the future; None where it may.
-        empty: Whether rows that see nothing are zeros with zero gradients; None without such rows.
+        empty: Whether queries that see nothing give zeros with zero gradients; None without such.
         refused: Why it cannot do this; then the others are None.
     """
 
@@ -93,7 +99,10 @@ def main(argv: Sequence[str]) -> None:
 
     device = jax.devices()[0]
     print(f"{_told(request)}; jax {jax.__version__}, {device.platform}: {device.device_kind}")
-    found = check(request)
+    try:
+        found = check(request)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     print("\n".join(table(found)))
     broken = [name for name, one in found.items() if not one.is_right]
     if broken:
@@ -154,9 +163,10 @@ def table(found: Mapping[str, Found]) -> list[str]:
 
 def _request(options) -> Request:
     parts = options.shape.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    is_size = lambda part: part.isascii() and part.strip().isdigit() and int(part) > 0
+    if len(parts) != 4 or not all(map(is_size, parts)):
         raise ValueError(f"--shape must be four positive integers B,T,N,H: got {options.shape}.")
-    B, T, N, _ = shape = tuple(map(int, parts))
+    B, T, N, H = shape = tuple(map(int, parts))
     S = T if options.keys is None else options.keys
     K = N if options.kv_heads is None else options.kv_heads
     if S < 1:
@@ -170,6 +180,13 @@ def _request(options) -> Request:
             f"--shape has {B * N * T * S:,} logits, and the definition holds at most {MOST:,}: "
             "take fewer rows or heads."
         )
+    if B * N * max(T, S) * H > MOST:
+        raise ValueError(
+            f"--shape has {B * N * max(T, S) * H:,} numbers in an input, at most {MOST:,} are "
+            "checked: take a smaller H."
+        )
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63): got {options.seed}.")
     features: dict[str, float | None] = {}
     for word in filter(None, (part.strip() for part in options.features.split(","))):
         name, equals, number = word.partition("=")
@@ -182,6 +199,8 @@ def _request(options) -> Request:
             features[name] = NUMBERS[name](number) if equals else None
         except ValueError as error:
             raise ValueError(f"--features: {name} needs a number: got {number!r}.") from error
+        if equals and not RANGES[name][0](features[name]):
+            raise ValueError(f"--features: {name} {RANGES[name][1]}: got {number}.")
     if "segments" in features and S != T:
         raise ValueError(f"--features: segments need as many keys as queries: got {S} and {T}.")
     return Request(shape, S, K, options.dtype, features, options.seed)
@@ -227,7 +246,7 @@ def _inputs(request) -> dict[str, Any]:
 
 
 def _rules(request):
-    """The mask, and the lengths of the rows."""
+    """The mask, or None."""
     import jax.numpy as jnp
 
     from attention_jax.functional import masks
@@ -239,8 +258,11 @@ def _rules(request):
             rules.append(masks.causal())
         elif name == "window":
             rules.append(masks.window(number))
-        elif name == "lengths":  # The first row sees nothing.
-            rules.append(masks.key_lengths(jnp.arange(B) * request.keys // max(1, B)))
+        elif name == "lengths":  # From nothing in the first row to all keys in the last.
+            lengths = -(-jnp.arange(B) * request.keys // max(1, B - 1))
+            rules.append(
+                masks.key_lengths(lengths if B > 1 else jnp.array([(request.keys + 1) // 2]))
+            )
         elif name == "segments":
             rules.append(masks.segments(jnp.arange(T) * 3 // T))
     return functools.reduce(lambda a, b: a & b, rules) if rules else None
@@ -299,6 +321,8 @@ def _naive(request) -> Callable:
             seen = mask.materialize(*logits.shape[-2:])
             logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
         weights = jax.nn.softmax(logits.astype(query.dtype), axis=-1)
+        if mask is not None:  # A query that sees nothing has no weights.
+            weights = jnp.where(seen, weights, 0)
         return jnp.einsum("bnts,bsnh->btnh", weights, value)
 
     return attend
@@ -371,11 +395,19 @@ def _hides(request, inputs, name) -> bool | None:
 
 
 def _zeros(request, result) -> bool | None:
-    """Whether the first row, which sees nothing, is zeros with zero gradients."""
+    """Whether queries that see nothing give zeros, and gradients of zero without a sink."""
     import numpy as np
 
-    if "lengths" not in request.features:
+    mask = _rules(request)
+    if mask is None:
         return None
-    if "sinks" in request.features:  # It sees its sink.
-        return not np.asarray(result["out"][0]).any()
-    return not any(np.asarray(result[part][0]).any() for part in ("out", "query", "key", "value"))
+    B, T, _, _ = request.shape
+    sees = np.asarray(mask.materialize(T, request.keys)).any(-1)  # [..., T]
+    sees = np.broadcast_to(sees.reshape(-1, T), (B, T))
+    if sees.all():
+        return None
+    found = [np.asarray(result["out"])[~sees]]
+    if "sinks" not in request.features:  # Else they see their sink.
+        found.append(np.asarray(result["query"])[~sees])
+        found += [np.asarray(result[part])[~sees.any(-1)] for part in ("key", "value")]
+    return not any(x.any() for x in found)
