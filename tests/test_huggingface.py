@@ -284,6 +284,20 @@ def test_names_may_lack_the_prefix_and_have_old_constants(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, huggingface.load(HERE / "gpt2")[1])
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_may_have_the_prefix_of_a_wrapper(place, wrapper):
+    from safetensors.numpy import save_file
+
+    directory = place()
+    want = huggingface.load(directory)[1]
+    file = directory / "model.safetensors"
+    save_file({wrapper + name: x for name, x in tensors(file).items()}, file)
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(directory)[1], want)
+    save_file({f"other.{name}": x for name, x in tensors(file).items()}, file)
+    with pytest.raises(ValueError, match=rf"has no tensor \S+; it has other\.{wrapper}"):
+        huggingface.load(directory)
+
+
 def test_parameters_keep_their_type_or_take_the_one_asked_for(place):
     from safetensors.numpy import save_file
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_files import Tensor, archive, code, saved
+from torch_files import Raw, Tensor, archive, code, named, saved
 
 from attention_jax.interop import weights
 from attention_jax.training import experiment
@@ -189,7 +189,10 @@ def test_what_torch_saves_is_what_is_read(tmp_path):
         "optimizer": optimizer.state_dict(),
         "parameter": torch.nn.Parameter(whole),
         "views": [whole.T, whole[1:, ::2], whole[:1].expand(3, 4), whole[0, 0]],
-        "types": {x: torch.ones(2, dtype=getattr(torch, x)) for x in ("int8", "bool", "half")},
+        "types": {
+            x: torch.ones(2, dtype=getattr(torch, x))
+            for x in ("int8", "bool", "half", "uint16", "uint32", "uint64")
+        },
         "words": ("a", 1, -(2**50), 0.5, None, True),
     }
 
@@ -216,6 +219,47 @@ def test_what_torch_saves_is_what_is_read(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
     torch.save({"a": torch.tensor([1.5], dtype=torch.bfloat16)}, tmp_path / "x.pth")
     same(weights.load(tmp_path / "x.pth"), {"a": np.array([1.5], jnp.bfloat16)})
+
+
+def without_checksums(content):
+    """A file as after `torch.serialization.set_crc32_options(False)`."""
+    content = bytearray(content)
+    for mark, place in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + place : at + place + 4] = bytes(4)
+            at = content.find(mark, at + 4)
+    return bytes(content)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    tree = {"a": np.arange(6, dtype=np.float32)}
+    same(load_bytes(without_checksums(saved(tree)), tmp_path), tree)
+
+
+@pytest.mark.parametrize("name", ["uint16", "uint32", "uint64"])
+def test_tensors_of_unsigned_integers_are_read(name, tmp_path):
+    array = np.array([[1, 2], [3, 2**16 - 1]], name)
+    build = named("torch._utils", "_rebuild_tensor_v3") + b"("
+    pid = ("storage", Raw(named("torch.storage", "UntypedStorage")), "0", "cpu", array.nbytes)
+    build += code(pid) + b"Q" + code(0) + code((2, 2)) + code((2, 1)) + b"\x89"
+    build += named("collections", "OrderedDict") + b")R" + named("torch", name) + b"tR"
+    program = b"\x80\x02" + code({"a": Raw(build)}) + b"."
+    same(load_bytes(archive(program, {"0": array.tobytes()}), tmp_path), {"a": array})
+    narrow = build.replace(f"torch\n{name}\n".encode(), b"torch\nfloat8_e5m2\n")
+    program = b"\x80\x02" + code({"a": Raw(narrow)}) + b"."
+    with pytest.raises(ValueError, match=r"a tensor of torch\.float8_e5m2, which is not read"):
+        load_bytes(archive(program, {"0": array.tobytes()}), tmp_path)
+
+
+def test_dotted_names_join_dicts_in_any_order(tmp_path):
+    one, two = np.ones(2), np.zeros(3)
+    want = {"a": {"b": one, "c": two}}
+    for tree in ({"a": {"b": one}, "a.c": two}, {"a.c": two, "a": {"b": one}}):
+        jax.tree.map(np.testing.assert_array_equal, load_bytes(saved(tree), tmp_path), want)
+    for tree in ({"a": {"c": one}, "a.c": two}, {"a.c": two, "a": {"c": one}}):
+        with pytest.raises(ValueError, match="two parts of the name"):
+            load_bytes(saved(tree), tmp_path)
 
 
 # Runs and files ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from attention_jax.models import SequenceModel
 from attention_jax.types import PyTree
 
 # The types of tensors, by the names of safetensors.
+_WRAPPERS = ("_orig_mod.", "module.")  # Of torch.compile and of DataParallel.
 _KINDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -78,7 +79,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
 
 def _name_of(tensor: Tensor, names: dict[str, str], directory: Path) -> str:
     if tensor.name not in names:
-        some = ", ".join(sorted(names)[:3]) or "none at all"
+        some = ", ".join(sorted(names.values())[:3]) or "none at all"
         raise ValueError(f"{directory} has no tensor {tensor.name}; it has {some}, ...")
     return names[tensor.name]
 
@@ -271,13 +272,17 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 def _names(files: dict[str, Any], family: Family) -> dict[str, str]:
     """The tensors' names as the family has them, with the names that the files have.
 
-    Models without a head were saved without the prefix.
+    Models without a head were saved without the prefix. `torch.compile` and `DataParallel` put a
+    prefix of their own before all names.
     """
+    inner = {name: name for name in files}
+    while wrapper := next((x for x in _WRAPPERS if all(n.startswith(x) for n in inner)), None):
+        inner = {name.removeprefix(wrapper): file for name, file in inner.items()}
     prefix = family.prefix
-    has_prefix = any(name.startswith(prefix) for name in files)
+    has_prefix = any(name.startswith(prefix) for name in inner)
     heads = ("lm_head.", "embed_out.")
     full = lambda name: name if has_prefix or name.startswith(heads) else prefix + name
-    return {full(name): name for name in files}
+    return {full(name): file for name, file in inner.items()}
 
 
 def _check_unused(directory, names, wanted, family, model) -> None:

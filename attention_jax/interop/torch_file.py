@@ -36,9 +36,22 @@ _DTYPES = {
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
 }
-_ORDERED_DICT = "collections.OrderedDict"
-_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-_ALLOWED = {_ORDERED_DICT, _TENSOR, _PARAMETER, *_DTYPES}
+# The types of tensors that have no kind of storage of their own.
+_UNTYPED = "torch.storage.UntypedStorage"
+_DTYPES_OF_UNTYPED = {
+    "torch.uint16": np.uint16,
+    "torch.uint32": np.uint32,
+    "torch.uint64": np.uint64,
+}
+_ALLOWED = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    _UNTYPED,
+    *_DTYPES,
+    *_DTYPES_OF_UNTYPED,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +123,9 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> str:
     # Entries that overlap could be read into far more memory than the file has bytes.
     if total > size:
         raise ValueError(f"its entries say {total} bytes, but the file has {size}.")
+    if not any(entry.CRC for entry in archive.infolist()):
+        for entry in archive.infolist():  # After torch.serialization.set_crc32_options(False).
+            entry.CRC = None
     if len(tops) != 1:
         raise ValueError(f"it must hold one folder: got {len(tops)}.")
     (top,) = tops
@@ -235,6 +251,8 @@ class _Machine:
         match about:
             case ("storage", _Name(kind), str(key), str(), int(count)) if kind in _DTYPES:
                 dtype = np.dtype(_DTYPES[kind])
+            case ("storage", _Name(kind), str(key), str(), int(count)) if kind == _UNTYPED:
+                dtype = np.dtype(np.uint8)
             case _:
                 raise ValueError("it refers to something that is no storage of torch.")
         name = f"{self._top}/data/{key}"
@@ -264,6 +282,24 @@ class _Machine:
                 # Hooks of autograd; and marks, as of a tensor that is to be conjugated when read.
                 if len(more) in (1, 2) and all(_is_empty(x) for x in more):
                     return _strided(elements, offset, shape, strides, self._size)
+            case (
+                "torch._utils._rebuild_tensor_v3",
+                (
+                    _Storage(elements),
+                    int(offset),
+                    tuple(shape),
+                    tuple(strides),
+                    bool(),
+                    hooks,
+                    _Name(kind),
+                ),
+            ):
+                is_known = kind in _DTYPES_OF_UNTYPED and elements.dtype == np.uint8
+                if is_known and _is_empty(hooks):
+                    dtype = np.dtype(_DTYPES_OF_UNTYPED[kind])
+                    whole = len(elements) // dtype.itemsize * dtype.itemsize
+                    elements = elements[:whole].view(dtype)
+                    return _strided(elements, offset, shape, strides, self._size)
         raise ValueError(f"it gives {name} arguments that torch.save never writes.")
 
 
@@ -278,6 +314,8 @@ def _of(kind: type, thing: Any) -> Any:
 
 
 def _allowed(name: str) -> _Name:
+    if name.startswith("torch.float"):
+        raise ValueError(f"it holds a tensor of {name[:80]}, which is not read.")
     if name not in _ALLOWED:
         raise ValueError(
             f"it names {name[:80]!a}, which is not allowed: only tensors, numbers, words, lists "

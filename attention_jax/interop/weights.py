@@ -238,7 +238,15 @@ class _Nesting:
                 place = place.setdefault(part, {})
                 if not isinstance(place, dict):
                     raise ValueError(f"{name[:80]!r} lies inside of an array.")
-            if last in place:
-                raise ValueError(f"it has two parts of the name {name[:80]!r}.")
-            place[last] = self.nest(inner, depth + 1 + len(above))
+            self._put(place, last, self.nest(inner, depth + 1 + len(above)))
         return tree
+
+    def _put(self, place: dict, name: Any, inner: Any) -> None:
+        """Adds a part. Dicts of one name become one, whichever came first."""
+        if name not in place:
+            place[name] = inner
+        elif isinstance(inner, dict) and isinstance(place[name], dict):
+            for below, value in inner.items():
+                self._put(place[name], below, value)
+        else:
+            raise ValueError(f"it has two parts of the name {str(name)[:80]!r}.")
