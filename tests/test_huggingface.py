@@ -71,7 +71,7 @@ def test_transformers_loads_what_was_saved(name, tmp_path):
     want = np.load(HERE / name / "answers.npz")
     with torch.no_grad():
         logits = peer(torch.tensor(want["tokens"])).logits.numpy()
-    assert_close(logits, want["logits"], 1e-6)
+    assert_close(logits, want["logits"], 2e-6)  # Processors round their products differently.
 
 
 @pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")

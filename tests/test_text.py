@@ -726,6 +726,24 @@ def test_rows_of_several_lengths_count_by_their_answers(files, tmp_path):
         written(tmp_path / "names", "--prompt=a\nb")
 
 
+def test_a_picture_of_a_long_row_shows_its_first_letters(files, tmp_path, monkeypatch):
+    config = small(files / "poem.txt")
+    config.task.seq_length, config.train.epochs, config.eval.sample = 40, 1, 0
+    experiment.run(config, tmp_path / "run")
+    seen, whole = [], analysis.draw_maps
+
+    def draw(path, maps, words, **options):
+        seen.append(({x.shape[1:] for x in maps.values()}, len(words), options["caption"]))
+        return whole(path, maps, words, **options)
+
+    monkeypatch.setattr(analysis, "draw_maps", draw)
+    inspect.inspect(tmp_path / "run", tmp_path / "out", rows=2)
+    inspect.inspect(tmp_path / "run", tmp_path / "out", text=POEM[:38])
+    assert seen[0][:2] == ({(32, 32)}, 32)
+    assert seen[0][2].endswith("; the first 32 of 40 tokens")
+    assert seen[1][:2] == ({(38, 38)}, 38)
+
+
 def test_a_page_of_lines_shows_no_padding(files, tmp_path):
     config = small(files / "names.txt")
     config.task.lines, config.train.epochs = True, 1

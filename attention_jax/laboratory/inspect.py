@@ -228,7 +228,12 @@ def _write(subject, findings, out, command, say):
     # The padding behind a line says nothing.
     cut = lambda maps: {path: weights[:, :end, :end] for path, weights in maps.items()}
     first = None if first is None else first[:end]
-    maps = draw_maps(out / "maps.png", cut(newest.maps), first, scores=scores, caption=caption)
+    drawn, drawn_words = cut(newest.maps), first
+    if subject.shown is not None and len(first) > subject.shown:
+        drawn = {path: x[:, : subject.shown, : subject.shown] for path, x in drawn.items()}
+        drawn_words = first[: subject.shown]
+        caption += f"; the first {subject.shown} of {len(first)} tokens"
+    maps = draw_maps(out / "maps.png", drawn, drawn_words, scores=scores, caption=caption)
     heading = {"title": title, "caption": command}
     # One row, and as many of the steps as a page of moderate size holds; or as many rows as fit.
     size = sum(weights.size for weights in newest.maps.values())

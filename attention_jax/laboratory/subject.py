@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attention_jax.analysis.pictures import visible
+from attention_jax.analysis.pictures import MAX_LABELS, visible
 from attention_jax.interop import huggingface
 from attention_jax.laboratory.parser import as_text, check_read
 from attention_jax.tasks.vocabulary import Bytes, name_of_token, unread
@@ -44,6 +44,7 @@ class Subject(NamedTuple):
         steps: Of the checkpoints, in order; empty if there are none.
         restore: The parameters of a step.
         length: The longest row that the model takes, up to `MAX_LENGTH`.
+        shown: How many tokens of a row a picture shows; None: all.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Subject(NamedTuple):
     steps: Sequence[int]
     restore: Callable[[int], PyTree] | None
     length: int
+    shown: int | None = None
 
     def loss(self, outputs: Array) -> Array:
         """A number for each row, `[B]`, whose mean is the mean loss of all answers."""
@@ -139,6 +141,8 @@ def of_run(place: Path, rows: int, text: bytes | None = None) -> Subject:
         steps=steps,
         restore=functools.partial(restore_params, place, run.params),
         length=min(T if text is None else run.config.task.seq_length, MAX_LENGTH),
+        # With their letters, which a longer row has no room for.
+        shown=MAX_LABELS if text is None and run.task.text and T > MAX_LABELS else None,
     )
 
 
