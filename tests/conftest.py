@@ -131,6 +131,7 @@ SLOW = (
     "test_transformations.py::test_shard_map_passes_masks_biases_dropout_and_heads",
     "test_watch.py::test_watching_changes_no_number_of_the_run",
     "test_ahead.py::test_a_run_compiles_each_program_once",
+    "test_ahead.py::test_what_is_compiled_at_a_lower_level_has_the_same_bits[memorization",
     "test_ahead.py::test_what_a_run_does_not_call_is_not_compiled",
     "test_bfloat16_products.py::test_a_run_learns_as_in_float32",
     "test_heads.py::test_remat_and_layers_that_run_twice_change_no_statistics",
