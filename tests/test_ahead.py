@@ -1,6 +1,7 @@
 """The programs of a run are compiled beside each other, each once."""
 
 import re
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -195,6 +196,22 @@ def test_the_numbers_of_a_config_are_no_part_of_its_programs(launcher):
     want = programs()
     assert programs(**NUMBERS) == want
     assert programs(**{"task.seq_length": 4})["epoch"] != want["epoch"]
+
+
+def test_a_run_goes_on_where_init_is_compiled_at_a_lower_level(tmp_path):
+    """As in each process but that of the tests."""
+    disabled = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        config = with_every_number()
+        config.checkpoint.every_epochs, config.eval.heads = 1, False
+        whole = experiment.run(config, tmp_path)
+        (tmp_path / "result.json").unlink()
+        shutil.rmtree(max((tmp_path / "checkpoints").iterdir(), key=lambda x: int(x.name)))
+        again = experiment.run(config, tmp_path)
+        assert again.metrics["fingerprint"] == whole.metrics["fingerprint"]
+    finally:
+        jax.config.update("jax_disable_most_optimizations", disabled)
 
 
 def test_a_program_uses_each_number_of_its_config():

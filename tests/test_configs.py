@@ -28,8 +28,10 @@ def first_step(file):
     with config.unlocked():
         config.train.steps_per_epoch = 1
         config.eval.num_batches = 1
-    # The schedule may count on more steps than one; nothing else is changed.
+    # The schedule may count on more steps than one; the rest stays as it is.
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.epochs - 1)
+    if config.launcher == "single" and jax.device_count() > 1:  # As in these tests.
+        config.model.matmul_precision = "float32"
     return build(config)
 
 

@@ -122,7 +122,7 @@ def _run(config, configs, axes, launcher, groups, store, started):
     directory = store.path
     target = Target.parse(config.train.target)
     with StopSignals() as stop, ExitStack() as files:
-        state = store.restore(lambda: _like(groups))
+        state = store.restore(lambda: jax.eval_shape(lambda: _like(groups)))
         log = _Log(configs, axes, groups, state, directory, files)
         if store.result is not None:
             if len(store.result.get("trials") or ()) != len(configs):

@@ -183,7 +183,7 @@ def _run(config, program, store, started):
 
 def _begin(config, program, store, look, ahead):
     """The state that the run begins with, which process 0 finds for all."""
-    state = store.restore(program.init) if hosts.is_first() else None
+    state = store.restore(program.init.eval_shape) if hosts.is_first() else None
     if state is None:
         if not config.init_from:  # Which may be refused.
             _compile_ahead(config, program, look, ahead)

@@ -305,14 +305,17 @@ class RunDirectory:
         self.rows: list[Row] = []
         self.result: dict[str, Any] | None = None
 
-    def restore(self, init: Callable[[], TrainState]) -> TrainState | None:
+    def restore(self, shapes: Callable[[], TrainState]) -> TrainState | None:
         """Goes back to the newest checkpoint and its rows; None if there is no checkpoint.
 
         A result of a later step, whose checkpoint is broken, is removed: a result means that the
         run is complete. The continued run writes it again.
 
+        Args:
+            shapes: Gives a state of the same structure, shapes and types.
+
         Raises:
-            ConfigError: The checkpoints do not fit the state of `init`, all are broken, or there is
+            ConfigError: The checkpoints do not fit these shapes, all are broken, or there is
                 a result without a checkpoint; or rows or result are not those of a run.
         """
         result_file = self.path / "result.json"
@@ -327,7 +330,7 @@ class RunDirectory:
         if self._checkpoints.latest_step() is not None:
             try:
                 with reported(self.path):
-                    state = self._checkpoints.restore(jax.eval_shape(init))
+                    state = self._checkpoints.restore(shapes())
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(f"the run directory {self.path}: {error}") from error
             self.step = int(state.step)
@@ -425,7 +428,7 @@ class NoDirectory:
         self.result: dict[str, Any] | None = None
         self.step = 0
 
-    def restore(self, init: Callable[[], TrainState]) -> None:
+    def restore(self, shapes: Callable[[], TrainState]) -> None:
         return None
 
     def keep(self, name: str, value: dict[str, Any]) -> None:

@@ -97,13 +97,13 @@ def damages(lab: Lab, count: int = 200) -> Iterator[Row]:
         """The step that a run would continue from, and a fingerprint of its state."""
         claim(workdir, config, {})
         with contextlib.closing(RunDirectory(workdir, config)) as directory:
-            state = directory.restore(program.init)
+            state = directory.restore(program.init.eval_shape)
         return None if state is None else (int(state.step), fingerprint(state))
 
     whole = lab.new("whole")
     with contextlib.redirect_stdout(io.StringIO()):
         experiment.run(config, whole)
-    states = saved_states(lab, whole, program.init)
+    states = saved_states(lab, whole, program.init.eval_shape)
     good = {step: (int(state.step), fingerprint(state)) for step, state in states.items()}
     newest = max(good)
     if set(good) != {step for step, _ in good.values()}:

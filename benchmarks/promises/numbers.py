@@ -224,7 +224,7 @@ def _finite_states(lab: Lab, workdir: Path, config: Any) -> dict[int, Any]:
 
     from attention_jax.training.build import build
 
-    found = saved_states(lab, workdir, build(config).init)
+    found = saved_states(lab, workdir, build(config).init.eval_shape)
     for step, state in found.items():
         leaves = jax.tree.leaves((state.params, state.opt_state))
         if not all(np.isfinite(leaf).all() for leaf in leaves):

@@ -276,13 +276,12 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def saved_states(lab: Lab, workdir: Path, init: Callable[[], Any]) -> dict[int, Any]:
+def saved_states(lab: Lab, workdir: Path, shapes: Callable[[], Any]) -> dict[int, Any]:
     """The state in each finished checkpoint of a run, by the step in its name."""
-    import jax
 
     from attention_jax.training.checkpoint import Checkpoints
 
-    found, like = {}, jax.eval_shape(init)
+    found, like = {}, shapes()
     for step in saved_steps(workdir):
         place = lab.new("alone") / str(step)
         shutil.copytree(workdir / "checkpoints" / str(step), place)
