@@ -293,7 +293,11 @@ def test_names_may_have_the_prefix_of_a_wrapper(place, wrapper):
     file = directory / "model.safetensors"
     save_file({wrapper + name: x for name, x in tensors(file).items()}, file)
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(directory)[1], want)
-    save_file({f"other.{name}": x for name, x in tensors(file).items()}, file)
+    named = {f"other.{name}": x for name, x in tensors(file).items()}
+    save_file({}, file)
+    with pytest.raises(ValueError, match=r"has no tensor \S+; it has none at all"):
+        huggingface.load(directory)
+    save_file(named, file)
     with pytest.raises(ValueError, match=rf"has no tensor \S+; it has other\.{wrapper}"):
         huggingface.load(directory)
 

@@ -276,7 +276,8 @@ def _names(files: dict[str, Any], family: Family) -> dict[str, str]:
     prefix of their own before all names.
     """
     inner = {name: name for name in files}
-    while wrapper := next((x for x in _WRAPPERS if all(n.startswith(x) for n in inner)), None):
+    wraps = lambda prefix: all(name.startswith(prefix) for name in inner)
+    while inner and (wrapper := next(filter(wraps, _WRAPPERS), None)):
         inner = {name.removeprefix(wrapper): file for name, file in inner.items()}
     prefix = family.prefix
     has_prefix = any(name.startswith(prefix) for name in inner)

@@ -338,11 +338,12 @@ def _train(config, program, state, store, look, started, stop, ahead):
             epoch, decides = epoch + 1, False
             state, metrics = run_epoch(state, program.rows)
             if pilot is not None:
-                if not pilot.laps or pilot.is_over():
+                decides = pilot.is_over()
+                if decides or not pilot.laps:
                     jax.block_until_ready(state)
                 if not pilot.laps:
                     pilot.check_warmup(epoch)
-                decides = pilot.is_over()
+                    decides = pilot.is_over()
             if decides:
                 evaluate_all = lambda: jax.block_until_ready(look_at(state, 0))  # noqa: B023
                 fit = budget.epochs_that_fit(config, epoch, pilot, evaluate_all)
