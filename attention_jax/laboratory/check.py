@@ -23,12 +23,11 @@ from attention_jax.training.process import RunError
 
 IMPLEMENTATIONS = ("dense", "blockwise", "cudnn")
 DTYPES = ("float32", "bfloat16", "float16")
-# The number of a feature that has one, and its range.
-NUMBERS = {"window": int, "softcap": float, "dropout": float}
-RANGES = {
-    "window": (lambda x: 0 <= x < 2**31, "must be at least 0 and below 2**31"),
-    "softcap": (lambda x: 0 < x < math.inf, "must be positive and finite"),
-    "dropout": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+# The number of a feature that has one: its type, a rule that it keeps, and the rule in words.
+NUMBERS = {
+    "window": (int, lambda x: 0 <= x < 2**31, "must be at least 0 and below 2**31"),
+    "softcap": (float, lambda x: 0 < x < math.inf, "must be positive and finite"),
+    "dropout": (float, lambda x: 0 <= x < 1, "must be in [0, 1)"),
 }
 FEATURES = (
     "causal",
@@ -195,15 +194,22 @@ def _request(options) -> Request:
         if (name in NUMBERS) != bool(equals):
             has = "needs a number, as in" if name in NUMBERS else "has no number:"
             raise ValueError(f"--features: {name} {has} {name}{'=8' if name in NUMBERS else ''}.")
-        try:
-            features[name] = NUMBERS[name](number) if equals else None
-        except ValueError as error:
-            raise ValueError(f"--features: {name} needs a number: got {number!r}.") from error
-        if equals and not RANGES[name][0](features[name]):
-            raise ValueError(f"--features: {name} {RANGES[name][1]}: got {number}.")
+        features[name] = _number(name, number) if equals else None
     if "segments" in features and S != T:
         raise ValueError(f"--features: segments need as many keys as queries: got {S} and {T}.")
     return Request(shape, S, K, options.dtype, features, options.seed)
+
+
+def _number(name, text):
+    """The number of a feature."""
+    kind, is_kept, words = NUMBERS[name]
+    try:
+        number = kind(text)
+    except ValueError as error:
+        raise ValueError(f"--features: {name} needs a number: got {text!r}.") from error
+    if not is_kept(number):
+        raise ValueError(f"--features: {name} {words}: got {text}.")
+    return number
 
 
 def _told(request) -> str:

@@ -17,7 +17,7 @@ from attention_jax.training.files import read_config
 from attention_jax.training.rules import MOST_32_BITS
 
 LEAST = 3  # Epochs of any run: one compiles, one is measured, one is left.
-PILOT = 0.1  # Of the minutes: it measures no longer, but for the least epochs.
+PILOT = 0.1  # Of the minutes: how long it measures, if an epoch is shorter.
 SPARE = 0.02  # Of the time that is left, for the end of the run.
 
 
@@ -94,8 +94,8 @@ class Pilot:
         is_long = time.perf_counter() >= min(self._begun + PILOT * budget, self.started + budget)
         return is_long or len(self.saves) > 1
 
-    def epoch_seconds(self, evaluation: float = 0.0) -> float:
-        """How long an epoch takes, without an evaluation that takes so long."""
+    def epoch_seconds(self, evaluation: float) -> float:
+        """How long an epoch takes without its evaluation, which takes so many seconds."""
         laps = self.laps[1:] or self.laps
         return max(1e-6, sum(lap - n * evaluation for lap, n in laps) / len(laps))
 

@@ -118,11 +118,6 @@ def parse(argv: Sequence[str]) -> Command:
         raise ConfigError(f"--save_path and --workdir differ: got {' and '.join(sorted(places))}.")
     workdir = places.pop() if places else None
     config = None if values.config is None else load(values.config)
-    if values.help:
-        task = given.get("task", "teacher")
-        config = default_config(task) if config is None else _with_task(config, given.get("task"))
-        print(_help(argv[0], config), flush=True)
-        raise SystemExit(0)
     init_from = _init_from(given, overrides, config)
     _check_apart(init_from, workdir)
     if init_from and not _is_weights(init_from):
@@ -131,6 +126,9 @@ def parse(argv: Sequence[str]) -> Command:
         config = default_config(given.get("task", "teacher"))
     else:
         config = _with_task(config, given.get("task"))
+    if values.help:
+        print(_help(argv[0], config), flush=True)
+        raise SystemExit(0)
     config, overridden = _override(config, overrides)
 
     for name, text in given.items():
