@@ -55,7 +55,7 @@ FITTING = {
     "model.dtype": ["float32", "bfloat16", "float16"],
     "model.short_conv": ["0", "2"],
     "model.softcap": ["0", "5"],
-    "optimizer.name": ["adam", "adamw", "sgd"],
+    "optimizer.name": ["adam", "adamw", "muon", "sgd"],
     "optimizer.schedule": ["constant", "cosine"],
     "optimizer.accumulate": ["1", "2"],
     "train.batch_size": ["8", "16"],

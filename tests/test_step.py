@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import keystr
 
 from attention_jax.training.launch import LAUNCHERS
 from attention_jax.training.model import make_sequence_model
@@ -403,6 +404,13 @@ MODELS = [
 ]
 
 
+MUON = [
+    {"features": 8, "num_kv_heads": 1, "mlp_ratio": 2.0, "positions": "relative"},
+    {"features": 12, "mlp": "swiglu", "mlp_ratio": 2.0, "short_conv": 2, "causal": True},
+    {"features": 8, "mechanism": "gated_delta", "causal": True, "tie_embedding": False},
+]
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_matrices_decay_and_nothing_else(traced):
     """With a gradient of 0, `theta -> (1 - rate * decay) theta`, or `theta -> theta`."""
@@ -431,10 +439,42 @@ def test_matrices_decay_and_nothing_else(traced):
     assert names == DECAY | STAY
 
 
+def test_muon_makes_singular_values_of_kernels_equal():
+    """In the basis of the gradient's singular vectors a step is 0.2 sqrt(max(m, n)), nearly."""
+    models = [make_sequence_model(**{"vocab_size": 5, "num_heads": 2} | s) for s in MUON]
+    kinds = set()
+    for model in models:
+        inputs = jnp.zeros((1, 6), jnp.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+        normal = np.random.default_rng(0).normal
+        grads = jax.tree.map(lambda x, normal=normal: np.float32(normal(size=x.shape)), shapes)
+        steps = {}
+        for name in ("muon", "adam"):
+            optimizer = make_optimizer(name, learning_rate=0.5)
+            steps[name] = optimizer.update(grads, optimizer.init(grads), grads)[0]
+        for path, grad in jax.tree.leaves_with_path(grads):
+            words = keystr(path, simple=True, separator="/")
+            by = {x: dict(jax.tree.leaves_with_path(tree))[path] for x, tree in steps.items()}
+            if words.endswith("kernel") and not {"head", "conv"} & {*words.split("/")}:
+                columns = grad.shape[-1] if "/out/" in words else grad[0].size
+                left, _, right = np.linalg.svd(grad.reshape(-1, columns), full_matrices=False)
+                found = -left.T @ by["muon"].reshape(-1, columns) @ right.T
+                size = 0.5 * 0.2 * max(grad.size // columns, columns) ** 0.5
+                np.testing.assert_allclose(np.diag(found), size, rtol=0.4, err_msg=words)
+                np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-5 * size)
+                kinds.add(words.rpartition("/")[0].rpartition("/")[2])
+            else:
+                np.testing.assert_array_equal(by["muon"], by["adam"], words)
+                kinds.add(words)
+    layers = {"query", "key", "value", "out", "in", "gate", "beta", "decay"}
+    others = {"embedding/embedding", "head/kernel", "blocks_0/conv/kernel", "bias/relative_bias"}
+    assert layers | others <= kinds
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "lion"}, "optimizer must be 'adam', 'adamw' or 'sgd': got 'lion'"),
+        ({"name": "lion"}, "optimizer must be 'adam', 'adamw', 'muon' or 'sgd': got 'lion'"),
         ({"name": "adam", "weight_decay": 0.1}, "adam has no weight_decay"),
         ({"name": "adamw", "momentum": 0.1}, "momentum belongs to sgd"),
         ({"decay": "kernels"}, "decay must be 'matrices' or 'all': got 'kernels'"),

@@ -1,6 +1,7 @@
 """Learning rates, optimizers, and those that skip bad steps."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_map_with_path
+from optax import contrib
 
 from attention_jax.types import Array, PyTree
 
@@ -77,13 +79,13 @@ def make_optimizer(
     """Builds an optimizer from plain settings.
 
     Args:
-        name: `"adam"`, `"adamw"` or `"sgd"`.
+        name: `"adam"`, `"adamw"`, `"muon"` or `"sgd"`; for muon see `scale_by_muon`.
         learning_rate, schedule, warmup_steps, total_steps: See `make_schedule`. These and the
             numbers below may be traced, so that many trials are one program.
         budget: Keeps `total_steps` in the state, where `with_budget` puts it later, so that it is
             no part of the program. Until then a cosine does not begin.
-        weight_decay: Shrinks parameters by this fraction of the learning rate per step; adamw and
-            sgd only.
+        weight_decay: Shrinks parameters by this fraction of the learning rate per step; not for
+            adam.
         decay: Which parameters shrink: `"matrices"`, see `is_matrix`, or `"all"`.
         clip_norm: Longer gradients are shortened to this norm. 0 turns it off.
         momentum: sgd only.
@@ -92,8 +94,8 @@ def make_optimizer(
         ValueError: An unknown name, a number out of range, or a setting that the optimizer named
             would ignore.
     """
-    if name not in ("adam", "adamw", "sgd"):
-        raise ValueError(f"optimizer must be 'adam', 'adamw' or 'sgd': got {name!r}.")
+    if name not in ("adam", "adamw", "muon", "sgd"):
+        raise ValueError(f"optimizer must be 'adam', 'adamw', 'muon' or 'sgd': got {name!r}.")
     if decay not in ("matrices", "all"):
         raise ValueError(f"decay must be 'matrices' or 'all': got {decay!r}.")
     if not (
@@ -119,6 +121,8 @@ def make_optimizer(
         step_size = optax.scale_by_learning_rate(make_rate(total_steps=total_steps))
     if name == "sgd":
         direction = optax.trace(momentum) if has_momentum else optax.identity()
+    elif name == "muon":
+        direction = scale_by_muon()
     else:
         direction = optax.scale_by_adam()
     if _is_traced(clip_norm):
@@ -132,6 +136,46 @@ def make_optimizer(
         optax.add_decayed_weights(weight_decay, mask) if has_decay else optax.identity(),
         step_size,
     )
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+    """Muon for the kernels inside of blocks, Adam for all other parameters.
+
+    Muon replaces the momentum of a kernel by the nearest matrix with equal singular values, so that
+    a step changes all directions alike (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/). Its size is that of a step of Adam, so both share a
+    learning rate (https://arxiv.org/abs/2502.16982, equation 4). The kernels of all heads of a
+    projection are one matrix. Embeddings, the kernel of the logits, convolutions, biases and scales
+    take Adam, as both sources advise.
+    """
+
+    def shapes(params):
+        return tree_map_with_path(_matrix_axes, params)
+
+    def labels(params):
+        is_leaf = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)
+        name = lambda x: "adam" if x is None else "muon"
+        return jax.tree.map(name, shapes(params), is_leaf=is_leaf)
+
+    def as_adam(path, update):
+        columns = math.prod(update.shape[i] for i in _matrix_axes(path, update).output_axis)
+        return 0.2 * max(columns, update.size // columns) ** 0.5 * update
+
+    muon = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=shapes),
+        optax.stateless(lambda updates, params: tree_map_with_path(as_adam, updates)),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+
+
+def _matrix_axes(path, parameter):
+    """Over which axes a kernel inside of a block sums, and which it makes; None for others."""
+    *_, layer, name = "", *keystr(path, simple=True, separator="/").split("/")
+    if name != "kernel" or layer in ("head", "conv") or parameter.ndim < 2:
+        return None
+    axes = tuple(range(parameter.ndim))
+    summed = -1 if layer == "out" else 1
+    return contrib.MuonDimensionNumbers(axes[:summed], axes[summed:])
 
 
 class BudgetState(NamedTuple):
