@@ -120,7 +120,7 @@ def test_a_cache_for_fewer_tokens_than_its_length_holds_those():
     cache = variables["cache"]
     assert cache["cached_key"].shape[1] == 5
     cache["cache_index"] += 5
-    with pytest.raises(ValueError, match="holds 5 tokens and is too full"):
+    with pytest.raises(ValueError, match="has room for 5 tokens: its fullest row holds"):
         layer.apply(variables, x[:, :1], mask=masks.window(2), mutable=["cache"])
 
 

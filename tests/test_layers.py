@@ -80,6 +80,47 @@ def test_multi_head_attention_is_that_of_flax(use_bias, batch, cross):
     assert_close(got, want, 1e-6)
 
 
+def test_values_of_other_inputs_are_those_of_flax():
+    x, keys, values = normal(2, 5, 12), normal(2, 7, 10, seed=1), normal(2, 7, 9, seed=2)
+    theirs, ours = FlaxAttention(num_heads=4), MultiHeadAttention(num_heads=4)
+    variables = init(theirs, x, keys, values)
+    own = jax.jit(functools.partial(ours.init, inputs_v=values))(jax.random.key(0), x, keys)
+    assert shapes(own) == shapes(variables)
+    want = jax.jit(theirs.apply)(variables, x, keys, values)
+    assert_close(jax.jit(ours.apply)(variables, x, keys, inputs_v=values), want, 1e-6)
+    with pytest.raises(ValueError, match="inputs_v must have a row for each of the 7 keys"):
+        ours.apply(variables, x, keys, inputs_v=x)
+
+
+@pytest.mark.parametrize("make", [SingleHeadAttention, lambda: MultiHeadAttention(3, rotary=True)])
+def test_keys_alone_may_have_positions(make):
+    """With V = W x the heads mix W x_s; where all x_s agree, so do all outputs."""
+    x, where = jnp.broadcast_to(normal(12), (2, 5, 12)), normal(2, 5, 12)
+    layer = make()
+    variables = init(layer, x)
+    got = layer.apply(variables, x + where, inputs_v=x)
+    assert_close(got, jax.jit(layer.apply)(variables, x), 1e-5)
+    assert abs(layer.apply(variables, x + where) - got).max() > 0.1
+
+
+def test_values_of_other_inputs_decode():
+    x, values = normal(2, 5, 12), normal(2, 5, 12, seed=1)
+    layer = MultiHeadAttention(3, decode=True)
+    variables = jax.jit(functools.partial(layer.init, inputs_v=values))(jax.random.key(0), x)
+    params, cache = variables["params"], variables["cache"]
+    plain = MultiHeadAttention(3)
+    want = plain.apply({"params": params}, x, inputs_v=values, mask=masks.causal())
+    for part in (slice(0, 3), slice(3, 5)):
+        got, state = layer.apply(
+            {"params": params, "cache": cache},
+            x[:, part],
+            inputs_v=values[:, part],
+            mutable=["cache"],
+        )
+        cache = state["cache"]
+        assert_close(got, want[:, part], 1e-5)
+
+
 def test_qk_norm_and_out_features_are_those_of_flax():
     x = normal(2, 5, 12)
     theirs = FlaxAttention(num_heads=3, normalize_qk=True, out_features=7)
@@ -611,8 +652,10 @@ def test_dropout_needs_to_be_told_and_follows_its_rng(make):
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
     assert_close(run(jax.random.key(0), True), plain.apply(variables, x), 1e-6)
-    with pytest.raises(Exception, match="deterministic"):
+    with pytest.raises(ValueError, match=r"^deterministic must be True or False.*rate=0.5: got no"):
         layer.apply(variables, x, rngs={"dropout": jax.random.key(0)})
+    with pytest.raises(ValueError, match=r'^dropout_rate=0.5 needs a key: give apply rngs={"drop'):
+        layer.apply(variables, x, deterministic=False)
 
 
 @pytest.mark.parametrize("make", [MultiHeadAttention, SingleHeadAttention])

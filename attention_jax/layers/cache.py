@@ -69,7 +69,7 @@ class Cache:
             overflow |= wrong
         if not isinstance(overflow, jax.core.Tracer) and overflow.any():
             raise ValueError(
-                f"the cache holds {self.capacity} tokens and is too full: rows hold up to "
+                f"the cache has room for {self.capacity} tokens: its fullest row holds "
                 f"{int(index.max())}, and {self.num_new} more came."
             )
         rules = self._in_row(mask, bias)

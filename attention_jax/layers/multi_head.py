@@ -81,6 +81,7 @@ class SingleHeadAttention(Named, nn.Module):
         deterministic: bool | None = None,
         sow_weights: bool = False,
         positions: Array | None = None,
+        inputs_v: Array | None = None,
     ) -> Array:
         """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
 
@@ -93,6 +94,8 @@ class SingleHeadAttention(Named, nn.Module):
             sow_weights: Stores the weights `[..., 1, T, S]`, before dropout, as
                 `attention_weights` in the collection `intermediates`.
             positions: Must be None: the layer has no rotary positions, so it would not use them.
+            inputs_v: `[..., S, D'']`, what the values are made of. Defaults to what the keys are
+                made of.
 
         Returns:
             `[..., T, out_features]`.
@@ -102,7 +105,7 @@ class SingleHeadAttention(Named, nn.Module):
             NotImplementedError: `positions` are given.
         """
         check_fields(self)
-        _check_both(inputs_q, inputs_kv)
+        _check_inputs(inputs_q, inputs_kv, inputs_v)
         if positions is not None:
             raise NotImplementedError(
                 "positions are for MultiHeadAttention(rotary=True): SingleHeadAttention does not "
@@ -112,6 +115,7 @@ class SingleHeadAttention(Named, nn.Module):
             if getattr(self, name) is not None:
                 as_size(name, getattr(self, name))
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        inputs_v = inputs_kv if inputs_v is None else inputs_v
         head_dim = inputs_q.shape[-1] if self.head_dim is None else self.head_dim
 
         def project(name, features, x, kernel_init=self.kernel_init):
@@ -128,7 +132,7 @@ class SingleHeadAttention(Named, nn.Module):
 
         query = project("query", head_dim, inputs_q)  # [..., T, H]
         key = project("key", head_dim, inputs_kv)  # [..., S, H]
-        value = project("value", head_dim, inputs_kv)  # [..., S, H]
+        value = project("value", head_dim, inputs_v)  # [..., S, H]
         # The functions take any number of heads; this layer has one.
         query, key, value = (x[..., None, :] for x in (query, key, value))
         mixed = self._mix(query, key, value, mask, bias, deterministic, sow_weights)
@@ -242,6 +246,7 @@ class MultiHeadAttention(Named, nn.Module):
         lengths: Array | None = None,
         positions: Array | None = None,
         output_positions: Array | None = None,
+        inputs_v: Array | None = None,
     ) -> Array:
         """Lets every position of `inputs_q` read from the positions of `inputs_kv`.
 
@@ -268,6 +273,8 @@ class MultiHeadAttention(Named, nn.Module):
             output_positions: `[..., P]` integers: which of the T tokens to compute outputs for,
                 -1 for the last; self-attention only. None takes all. The others are keys alone,
                 which saves time.
+            inputs_v: `[..., S, D'']`, what the values are made of. Defaults to what the keys are
+                made of.
 
         Returns:
             `[..., T, out_features]`, with `output_positions` `[..., P, out_features]`. Under `jit`
@@ -283,7 +290,7 @@ class MultiHeadAttention(Named, nn.Module):
                 on the places of queries.
         """
         check_fields(self)
-        _check_both(inputs_q, inputs_kv)
+        _check_inputs(inputs_q, inputs_kv, inputs_v)
         if inputs_kv is not None and self.rotary:
             raise NotImplementedError(
                 f"rotary=True is for self-attention: inputs_kv must be None, got shape "
@@ -317,7 +324,8 @@ class MultiHeadAttention(Named, nn.Module):
 
         def keys_and_values(x):
             key = project("key", num_kv_heads, head_dim, x)  # [..., S, K, H]
-            value = project("value", num_kv_heads, value_dim, x)  # [..., S, K, V]
+            of_values = x if inputs_v is None else inputs_v
+            value = project("value", num_kv_heads, value_dim, of_values)  # [..., S, K, V]
             if self.qk_norm is not False:
                 key = self._by_part(self._norm("key_ln"), key)
             return key, value
@@ -330,6 +338,8 @@ class MultiHeadAttention(Named, nn.Module):
         if memory is None:
             key, value = keys_and_values(inputs_q if inputs_kv is None else inputs_kv)
         else:
+            if inputs_kv is None and inputs_v is not None:
+                raise ValueError("inputs_v must be None: the cache holds the values.")
             key, value = memory.read(inputs_kv, keys_and_values)
             memory.check(mask, bias, lengths, inputs_q)
 
@@ -516,10 +526,18 @@ def _check_learnt(layer: nn.Module) -> None:
             raise ValueError(f"learnt must not name what the layer gives itself, got {name!r}.")
 
 
-def _check_both(inputs_q: Array, inputs_kv: Array | None) -> None:
+def _check_inputs(inputs_q: Array, inputs_kv: Array | None, inputs_v: Array | None) -> None:
     check_inputs("inputs_q", inputs_q)
+    batch = inputs_q.shape[:-2]
     if inputs_kv is not None:
-        check_inputs("inputs_kv", inputs_kv, inputs_q.shape[:-2])
+        check_inputs("inputs_kv", inputs_kv, batch)
+    if inputs_v is not None:
+        check_inputs("inputs_v", inputs_v, batch)
+        S = (inputs_q if inputs_kv is None else inputs_kv).shape[-2]
+        if inputs_v.shape[-2] != S:
+            raise ValueError(
+                f"inputs_v must have a row for each of the {S} keys, got shape {inputs_v.shape}."
+            )
 
 
 def head_sizes(layer: nn.Module, features: int) -> tuple[int, int]:
@@ -569,6 +587,11 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
     asked = {"dropout_rate": layer.dropout_rate} if drops else {}
     check_takes(layer.attention_fn, asked | options)
     if drops:
+        if own is None and deterministic is None:
+            raise ValueError(
+                f"deterministic must be True or False, in the call or the layer, with "
+                f"dropout_rate={told(layer.dropout_rate)}: got none."
+            )
         if nn.merge_param("deterministic", own, deterministic):
             options["deterministic"] = True
         else:
@@ -577,6 +600,11 @@ def _attend(layer, query, key, value, mask, bias, deterministic, sow_weights, **
                 raise NotImplementedError(
                     f"decode=True has no dropout, got dropout_rate={layer.dropout_rate}: "
                     "give deterministic=True."
+                )
+            if not layer.has_rng("dropout"):
+                raise ValueError(
+                    f"dropout_rate={told(layer.dropout_rate)} needs a key: give apply "
+                    'rngs={"dropout": key}, or deterministic=True.'
                 )
             options["dropout_rate"] = layer.dropout_rate
             options["dropout_rng"] = layer.make_rng("dropout")
