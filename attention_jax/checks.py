@@ -84,6 +84,9 @@ _ELSEWHERE = {
     "rope_base": "rotary_base=...",
     "rngs": "flax.nnx.bridge.ToNNX(layer, rngs=...): this is a layer of linen",
     "kv_heads": "num_kv_heads=...",
+    "mask": "mask=... in the call, layer.apply(variables, x, mask=...)",
+    "bias": "bias=... in the call, layer.apply(variables, x, bias=...)",
+    "inputs_k": "inputs_kv=..., and inputs_v=... if values come from other inputs",
 }
 
 

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from cases import DOT_PRODUCT, assert_close, random_qkv
 
-from attention_jax import biases, dot_product_attention
+from attention_jax import biases, dot_product_attention, masks
 from attention_jax.functional.tiles import Tile
 
 
@@ -133,6 +133,26 @@ def test_biases_learn():
 def test_a_bad_bias_is_refused(make, error, word):
     with pytest.raises(error, match=word):
         make()
+
+
+def test_a_bias_becomes_an_array():
+    slopes = np.array([0.5, 2.0], np.float32)
+    array = np.arange(5, dtype=np.float32)
+    bias = biases.alibi(slopes) + array
+    want = oracles.alibi(slopes, 3, 5) + array
+    assert_close(bias.materialize(3, 5), want, 1e-6)
+    got = jax.jit(lambda x: biases.as_bias(x).materialize(3, 5))(array)
+    np.testing.assert_array_equal(got, np.tile(array, (3, 1)))
+    with pytest.raises(ValueError, match="S"):
+        bias.materialize(3, 4)
+
+
+def test_a_mask_is_no_bias_and_a_bias_no_mask():
+    x = jnp.ones((2, 1, 4))
+    with pytest.raises(TypeError, match=r"^bias must be .*, got a mask: write mask=causal\(\)"):
+        dot_product_attention(x, x, x, masks.causal())
+    with pytest.raises(TypeError, match=r"^mask must be .*, got a bias: write bias=alibi"):
+        dot_product_attention(x, x, x, mask=biases.alibi(1))
 
 
 def test_a_bias_says_what_it_is():

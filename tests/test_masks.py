@@ -365,6 +365,12 @@ def test_a_repr_names_what_is_not_the_default():
     assert repr(masks.placed(masks.window(1), np.arange(5))) == "placed(window(1, right=0), [5])"
 
 
+def test_a_mask_of_rows_says_how_to_write_it():
+    x = jnp.ones((2, 7, 1, 4))
+    with pytest.raises(ValueError, match=r"\[B, S\] of padding write mask\[:, None, None, :\]"):
+        dot_product_attention(x, x, x, mask=np.ones((2, 7), bool))
+
+
 def test_a_mask_of_no_size_at_all_is_refused():
     for sizes, error, words in [((-1, 3), ValueError, "T.*-1"), ((3, 2.5), TypeError, "S.*2.5")]:
         with pytest.raises(error, match=words):

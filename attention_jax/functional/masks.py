@@ -350,6 +350,15 @@ class Dense(Mask):
     def size(self):
         return self.array.shape[-2:]
 
+    def check(self, T, S):
+        try:
+            super().check(T, S)
+        except ValueError as error:
+            if self.array.ndim == 2 and self.array.shape[1] == S:
+                hint = "for rows [B, S] of padding write mask[:, None, None, :]."
+                raise ValueError(f"{error} If it is {hint}") from error
+            raise
+
     def check_shifted(self, T, S):
         self.check(T, S)
 
@@ -760,6 +769,10 @@ def as_mask(mask: "Mask | Array") -> Mask:
     """A mask as it is, and a boolean array as `dense(array)`."""
     if isinstance(mask, Mask):
         return mask
+    if isinstance(mask, Rule):
+        raise TypeError(
+            f"mask must be a boolean array or a masks.* value, got a bias: write bias={mask!r}."
+        )
     if not is_array(mask):
         raise TypeError(
             f"mask must be a boolean array or a masks.* value, got {type(mask).__name__}."
