@@ -130,7 +130,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+_PARTS = (
+    *("analysis", "functional", "generation", "interop", "laboratory", "layers", "models"),
+    *("tasks", "training", "types"),
+)
+
+
 def __getattr__(name: str):
+    if name in _PARTS:
+        return importlib.import_module(f"attention_jax.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'attention_jax' has no attribute {name!r}")
     module = importlib.import_module(_HOMES[name])
@@ -138,4 +146,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return __all__
+    return [*__all__, *_PARTS]

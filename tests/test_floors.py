@@ -221,6 +221,14 @@ def test_the_public_face_is_as_written(name):
     assert signature(thing)[: len(want)] == want
 
 
+def test_a_part_is_there_without_an_import_of_its_own():
+    names = "interop.flax.attention_fn", "generation.stream", "training.experiment.run"
+    program = "import attention_jax\n" + "".join(f"attention_jax.{name}\n" for name in names)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'experiments'"):
+        _ = attention_jax.training.experiments
+
+
 def test_every_public_name_exists():
     for name in attention_jax.__all__:
         assert getattr(attention_jax, name).__doc__
