@@ -357,6 +357,7 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         (["--config.model.softcap=-1"], ["softcap", "at least 0", "got -1.0"]),
         (["--config.model.stride=0"], ["stride", "at least 1", "got 0"]),
         (["--config.optimizer.name=lion"], ["config.optimizer.name", "adamw", "'lion'"]),
+        (["--config.task.path=my.txt"], ["it is a field of --task=text."]),
         (["--target=0.99"], ["--target", "accuracy=0.99", "'0.99'"]),
         (["--target=loss=low"], ["--target", "'loss=low'"]),
         (["--target=accuracy=99"], ["--target", "(0, 1]", "'accuracy=99'"]),

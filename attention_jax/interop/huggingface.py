@@ -229,6 +229,12 @@ def _told_of(path: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        name = path.parent
+        raise FileNotFoundError(
+            f"{name} is no directory, and nothing is downloaded: `hf download {name} --local-dir "
+            f"{name.name}` makes one from a name on the hub."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:

@@ -46,6 +46,7 @@ def dot_product_attention(
     - NaN and Inf in hidden keys have no influence.
     - float64 stays float64. jax.nn takes its softmax in float32.
     - It takes values of a head size of their own, and types that differ. jax.nn refuses them.
+    - For long rows `jax.jvp` needs `implementation="xla"`: the tiles have no forward mode.
 
     Args:
         query: `[B, T, N, H]` or `[T, N, H]`.

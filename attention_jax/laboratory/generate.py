@@ -48,14 +48,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     parser.add_argument("--samples", type=int, default=1, help="how many texts; default: 1")
     parser.add_argument("--context", type=int, help="tokens that the model sees at most")
-    parser.add_argument("--end", help="stop before this text of one token; \\n: the line's end")
+    parser.add_argument(
+        "--end", help="stop before this text of one token; \\n: a line's end; of lines: the default"
+    )
     try:
         options = vars(parser.parse_args(argv[1:]))
         # A file gets the text as it is.
         shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
         for number, sample in enumerate(write(**options)):
             first = next(sample)  # Before the heading: it may raise an error.
-            if options["samples"] > 1:
+            if options["samples"] > 1 and not _writes_lines(options["run"]):
                 print(f"{'' if number == 0 else chr(10)}--- {number + 1}", flush=True)
             for part in itertools.chain([first], sample):
                 print(shown(part), end="", flush=True)
@@ -169,6 +171,12 @@ def write(
         yield told.rest()
 
     return map(sample, range(samples))
+
+
+def _writes_lines(run: str) -> bool:
+    """Whether each sample is a line, which needs no heading."""
+    config = (read_json(local_path(run, "RUN") / "config.json") or {}).get("config") or {}
+    return bool(config.get("task", {}).get("lines"))
 
 
 class Told:

@@ -11,7 +11,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from attention_jax.laboratory.runs import SEED, Line, Run, lines, main_metric, mean, slices, spread
+from attention_jax.laboratory.runs import (
+    SEED,
+    Line,
+    Run,
+    folders,
+    lines,
+    main_metric,
+    mean,
+    slices,
+    spread,
+)
 from attention_jax.training.config import slice_settings
 
 MAX_TICKS = 8  # Of an axis that has one for each value.
@@ -33,7 +43,8 @@ def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> 
     """
     figure, axes = _figure()
     bands = False
-    for number, line in enumerate(lines(runs, metric)):
+    found = lines(runs, metric)
+    for number, (line, label) in enumerate(zip(found, _labels(found), strict=True)):
         seeds = [
             {row["step"]: row[metric] for row in run.rows if metric in row} for run in line.runs
         ]
@@ -44,7 +55,7 @@ def draw_curves(runs: Sequence[Run], path: str | Path, metric: str = "loss") -> 
         style = _style(number)
         if len(points) > 1:
             style["marker"] = None
-        label = _named(line.label, [line], points)
+        label = _named(label, [line], points)
         axes.plot(*_columns([(x, mean(v)) for x, v in points]), label=label, **style)
         if any(len(values) > 1 for _, values in points):
             bands = True
@@ -120,14 +131,14 @@ def draw_slices(runs: Sequence[Run], path: str | Path, metric: str | None = None
     trained, lengths = _lengths(runs, names)
     figure, axes = _figure()
     found = lines(runs, metric)
-    for number, line in enumerate(found):
+    for number, (line, label) in enumerate(zip(found, _labels(found), strict=True)):
         finals = {None: line.values, **{name: line.finals(f"{metric}@{name}") for name in names}}
         if lengths:
             points = sorted((lengths[name], v) for name, v in finals.items() if v)
         else:
             shift = 0.5 * ((number + 0.5) / len(found) - 0.5)
             points = [(i + shift, v) for i, v in enumerate(finals.values()) if v]
-        label = _named(line.label, [line], points)
+        label = _named(label, [line], points)
         _means_and_dots(axes, points, _style(number), label, joined=bool(lengths))
     if lengths:
         _scale_x(axes, sorted(set(lengths.values())))
@@ -177,6 +188,12 @@ def _figure():
 def _style(number):
     of = lambda styles: styles[number % len(styles)]
     return dict(color=of(_COLOURS), ls=of(_DASHES), marker=of(_MARKERS), ms=4, lw=1.4)
+
+
+def _labels(found):
+    """What tells lines apart: the fields that differ, or the directories if many do."""
+    many = found and len(found[0].fields) > 4
+    return folders(found) if many else [line.label for line in found]
 
 
 def _named(label, found, points):

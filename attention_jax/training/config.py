@@ -229,8 +229,8 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
     if optimizer.weight_decay and optimizer.name == "adam":
         yield (
             "optimizer.weight_decay",
-            f"config.optimizer.weight_decay is for adamw and sgd: got {optimizer.weight_decay} "
-            f"with adam.",
+            f"config.optimizer.weight_decay is for adamw, muon and sgd: "
+            f"got {optimizer.weight_decay} with adam.",
         )
     total_steps = train.epochs * train.steps_per_epoch
     if total_steps > MOST_32_BITS:

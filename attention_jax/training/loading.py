@@ -96,6 +96,8 @@ class Run(NamedTuple):
             ValueError: A token is not in the vocabulary, or the shape is not one of the task's.
             TypeError: The tokens are not integers.
         """
+        if isinstance(inputs, str):
+            raise TypeError(f"inputs must be tokens: write run.encode({shown(inputs)}).")
         if self.task.vocab_size is None:
             inputs = jnp.asarray(as_array("inputs", inputs), jnp.float32)
         else:
@@ -135,7 +137,10 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
             trial.
     """
     step = None if step is None else as_size("step", step, 0)
-    place, trial = locate(local_path(run, "run"))
+    directory = local_path(run, "run")
+    if directory.is_file():
+        raise ValueError(f"run must be the directory of a run: {directory} is a file.")
+    place, trial = locate(directory)
     where = place if trial is None else trial_directory(place, trial)
     config = _config(read_config(where), where)
     task = make_task(config, kept_text(where))

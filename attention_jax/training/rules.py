@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from attention_jax.training import own, words
+from attention_jax.training.defaults import TASKS
 
 # The flags, by the field that each sets.
 FLAGS = {
@@ -54,7 +55,11 @@ def shown(value: Any) -> str:
 
 
 def unknown(path: str, known: Iterable[str]) -> str:
-    """The sentence for an unknown field, with similar names."""
+    """The sentence for an unknown field, with the tasks that have it, or with similar names."""
+    section, _, field = path.partition(".")
+    tasks = [name for name, changes in TASKS.items() if field in changes.get(section, ())]
+    if section == "task" and tasks:
+        return f"config.{path} is unknown: it is a field of --task={' or --task='.join(tasks[:3])}."
     close = [f"config.{name}" for name in difflib.get_close_matches(path, known, n=3)]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"config.{path} is unknown.{hint}"
@@ -114,7 +119,7 @@ _RULES = {
     "model.remat": _one_of(*words.REMATS),
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
     "model.matmul_precision": _one_of(*words.MATMUL_PRECISIONS),
-    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "optimizer.name": _one_of("adam", "adamw", "muon", "sgd"),
     "optimizer.learning_rate": _Rule(lambda value: value > 0, "must be above 0"),
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.warmup_steps": _at_least(0),
