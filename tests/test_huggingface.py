@@ -14,7 +14,7 @@ from huggingface.make import MODELS, answers, random_model
 
 from attention_jax import generate
 from attention_jax.interop import huggingface
-from attention_jax.interop.families import make_model, spec
+from attention_jax.interop.families import make_model, model_spec
 from attention_jax.models import decoding
 
 HERE = Path(__file__).parent / "huggingface"
@@ -57,7 +57,7 @@ def test_what_is_saved_are_the_tensors_that_were_loaded(name, tmp_path):
         np.testing.assert_array_equal(saved[tensor], array, err_msg=tensor)
     # The config describes the same model.
     models = [huggingface.load(place)[0] for place in (tmp_path, HERE / name)]
-    assert spec(models[0]) == spec(models[1])
+    assert model_spec(models[0]) == model_spec(models[1])
 
 
 @pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
@@ -341,7 +341,9 @@ def test_the_first_releases_of_gemma_name_another_activation(tmp_path):
     path = tmp_path / "gemma" / "config.json"
     config = json.loads(path.read_text()) | {"hidden_act": "gelu"}
     path.write_text(json.dumps(config))
-    assert spec(huggingface.load(path.parent)[0]) == spec(huggingface.load(HERE / "gemma")[0])
+    assert model_spec(huggingface.load(path.parent)[0]) == model_spec(
+        huggingface.load(HERE / "gemma")[0]
+    )
 
 
 def test_a_qwen3_of_no_head_size_has_that_of_transformers():
@@ -382,6 +384,17 @@ def test_a_model_of_no_family_is_not_saved(tmp_path):
     assert not (tmp_path / "odd").exists()
     huggingface.save(tmp_path / "odd", model, params, eos_token_id=7)
     assert json.loads((tmp_path / "odd" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_sizes_that_follow_from_others_may_be_left_out(tmp_path):
+    config = json.loads((HERE / "llama" / "config.json").read_text())
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    _, model = make_model(config, jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    sizes = {"num_kv_heads": None, "head_dim": None}
+    blocks = [x.clone(attention=x.attention.clone(**sizes)) for x in model.blocks]
+    huggingface.save(tmp_path / "saved", model.clone(blocks=blocks), params)
+    assert model_spec(huggingface.load(tmp_path / "saved")[0]) == model_spec(model)
 
 
 def test_a_model_whose_heads_do_not_divide_its_width_is_saved_where_transformers_takes_it(tmp_path):
@@ -440,7 +453,7 @@ def test_a_qwen2_without_a_window_is_saved_as_one(tmp_path):
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["model_type"] == "qwen2"
     again, _ = huggingface.load(tmp_path / "saved")
-    assert spec(again) == spec(model)
+    assert model_spec(again) == model_spec(model)
 
 
 @pytest.mark.skipif(not HAS_PEER, reason="needs torch and transformers")
@@ -484,7 +497,7 @@ def test_a_saved_model_has_the_fields_that_are_given_and_no_end_of_its_own(place
     huggingface.save(saved, model, params, max_position_embeddings=64, eos_token_id=[2, 3])
     fields = json.loads((saved / "config.json").read_text())
     assert (fields["max_position_embeddings"], fields["eos_token_id"]) == (64, [2, 3])
-    assert spec(huggingface.load(saved)[0]) == spec(model)
+    assert model_spec(huggingface.load(saved)[0]) == model_spec(model)
 
 
 @pytest.mark.parametrize(

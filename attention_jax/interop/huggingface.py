@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attention_jax.checks import check_dtype, told
-from attention_jax.interop.families import Family, Tensor, describe, make_model, spec
+from attention_jax.interop.families import Family, Tensor, describe, make_model, model_spec
 from attention_jax.models import SequenceModel
 from attention_jax.types import PyTree
 
@@ -182,7 +182,7 @@ def _check_field(name: str, value: Any, fields: dict[str, Any], model: SequenceM
         _, changed = make_model(fields | {name: value}, model.embedding.param_dtype)
     except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{name}={told(value)}: {error}") from error
-    if spec(changed) != spec(model):
+    if model_spec(changed) != model_spec(model):
         raise ValueError(f"{name}={value!r} would change the model.")
 
 

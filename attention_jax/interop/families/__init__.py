@@ -6,12 +6,12 @@ A family is a pair of functions, config -> model and model -> config, and the na
 from typing import Any
 
 from attention_jax.checks import told
-from attention_jax.interop.families.family import REQUIRED, Config, Family, Tensor, spec
+from attention_jax.interop.families.family import REQUIRED, Config, Family, Tensor, model_spec
 from attention_jax.interop.families.gpt import GPTS
 from attention_jax.interop.families.llama import LLAMAS
 from attention_jax.models import SequenceModel
 
-__all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "spec"]
+__all__ = ["FAMILIES", "Family", "Tensor", "describe", "make_model", "model_spec"]
 
 # Fields of the rotary positions that a file may have and `Family.defaults` may lack.
 ROTARY = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -86,7 +86,7 @@ def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
             continue  # A part of the model is not one of this family.
         if kind in WHOLE_HEADS and config["hidden_size"] % config["num_attention_heads"]:
             continue
-        if spec(made) == spec(model):
+        if model_spec(made) == model_spec(model):
             return kind, family, config
     raise NotImplementedError(
         f"model is of no family that transformers has and this function knows: {tuple(FAMILIES)}."

@@ -144,6 +144,19 @@ def word_of(activation: Callable[[Array], Array]) -> str:
     raise NotImplementedError(f"activation={activation} has no name in transformers.")
 
 
+def model_spec(model: SequenceModel) -> Any:
+    """`spec` of a model, in which sizes that follow from others are the same as given ones."""
+
+    def sized(block):
+        attention = block.attention
+        if not isinstance(attention, MultiHeadAttention):
+            return block
+        _, kv_heads, head_dim = head_sizes(attention, model.embedding.features)
+        return block.clone(attention=attention.clone(num_kv_heads=kv_heads, head_dim=head_dim))
+
+    return spec(model.clone(blocks=tuple(map(sized, model.blocks))))
+
+
 def spec(value: Any) -> Any:
     """A part of a model as nested tuples, equal for equal parts: partials do not compare."""
     if isinstance(value, functools.partial):
