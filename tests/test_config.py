@@ -596,6 +596,21 @@ def test_flags_are_the_defaults_of_the_interview(answers):
     assert "epochs [3]: " in asked
 
 
+def test_what_another_flag_decides_is_not_asked(answers):
+    asked = answers(*[""] * 7)
+    parse(["train.py", "--interactive", "--minutes=1"])
+    assert not [question for question in asked if question.startswith("epochs")]
+    asked = answers(*[""] * 7)
+    parse(["train.py", "--interactive", "--sweep=learning_rate=0.1,0.2"])
+    assert len(asked) == 7
+    assert not [question for question in asked if question.startswith("learning_rate")]
+
+
+def test_none_is_no_directory(answers):
+    answers(*[""] * 7, "none")
+    assert parse(["train.py", "--interactive", "--workdir=a"]).workdir is None
+
+
 def test_the_end_of_the_input_ends_the_interview(answers):
     answers("multihead", "32")
     with pytest.raises(EOFError):

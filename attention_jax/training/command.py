@@ -4,6 +4,7 @@ import difflib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def parse(argv: Sequence[str]) -> Command:
         if path in overridden or path in {_FIELDS[name] for name in given}:
             raise ConfigError(f"--sweep={path}=... contradicts another flag for {label(path)}.")
     if values.interactive:
-        workdir = _interview(config, workdir)
+        fixed = {*sweep, *(["train.epochs"] if config.train.minutes else [])}
+        workdir = _interview(config, workdir, fixed)
         _check_apart(config.init_from, workdir)
     if sweep:
         trials(config, sweep)
@@ -396,20 +398,29 @@ def _help(program, config):
     return "\n".join(lines + [f"  {path} = {value}" for path, value in defaults.items()])
 
 
-def _interview(config, workdir):
+def _interview(config, workdir, fixed):
     """Asks for each parameter, again after a wrong answer; returns the run directory.
 
     A default that an earlier answer has made invalid is not offered.
+
+    Args:
+        config: Is changed by the answers.
+        workdir: The run directory that is offered.
+        fixed: The fields that other flags decide, which it does not ask for.
     """
+    if sys.stdin is None:
+        raise EOFError
+    if hasattr(sys.stdin, "reconfigure"):  # So that no byte of an answer stops the interview.
+        sys.stdin.reconfigure(errors="backslashreplace")
     print("Enter keeps what stands in brackets; Ctrl-D leaves.")
     for name in _QUESTIONS:
         path = _FIELDS.get(name)
-        if name == "num_heads" and config.model.name == "selfhead":
+        if path in fixed or (name == "num_heads" and config.model.name == "selfhead"):
             continue
         if path is None:
             while answer := input(f"{name} [{workdir or 'none'}]: ").strip():
                 try:
-                    workdir = _path(answer, name)
+                    workdir = None if answer == "none" else _path(answer, name)
                     break
                 except ConfigError as error:
                     print(f"  {error}")
