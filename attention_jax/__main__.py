@@ -37,7 +37,10 @@ def train(argv: list[str]) -> int:
         if command.sweep:
             from attention_jax.laboratory import sweep
 
-            sweep.run(command.config, command.sweep, command.workdir)
+            found = sweep.run(command.config, command.sweep, command.workdir).metrics
+            if found["best"] is None:
+                trials = len(found["trials"])
+                raise process.RunError(f"the sweep has no best trial: all {trials} have diverged.")
         else:
             experiment.run(command.config, command.workdir)
         hosts.done()

@@ -224,6 +224,13 @@ def test_a_summary_is_of_the_queries_that_count(plain):
     assert not np.allclose(summary["entropy"], every["entropy"])
 
 
+def test_a_summary_promotes_no_types(plain):
+    want = summarize(head_statistics(*plain, TOKENS))
+    with jax.numpy_dtype_promotion("strict"):
+        found = summarize(head_statistics(*plain, TOKENS))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
 def test_a_head_is_uniform_among_its_keys_whatever_the_sink_takes():
     query, key = jnp.ones((1, 1, 1)), jnp.array([0.0, 2.0])[:, None, None]
     weights = np.exp([0.0, 2.0]) / np.exp([0.0, 2.0]).sum()

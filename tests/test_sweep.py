@@ -273,12 +273,13 @@ def test_a_sweep_whose_trials_are_all_done_ends(tmp_path):
     assert again.metrics["trials"] == result.metrics["trials"]
 
 
-def test_a_sweep_whose_trials_all_diverge_ends_and_is_read_back(tmp_path):
+def test_a_sweep_whose_trials_all_diverge_ends_and_is_read_back(tmp_path, capsys):
     config = tiny(optimizer__name="sgd")
     axes = {"optimizer.learning_rate": [1e20, 1e21]}
     result = sweep.run(config, axes, tmp_path)
     assert all("diverged_step" in trial for trial in result.metrics["trials"])
     assert result.metrics["best"] is None
+    assert "all 2 trials have diverged\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="without a best trial: name a trial, as "):
         restore_params(tmp_path, like={})
     assert sweep.run(config, axes, tmp_path).metrics == result.metrics
@@ -587,7 +588,7 @@ def test_each_task_has_a_table_and_pictures(tmp_path, monkeypatch):
         "b": run_of(3.0, task__name="my.py:task", model__features=8),
         "c": run_of(2.0, task__name="copy", optimizer__learning_rate=0.3),
     }
-    monkeypatch.setattr(report, "load", lambda name: [runs[name]])
+    monkeypatch.setattr(report, "load", lambda name: [runs[name]._replace(name=name)])
     first, second = report.show("abc").split("\n\n")
     assert first.splitlines()[0] == "copy, 9 steps, 1 seed"
     assert [len(x.splitlines()) for x in (first, second)] == [4, 3]
@@ -603,6 +604,7 @@ def test_each_task_has_a_table_and_pictures(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["nowhere", "--out={out}"], "nowhere holds no run"),
+        (["{run}", "{run}/trials/000"], "each run must be named once: "),
         (["{run}", "--out={out}", "--x=name"], "Did you mean model.name or "),
         (["--out={out}"], "RUN"),
         (["{run}", "--out={out}", "--x=model.width"], "'model.width'"),

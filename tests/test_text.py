@@ -652,6 +652,8 @@ def test_a_run_writes_on_and_the_same_seed_writes_the_same(trained, tmp_path):
     assert len(text) == len("the ") + 30 + 1
     assert text == written(trained[0], "--prompt=the ", "--tokens=30", "--seed=3", "--top_k=5")
     assert text != written(trained[0], "--prompt=the ", "--tokens=30", "--seed=4", "--top_k=5")
+    with jax.default_prng_impl("rbg"):
+        assert text == written(trained[0], "--prompt=the ", "--tokens=30", "--seed=3", "--top_k=5")
     rng = jax.random.fold_in(jax.random.key(3), 0)
     found = attention_jax.generate(
         *(run.model, run.params, run.encode("the "), 30),
@@ -955,6 +957,8 @@ def test_writing_ends_before_a_token(trained, tmp_path):
     assert written(trained[0], *flags, f"--end={stop}") == text[:end] + "\n"
     with pytest.raises(ConfigError, match="--end must be one token: 'the' is 3"):
         written(trained[0], "--end=the")
+    with pytest.raises(ConfigError, match="--end must be one token: got ''"):
+        written(trained[0], "--end=")
     marked = tmp_path / "marked.txt"
     marked.write_bytes(b"\xef\xbb\xbfthe ")  # As some editors write.
     assert written(trained[0], f"--prompt=FILE:{marked}", *flags[1:]) == text + "\n"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -149,6 +150,15 @@ def test_the_interview_trains_and_ctrl_d_leaves(main, monkeypatch, capsys, tmp_p
     monkeypatch.setattr("builtins.input", end)
     assert main("--interactive") == 0
     assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_a_sweep_without_a_best_trial_fails(main, monkeypatch, capsys):
+    from attention_jax.laboratory import sweep
+
+    found = sweep.Result({"best": None, "trials": [{}, {}]}, [], [])
+    monkeypatch.setattr(sweep, "run", lambda *arguments: found)
+    assert main("--sweep=seed=1,2") == 1
+    assert "the sweep has no best trial: all 2 have diverged.\n" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_is_one_line_on_stderr(main, capsys, tmp_path):
@@ -302,6 +312,26 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(environment, tmp_path):
     assert process.wait(timeout=60) == 129
     (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert json.loads(rows.read_text().splitlines()[-1])["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("stdin", "words"),
+    [("<&-", "No more answers"), ("<answers", r"'multi\\xffhead'")],
+    ids=["closed", "no UTF-8"],
+)
+def test_an_interview_needs_no_sound_input(stdin, words, environment, tmp_path):
+    (tmp_path / "answers").write_bytes(b"multi\xffhead\n")
+    found = subprocess.run(
+        f"{shlex.quote(sys.executable)} {shlex.quote(str(TRAIN))} --interactive {stdin}",
+        shell=True,
+        cwd=tmp_path,
+        env=environment | {"PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert words in found.stdout
+    assert "No more answers: nothing was trained." in found.stdout
 
 
 def test_a_signal_before_the_first_step_is_one_line(environment, tmp_path):

@@ -95,7 +95,7 @@ def _summary(found: AttentionStatistics, queries: Array | None) -> dict[str, Arr
     # Of a query that leaves all to the sink, the shares of its keys are lost in rounding.
     chooses = (rows.visible > 1) & counts & (rows.sink < 0.999)
     mean = lambda x, where, axis=(0, 1): (
-        jnp.sum(jnp.where(where, x, 0), axis) / jnp.maximum(1, where.sum(axis))
+        jnp.sum(jnp.where(where, x, 0), axis) / jnp.maximum(1, where.sum(axis)).astype(x.dtype)
     )
     summary = {
         name: mean(getattr(rows, name), sees)

@@ -135,6 +135,8 @@ def write(
             file=sys.stderr,
         )
     ends = author.ends
+    if end == "":
+        raise ValueError("--end must be one token: got ''.")
     if end is not None:
         end = "\n" if end == "\\n" else end  # Which is hard to type.
         check_read("--end", author.unread(end))
@@ -145,7 +147,8 @@ def write(
         if not found and len(token) != 1:
             raise ValueError(f"--end must be one token: {end!r} is {len(token)}.")
         ends = ends | found | set(token if len(token) == 1 else ())
-    rng = jax.random.key(seed)
+    # Always threefry, so that the text does not depend on JAX's default.
+    rng = jax.random.key(seed, impl="threefry2x32")
 
     def sample(number: int) -> Iterator[str]:
         parts = stream(

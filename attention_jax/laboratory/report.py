@@ -255,6 +255,12 @@ class _Part(NamedTuple):
 
 def _found(runs, x, metric, published) -> list[_Part]:
     found = [run for directory in runs for run in load(directory)]
+    places = [Path(run.name).resolve() for run in found]
+    twice = next((place for i, place in enumerate(places) if place in places[:i]), None)
+    if twice is not None:
+        raise ValueError(
+            f"each run must be named once: {found[places.index(twice)].name} came twice."
+        )
     x = None if x is None else _field(x, found)
     names = {name for run in found for name in run.result if name.startswith("eval_")}
     names |= {f"{name.partition('@')[0]}@*" for name in names if "@" in name}

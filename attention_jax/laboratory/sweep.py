@@ -164,7 +164,7 @@ def _params(groups, stacked, log):
 def _best_line(metrics, directory):
     number, metric = metrics["best"], metrics["best_by"]
     if number is None:
-        return []
+        return [f"all {len(metrics['trials'])} trials have diverged"]
     place = "" if directory is None else f": {trial_directory(directory, number)}"
     value = metrics["trials"][number][metric]
     return [f"best by {metric}, {value:.4g}: trial {number}{place}"]
