@@ -93,8 +93,8 @@ class Block(nn.Module):
         the MLP runs for these alone, and the attention if the layer's call has this option.
 
         Raises:
-            NotImplementedError: The attention layer has no such option, or `conv` is used in
-                decoding.
+            NotImplementedError: The attention layer has no such option, or it decodes and `conv`
+                does not.
         """
         check_fields(self)
         _check_layers(self, "attention", "mlp", "conv")
@@ -115,9 +115,13 @@ class Block(nn.Module):
             return normed(total, f"{name}_sum_norm", self.sum_norm)
 
         if self.conv is not None:
-            if getattr(self.attention, "decode", False):
-                raise NotImplementedError("decode=True has no conv: nobody keeps its inputs.")
-            conv = branch(x, "conv", self.conv, mask=mask, positions=positions)
+            decodes = getattr(self.attention, "decode", False)
+            if decodes and not getattr(self.conv, "decode", False):
+                raise NotImplementedError("decode=True needs a conv with decode=True too.")
+            kept = self._room(x.shape[-2], lengths) if decodes else lengths
+            given = {} if kept is None else {"lengths": kept}
+            check_takes(self.conv, given)
+            conv = branch(x, "conv", self.conv, mask=mask, positions=positions, **given)
             x = add(x, "conv", conv)
         options = {"lengths": lengths, "bias": bias}
         if getattr(self.attention, "rotary", True):
@@ -143,6 +147,15 @@ class Block(nn.Module):
             x = add(x, "attention", attended)
             x = x if self.mlp is None else add(x, "mlp", branch(x, "mlp", self.mlp))
         return x if places is None else outside(x, places, T)
+
+    def _room(self, T: int, lengths: Array | None) -> Array | None:
+        """`lengths`, but 0 for rows that the cache of the attention refuses as too long."""
+        get = lambda name: self.attention.get_variable("cache", name)
+        key, index = get("cached_key"), get("cache_index")
+        if key is None or key.shape[-3] == getattr(self.attention, "cache_length", None):
+            return lengths
+        kept = T if lengths is None else lengths
+        return jnp.where(index + kept > key.shape[-3], 0, kept)
 
 
 def _are_fewer(places: Array | None, T: int) -> bool:
@@ -495,7 +508,12 @@ def decoding(model: SequenceModel, *, rolling: bool = False) -> SequenceModel:
         settings, back = {"decode": True}, reach_back(seen)
         if rolling and back is not None and hasattr(block.attention, "cache_length"):
             settings["cache_length"] = back + 1  # The token itself too.
-        return block.clone(attention=block.attention.clone(**settings))
+        block = block.clone(attention=block.attention.clone(**settings))
+        if block.conv is None:
+            return block
+        if not hasattr(block.conv, "decode"):
+            raise NotImplementedError(f"decode=True: {type(block.conv).__name__} has no cache.")
+        return block.clone(conv=block.conv.clone(decode=True))
 
     blocks = map(decoding_block, model.blocks, model._masks(None, None, None))
     return model.clone(blocks=tuple(blocks))
@@ -529,10 +547,13 @@ def as_static(part: Any) -> Any:
 
 def _check_own_caches(blocks: Sequence[Block]) -> None:
     """Raises NotImplementedError if two blocks share a layer, because it has only one cache."""
-    if len({id(block.attention) for block in blocks}) < len(blocks):
-        raise NotImplementedError(
-            "decode=True: blocks must not share an attention layer, which has one cache."
-        )
+    for name, word in (("attention", "an attention layer"), ("conv", "a convolution")):
+        layers = [getattr(block, name, None) for block in blocks]
+        layers = [id(layer) for layer in layers if layer is not None]
+        if len({*layers}) < len(layers):
+            raise NotImplementedError(
+                f"decode=True: blocks must not share {word}, which has one cache."
+            )
 
 
 def _is_of_distances(mask: Mask) -> bool:

@@ -13,6 +13,7 @@ from attention_jax.training.config import default_config
 def get_config():
     config = default_config("text")  # 4 layers, 4 heads, width 128, rotary positions.
     config.task.seq_length = 128
+    config.model.short_conv = 4
     config.train.batch_size = 12
     config.model.matmul_precision = "bfloat16"  # Parameters and sums stay in float32.
     config.train.minutes = 5.0

@@ -215,6 +215,8 @@ MODELS = {
     "alibi": {"positions": "alibi"},
     "relative, one key head": {"positions": "relative", "num_kv_heads": 1},
     "window": {"positions": "rotary", "window": 3},
+    "window, convolution": {"positions": "rotary", "window": 3, "short_conv": 3},
+    "convolution": {"positions": "learned", "max_length": LENGTH, "short_conv": 4},
     "window and alibi": {"positions": "alibi", "window": 2},
 }
 
@@ -225,7 +227,7 @@ def whole(model, params):
     return lambda row: np.asarray(apply(np.pad(row, (0, LENGTH - len(row)))))[: len(row)]
 
 
-OFTEN = {"rotary, grouped", "learned", "window and alibi"}
+OFTEN = {"rotary, grouped", "learned", "window and alibi", "convolution"}
 
 
 @pytest.mark.parametrize(

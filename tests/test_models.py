@@ -716,12 +716,6 @@ def test_dropout_is_drawn_for_every_number_with_a_key_of_any_kind(kind):
         ),
         ({"short_conv": -1, "causal": True}, VECTORS, ValueError, "short_conv.*-1"),
         ({"short_conv": 3}, VECTORS, NotImplementedError, "ShortConv.*causal"),
-        (
-            {"short_conv": 3, "causal": True, "decode": True},
-            VECTORS,
-            NotImplementedError,
-            "decode.*conv",
-        ),
         # What a mechanism cannot honour.
         ({"mechanism": "linear", "softcap": 2.0}, VECTORS, NotImplementedError, "linear.*softcap"),
         ({"mechanism": "linear", "window": 2}, VECTORS, NotImplementedError, r"linear.*window\(2"),
@@ -799,8 +793,42 @@ def test_padding_needs_no_row_of_the_table():
     np.testing.assert_allclose(out[:, :2], model.apply(params, tokens)[:, 2:], atol=1e-5)
 
 
-def test_a_refused_call_moves_no_position():
-    model = make_sequence_model(8, num_heads=2, vocab_size=5, causal=True, positions="sinusoidal")
+def test_a_convolution_decodes_in_any_portions_and_rows_of_other_lengths():
+    x = np.random.default_rng(0).normal(size=(2, 7, 4)).astype(np.float32)
+    layer = ShortConvolution(4)
+    params = {"params": layer.init(jax.random.key(0), x)["params"]}
+    want = layer.apply(params, x)
+    decoder = layer.clone(decode=True)
+    start = decoder.init(jax.random.key(0), x)["cache"]
+    assert jax.tree.map(np.shape, start) == {"inputs": (2, 3, 4)}
+    step = jax.jit(functools.partial(decoder.apply, mutable=["cache"]))
+    for portions in ([7], [1] * 7, [2, 5], [5, 0, 1, 1]):
+        cache, outs = start, []
+        for part in np.split(x, np.cumsum(portions)[:-1], axis=1):
+            out, state = step({**params, "cache": cache}, part)
+            cache = state["cache"]
+            outs.append(out)
+        assert_close(np.concatenate(outs, 1), want, 1e-6)
+    # Row 0 takes 1 token, then 3; row 1 takes 3, then 2. What pads them may be no number.
+    cache, taken = start, np.array([0, 0])
+    for lengths in np.array([[1, 3], [3, 2]]):
+        padded = np.full((2, 3, 4), np.nan, np.float32)
+        for row, (begin, length) in enumerate(zip(taken, lengths, strict=True)):
+            padded[row, :length] = x[row, begin : begin + length]
+        out, state = step({**params, "cache": cache}, padded, lengths=lengths)
+        cache = state["cache"]
+        for row, (begin, length) in enumerate(zip(taken, lengths, strict=True)):
+            assert_close(out[row, :length], want[row, begin : begin + length], 1e-6)
+        taken += lengths
+    refused, state = step({**params, "cache": cache}, padded, lengths=jnp.array([4, 1]))
+    assert np.isnan(refused[0]).all()
+    np.testing.assert_array_equal(state["cache"]["inputs"][0], cache["inputs"][0])
+
+
+@pytest.mark.parametrize("options", [{}, {"short_conv": 3}], ids=["plain", "convolution"])
+def test_a_refused_call_moves_no_position(options):
+    options = {"vocab_size": 5, "causal": True, "positions": "sinusoidal"} | options
+    model = make_sequence_model(8, num_heads=2, **options)
     tokens = jnp.array([[1, 2, 3, 4]])
     params = model.init(jax.random.key(0), tokens)
     decoder = decoding(model)

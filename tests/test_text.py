@@ -789,7 +789,6 @@ def test_bytes_have_labels_and_may_be_no_text(files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model.short_conv": 3}, "config.eval.sample=30 (0: none): "),
         ({"model.causal": False}, "config.eval.sample=30 (0: none): "),
         (
             {"model.mechanism": "sigmoid", "eval.heads": True},

@@ -208,6 +208,38 @@ def advances(lengths: Array | None, batch: tuple[int, ...], num_new: int):
     return advance, jnp.arange(num_new) < advance[..., None], wrong
 
 
+def last_inputs(
+    layer: nn.Module, name: str, x: Array, count: int, advance: Array | None = None
+) -> Array | None:
+    """The last `count` inputs before `x`, and `x`: `[..., count + T, D]`; None in `init`.
+
+    It keeps those that are now the last, as the variable `name`.
+
+    Args:
+        layer: Of which the variable is one.
+        x: `[..., T, D]`.
+        advance: How many of the T inputs of each row count, `[...]`. None: all.
+    """
+    shape = (*x.shape[:-2], count, x.shape[-1])
+    # Zeros come from a sum over at most one token: split as the inputs, which may be empty.
+    start = lambda: jnp.zeros_like(jnp.broadcast_to(x[..., :1, :].sum(-2, keepdims=True), shape))
+    is_ready = layer.has_variable("cache", name)
+    kept = layer.variable("cache", name, start)
+    if not is_ready:
+        return None
+    if kept.value.shape[:-2] != x.shape[:-2]:
+        raise ValueError(
+            f"inputs must have the cache's batch axes {kept.value.shape[:-2]}, got {x.shape[:-2]}."
+        )
+    row = joined(kept.value, x, -2)
+    if advance is None:
+        kept.value = row[..., x.shape[-2] :, :]
+    else:
+        last = advance[..., None] + jnp.arange(count)
+        kept.value = jnp.take_along_axis(row, last[..., None], axis=-2)
+    return row
+
+
 def reach_back(mask: Mask | None) -> int | None:
     """How many positions before its own a query surely sees at most; None if this is unknown."""
     if isinstance(mask, masks.And | masks.Or):

@@ -24,7 +24,7 @@ from attention_jax.functional.gated_delta import (
 )
 from attention_jax.functional.masks import Mask
 from attention_jax.functional.xla_cpu import kernel_product
-from attention_jax.layers.cache import advances, joined
+from attention_jax.layers.cache import advances, last_inputs
 from attention_jax.layers.multi_head import head_sizes
 from attention_jax.types import Array, AttentionFn, Initializer
 
@@ -224,20 +224,8 @@ class _Past:
 
     def extend(self, name: str, x: Array, count: int) -> Array | None:
         """The last `count` inputs before `x`, and `x`; keeps those that are now the last."""
-        shape = (*x.shape[:-2], count, x.shape[-1])
-        start = lambda: jnp.zeros_like(
-            jnp.broadcast_to(x[..., :1, :].sum(-2, keepdims=True), shape)
-        )
-        kept = self.layer.variable("cache", f"{name}_inputs", start)
-        if not self.ready:
-            return None
-        row = joined(kept.value, x, -2)
-        if self.lengths is None:
-            kept.value = row[..., x.shape[-2] :, :]
-        else:
-            last = self.advance[..., None] + jnp.arange(count)
-            kept.value = jnp.take_along_axis(row, last[..., None], axis=-2)
-        return row
+        advance = None if self.lengths is None else self.advance
+        return last_inputs(self.layer, f"{name}_inputs", x, count, advance)
 
     def attend(self, query, key, value, *, log_decay, beta, mask) -> Array:
         """Reads the memory that earlier calls have written, and writes to it."""

@@ -28,6 +28,7 @@ from attention_jax.functional.masks import Mask, hides_future
 from attention_jax.functional.mesh import in_auto, partition_of
 from attention_jax.functional.positions import sinusoidal_at
 from attention_jax.functional.xla_cpu import kernel_product
+from attention_jax.layers.cache import advances, last_inputs
 from attention_jax.types import Array, Initializer
 
 EMBEDDING_SCALE = 0.02  # Of the initial tables of tokens and of learned positions, as in GPT-2.
@@ -371,6 +372,8 @@ class ShortConvolution(nn.Module):
         width: W, the number of values in a sum.
         kernel_init: Makes the kernel `[W, D]`.
         dtype, param_dtype: The types to compute in and to keep parameters in.
+        decode: Keeps the last W - 1 inputs, so that a row may come in parts, as in
+            `MultiHeadAttention`. There is no limit to its length.
 
     Reference:
         So et al. 2021, "Primer: Searching for Efficient Transformers for Language Modeling", with
@@ -381,6 +384,7 @@ class ShortConvolution(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    decode: bool = False
 
     @nn.compact
     @jax_defaults()
@@ -390,6 +394,7 @@ class ShortConvolution(nn.Module):
         *,
         mask: Mask | None = masks.causal(),  # noqa: B008  (a constant)
         positions: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """`[..., T, D] -> [..., T, D]`; values before the first position count as 0.
 
@@ -397,8 +402,16 @@ class ShortConvolution(nn.Module):
             x: `[..., T, D]`.
             mask: A rule that hides the future. It does not limit how far the sums reach back.
             positions: Must be None: the sums count the tokens as they come.
+            lengths: With `decode`: how many of the T new tokens count, `[...]` integers, one per
+                batch row. The others are padding on the right, which the cache does not keep.
+
+        Returns:
+            With `decode` under `jit`, a row whose length is not in [0, T] returns NaN and keeps its
+            cache.
 
         Raises:
+            ValueError: `decode` without a cache, `lengths` without `decode`, or sizes that do not
+                fit.
             NotImplementedError: `positions`, a mask that shows the future, or a mask of arrays: the
                 sums would include tokens that it hides.
         """
@@ -419,4 +432,16 @@ class ShortConvolution(nn.Module):
             )
         kernel = self.param("kernel", self.kernel_init, (width, x.shape[-1]), self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        return causal_convolution(x, kernel)
+        if not self.decode:
+            if lengths is not None:
+                raise ValueError("lengths is for decode=True: padding on the right is harmless.")
+            return causal_convolution(x, kernel)
+        if not (self.has_variable("cache", "inputs") or self.is_initializing()):
+            raise ValueError('decode=True needs the collection "cache" that init makes, got none.')
+        advance, new, wrong = advances(lengths, x.shape[:-2], x.shape[-2])
+        if wrong is not None:  # Even NaN in the padding must not matter.
+            advance = jnp.where(wrong, 0, advance)
+            x = jnp.where(new[..., None], x, 0)
+        row = last_inputs(self, "inputs", x, width - 1, None if wrong is None else advance)
+        out = causal_convolution(x, kernel, row)
+        return out if wrong is None else jnp.where(wrong[..., None, None], jnp.nan, out)

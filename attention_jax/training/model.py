@@ -209,6 +209,7 @@ def make_sequence_model(
         mlp = None
         if hidden_features:
             mlp = make_mlp(hidden_features, out_init, **types, **products)
+        conv = ShortConvolution(short_conv, out_init, decode=decode, **types)
         return Block(
             _make(
                 word,
@@ -222,7 +223,7 @@ def make_sequence_model(
             ),
             mlp=mlp,
             norm=make_norm,
-            conv=ShortConvolution(short_conv, out_init, **types) if short_conv else None,
+            conv=conv if short_conv else None,
             residual=residual,
             dropout_rate=dropout_rate,
         )
