@@ -1,10 +1,12 @@
 """How long does nanoGPT's CPU cell take, as a whole process, beside a minimal PyTorch loop?
 
     python benchmarks/text.py my.txt
+    python benchmarks/text.py my.txt --config=configs/text_minute.py
 
 Runs `train.py --config=configs/text.py` and `torch_text.py` in turn, each time in a new process:
-import, compilation and exit count. The first run of `train.py` finds an empty compile cache, all
-others a warm one. With `--devices=2` it divides the cores into two devices for `pmap`. Prints for
+import, compilation and exit count. Another `--config` has another model or other steps than the
+loop of PyTorch, so compare the losses too. The first run of `train.py` finds an empty compile cache,
+all others a warm one. With `--devices=2` it divides the cores into two devices for `pmap`. Prints for
 both the seconds, the steps per second and the held-out loss, and the ratios of each round. Needs
 the extra: `pip install .[torch]`.
 """
@@ -32,6 +34,7 @@ def timed(command: list[str], env: dict[str, str]) -> tuple[float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
+    parser.add_argument("--config", default=str(HERE.parent / "configs" / "text.py"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--devices", type=int, default=1, help="of train.py")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
@@ -44,7 +47,7 @@ def main() -> None:
         launcher = "pmap" if arguments.devices > 1 else "single"
         for number in range(arguments.rounds):
             workdir = f"{folder}/{number}"
-            config = [f"--config={HERE.parent / 'configs' / 'text.py'}", f"--workdir={workdir}"]
+            config = [f"--config={arguments.config}", f"--workdir={workdir}"]
             path = [f"--config.task.path={arguments.file}", f"--launcher={launcher}"]
             ours, _ = timed([sys.executable, str(HERE.parent / "train.py"), *config, *path], env)
             result = json.loads(Path(workdir, "result.json").read_text())
