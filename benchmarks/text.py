@@ -7,8 +7,8 @@ Runs `train.py --config=configs/text.py` and `torch_text.py` in turn, each time 
 import, compilation and exit count. Another `--config` has another model or other steps than the
 loop of PyTorch, so compare the losses too. The first run of `train.py` finds an empty compile
 cache, all others a warm one. With `--devices=2` it divides the cores into two devices for `pmap`.
-Prints for both the seconds, the steps per second and the held-out loss, and the ratios of each round. Needs
-the extra: `pip install .[torch]`.
+Prints for both the seconds, the steps per second and the held-out loss, and the ratios of each
+round. Needs the extra: `pip install .[torch]`.
 """
 
 import argparse

@@ -8,7 +8,8 @@ attention, and 700 steps instead of 2000.
 Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.764 in 57 s on two cores of an older AMD EPYC
 without AVX-512, and in 84 s with an empty compile cache. The loop of PyTorch in
 `benchmarks/text.py` took 168 and 170 s there for 2000 steps without convolutions, and ended at
-1.809 (`benchmarks/text.py my.txt --config=configs/text_minute.py`, jax 0.10.2, torch 2.13, 2026-11-30).
+1.809 (`benchmarks/text.py my.txt --config=configs/text_minute.py`, jax 0.10.2, torch 2.13,
+2026-11-30).
 """
 
 from attention_jax.training.config import default_config
