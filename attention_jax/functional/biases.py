@@ -29,7 +29,6 @@ from attention_jax.checks import (
     check_flag,
     check_floating,
     is_array,
-    jax_defaults,
 )
 from attention_jax.functional import own_rules
 from attention_jax.functional.tiles import (
@@ -54,18 +53,6 @@ class Bias(Rule):
     def tile(self, at: Tile) -> Array:
         """Floating-point, broadcastable to `[..., N, t_size, s_size]`."""
         raise NotImplementedError
-
-    @jax_defaults()
-    def materialize(self, T: int, S: int) -> Array:
-        """The whole bias as an array, `[T, S]` or `[..., N or 1, T, S]`.
-
-        Raises:
-            ValueError: The bias holds arrays of another T or S, or one of the two is negative.
-        """
-        T, S = as_size("T", T, minimum=0), as_size("S", S, minimum=0)
-        self.check(T, S)
-        added = self.tile(Tile.whole(T, S))
-        return jnp.broadcast_to(added, (*added.shape[:-2], T, S))
 
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the bias was made for another number of queries or keys."""

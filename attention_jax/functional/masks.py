@@ -27,7 +27,6 @@ from attention_jax.checks import (
     as_size,
     check_alike,
     is_array,
-    jax_defaults,
 )
 from attention_jax.functional import own_rules
 from attention_jax.functional.positions import Standing, in_documents
@@ -117,18 +116,6 @@ class Mask(Rule):
                 if (1, 1, *shape)[-3:-1] == (1, 1):
                     padding.append(~part.tile(at).reshape(*shape[:-3], shape[-1]))
         return in_documents(length, documents, padding) if documents or padding else None
-
-    @jax_defaults()
-    def materialize(self, T: int, S: int) -> Array:
-        """The whole mask as a boolean array, `[T, S]` or `[..., N or 1, T, S]`.
-
-        Raises:
-            ValueError: The mask holds arrays of another T or S, or one of the two is negative.
-        """
-        T, S = as_size("T", T, minimum=0), as_size("S", S, minimum=0)
-        self.check(T, S)
-        visible = self.tile(Tile.whole(T, S))
-        return jnp.broadcast_to(visible, (*visible.shape[:-2], T, S))
 
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the mask was made for another number of queries or keys."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.checks import as_integers, as_size, is_at_hand, told
+from attention_jax.checks import as_integers, as_size, is_at_hand, jax_defaults, told
 from attention_jax.functional.xla_cpu import dynamic_slice
 from attention_jax.types import Array
 
@@ -145,6 +145,18 @@ class Rule:
             return x if _is_static(x) or isinstance(x, Rule) else id(x)
 
         return tuple(value(getattr(self, field.name)) for field in dataclasses.fields(self))
+
+    @jax_defaults()
+    def materialize(self, T: int, S: int) -> Array:
+        """The whole mask, boolean, or the whole bias: `[T, S]` or `[..., N or 1, T, S]`.
+
+        Raises:
+            ValueError: It holds arrays of another T or S, or one of the two is negative.
+        """
+        T, S = as_size("T", T, minimum=0), as_size("S", S, minimum=0)
+        self.check(T, S)
+        whole = self.tile(Tile.whole(T, S))
+        return jnp.broadcast_to(whole, (*whole.shape[:-2], T, S))
 
     def narrowed(self, at: Tile) -> Self:
         """The same rule with only the parts of its arrays that the tile needs."""
