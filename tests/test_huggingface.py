@@ -372,6 +372,12 @@ def test_a_quantized_tensor_is_refused_by_its_name(place, kind, name):
         huggingface.load(path.parent)
 
 
+def test_a_name_of_the_hub_says_how_to_get_the_directory():
+    words = r"gpt2 is no directory\. .*`hf download openai-community/gpt2 --local-dir gpt2`"
+    with pytest.raises(FileNotFoundError, match=words):
+        huggingface.load("openai-community/gpt2")
+
+
 def test_a_model_of_no_family_is_not_saved(tmp_path):
     model, params = huggingface.load(HERE / "llama")
     odd = model.clone(blocks=[block.clone(residual=False) for block in model.blocks])

@@ -230,11 +230,10 @@ def _told_of(path: Path) -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
-        name = path.parent
-        raise FileNotFoundError(
-            f"{name} is no directory, and nothing is downloaded: `hf download {name} --local-dir "
-            f"{name.name}` makes one from a name on the hub."
-        )
+        name, hint = path.parent, ""
+        if not name.is_absolute() and len(name.parts) == 2:  # As names on the hub are.
+            hint = f" Nothing is downloaded: write `hf download {name} --local-dir {name.name}`."
+        raise FileNotFoundError(f"{name} is no directory.{hint}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
