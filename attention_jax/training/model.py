@@ -209,7 +209,9 @@ def make_sequence_model(
         mlp = None
         if hidden_features:
             mlp = make_mlp(hidden_features, out_init, **types, **products)
-        conv = ShortConvolution(short_conv, out_init, decode=decode, **types)
+        conv = None
+        if short_conv:
+            conv = ShortConvolution(short_conv, out_init, decode=decode, **types)
         return Block(
             _make(
                 word,
@@ -223,7 +225,7 @@ def make_sequence_model(
             ),
             mlp=mlp,
             norm=make_norm,
-            conv=conv if short_conv else None,
+            conv=conv,
             residual=residual,
             dropout_rate=dropout_rate,
         )

@@ -141,8 +141,8 @@ def make_optimizer(
 def scale_by_muon() -> optax.GradientTransformation:
     """Muon for the kernels inside of blocks, Adam for all other parameters.
 
-    Muon replaces the momentum of a kernel by the nearest matrix with equal singular values, so that
-    a step changes all directions alike (Jordan et al. 2024,
+    Muon makes the singular values of a kernel's momentum nearly equal, so that a step changes all
+    directions alike (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/). Its size is that of a step of Adam, so both share a
     learning rate (https://arxiv.org/abs/2502.16982, equation 4). The kernels of all heads of a
     projection are one matrix. Embeddings, the kernel of the logits, convolutions, biases and scales
