@@ -5,7 +5,8 @@
 Measured: on tinyshakespeare, 1.1 MB, held-out loss 1.549 after 1700 steps, in 290 s on two cores of
 an older AMD EPYC without AVX-512 (jax 0.10.2, 2026-11-30).
 
-Before it had a convolution: 1.51 after 5100 steps, in 301 s on a newer EPYC (2026-11-29). With `--minutes=15`, on two cores of an Intel Xeon: 1.50 after 10100 steps, in 808 s.
+Before it had a convolution: 1.51 after 5100 steps, in 301 s on a newer EPYC (2026-11-29), and with
+`--minutes=15` 1.50 after 10100 steps, in 808 s on two cores of an Intel Xeon (2026-11-30).
 `--minutes=3` on the older EPYC: 1.652 without it, 1.604 with it and `model.init_scale=0.05`.
 """
 
