@@ -70,7 +70,7 @@ _HELP = f"""usage: {NAME} COMMAND [--flag=value ...]
   report   make a table and pictures of runs and sweeps
   inspect  look inside: maps of the heads, their scores, and what each is worth
   generate write text with a run of text, or with a model of Hugging Face
-  export   write the parameters of a run to a file of safetensors
+  export   write a run to a file of safetensors, or as a model for transformers
   check    compare every implementation of attention with float64 here
 
 `{NAME} COMMAND --help` lists the flags.

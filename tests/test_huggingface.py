@@ -12,9 +12,9 @@ import pytest
 from cases import assert_close
 from huggingface.make import MODELS, answers, random_model
 
-from attention_jax import generate
+from attention_jax import generate, make_sequence_model
 from attention_jax.interop import huggingface
-from attention_jax.interop.families import make_model, model_spec
+from attention_jax.interop.families import describe, make_model, model_spec
 from attention_jax.models import decoding
 
 HERE = Path(__file__).parent / "huggingface"
@@ -381,7 +381,8 @@ def test_a_name_of_the_hub_says_how_to_get_the_directory():
 def test_a_model_of_no_family_is_not_saved(tmp_path):
     model, params = huggingface.load(HERE / "llama")
     odd = model.clone(blocks=[block.clone(residual=False) for block in model.blocks])
-    with pytest.raises(NotImplementedError, match="family"):
+    words = r"llama comes closest, and has blocks\.0\.residual=True, not False"
+    with pytest.raises(NotImplementedError, match=words):
         huggingface.save(tmp_path / "odd", odd, params)
     with pytest.raises(ValueError, match=r"params.*embedding"):
         huggingface.save(tmp_path / "odd", model, params | {"embedding": {}})
@@ -390,6 +391,56 @@ def test_a_model_of_no_family_is_not_saved(tmp_path):
     assert not (tmp_path / "odd").exists()
     huggingface.save(tmp_path / "odd", model, params, eos_token_id=7)
     assert json.loads((tmp_path / "odd" / "config.json").read_text())["eos_token_id"] == 7
+
+
+LLAMA = {"norm": "rms", "mlp": "swiglu", "use_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gpt_neox", {"positions": "rotary", "use_bias": False, "init_scale": 0.5}),
+        ("gpt2", {"positions": "learned", "max_length": 16, "dropout_rate": 0.1}),
+        ("llama", LLAMA | {"num_kv_heads": 2, "positions": "rotary", "remat": "full"}),
+        ("mistral", LLAMA | {"window": 3, "positions": "rotary", "matmul_precision": "bfloat16"}),
+    ],
+)
+def test_words_of_a_config_make_models_of_families(family, words, tmp_path):
+    sizes = {"features": 16, "num_layers": 2, "num_heads": 4, "mlp_ratio": 4.0, "vocab_size": 20}
+    plain = {name: x for name, x in words.items() if name != "matmul_precision"}
+    given, exact = (make_sequence_model(**sizes, causal=True, **x) for x in (words, plain))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 20)
+    params = jax.jit(given.init)(jax.random.key(0), tokens)["params"]
+    huggingface.save(tmp_path, given, params)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+    want = jax.jit(exact.apply)({"params": params}, tokens)
+    model, found = huggingface.load(tmp_path)
+    assert_close(jax.jit(model.apply)({"params": found}, tokens), want, 2e-6)
+    if HAS_PEER:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        with torch.no_grad():
+            logits = peer(torch.tensor(np.asarray(tokens, np.int64))).logits.numpy()
+        assert_close(logits, want, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        ({"short_conv": 4}, r"gpt_neox .* has blocks\.0\.conv=None, not ShortConvolution"),
+        ({"num_kv_heads": 2}, r"gpt_neox .*attention\.num_kv_heads=4, not 2"),
+        ({"causal": False}, r"gpt_neox .* has mask=causal\(\), not None"),
+        (LLAMA | {"tie_embedding": False}, r"llama .* has head\.use_bias=False, not True"),
+        ({"norm": "none"}, "model is of none of the families gpt2, "),
+    ],
+)
+def test_a_model_of_words_that_is_of_no_family_says_why(words, difference):
+    sizes = {"features": 16, "num_heads": 4, "mlp_ratio": 4.0, "vocab_size": 20}
+    given = {"causal": True, "positions": "rotary"} | words
+    with pytest.raises(NotImplementedError, match=difference):
+        describe(make_sequence_model(**sizes, **given))
 
 
 def test_sizes_that_follow_from_others_may_be_left_out(tmp_path):

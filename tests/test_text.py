@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import attention_jax
 from attention_jax import analysis, generation
 from attention_jax.interop import huggingface
-from attention_jax.laboratory import findings, inspect, subject, sweep
+from attention_jax.laboratory import export, findings, inspect, subject, sweep
 from attention_jax.laboratory import generate as laboratory
 from attention_jax.laboratory.parser import as_text
 from attention_jax.tasks import TASKS
@@ -133,6 +135,24 @@ def test_a_vocabulary_gives_the_text_back_and_can_be_kept(vocabulary):
     assert again.vocabulary.encode(text).tolist() == tokens.tolist()
     with pytest.raises(ValueError, match="cannot be read"):
         Text.from_dict({"name": "a.txt"})
+
+
+@pytest.mark.parametrize("vocabulary", [Characters("\n abé日"), Bytes()], ids=["letters", "bytes"])
+def test_the_library_of_tokenizers_reads_a_vocabulary(vocabulary):
+    tokenizers = pytest.importorskip("tokenizers")
+    found = tokenizers.Tokenizer.from_str(vocabulary.definition)
+    assert found.get_vocab_size() == vocabulary.size
+    text = "a  b\n\né日 ba"
+    tokens = vocabulary.encode(text).tolist()
+    assert found.encode(text).ids == tokens
+    assert found.decode(tokens) == text
+    if isinstance(vocabulary, Characters):
+        assert found.encode("a\r\nb\ra").ids == vocabulary.encode("a\nb\na").tolist()
+        with pytest.raises(Exception, match="WordLevel"):  # Of no type of its own.
+            found.encode("x")
+    else:
+        every = bytes(range(256)).decode("latin-1")
+        assert found.encode(every).ids == vocabulary.encode(every).tolist()
 
 
 def test_a_character_that_training_has_not_seen_is_named():
@@ -683,6 +703,48 @@ def test_a_diverged_run_says_so_although_its_model_cannot_write(files):
     config.train.epochs, config.train.steps_per_epoch, config.eval.every_epochs = 2, 1, 1
     with pytest.raises(experiment.Diverged, match="diverged at step 1: held-out loss is nan"):
         experiment.run(config)
+
+
+def test_a_run_leaves_as_a_directory_of_hugging_face(trained, tmp_path, capsys):
+    directory, place = trained[0], tmp_path / "poet-1.5"
+    export.main(["attention-jax export", str(directory), str(place)])
+    export.main(["attention-jax export", str(directory), str(place)])  # Anew.
+    count = trained[1].metrics["num_params"]
+    line = f"{place} has the model of {directory} as gpt_neox of transformers: {count:,} numbers.\n"
+    assert capsys.readouterr().out == 2 * line
+    run = attention_jax.load(directory)
+    model, params = huggingface.load(place)
+    tokens = run.encode("line of")
+    found = model.apply({"params": params}, tokens[None])[0]
+    np.testing.assert_allclose(found, run.predict(tokens), atol=1e-5)
+    config = json.loads((place / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["eos_token_id"]) == (8, None)
+    if importlib.util.find_spec("tokenizers"):
+        assert huggingface.tokenizer(place).encode("line of").ids == tokens.tolist()
+        flags = ("--prompt=the ", "--tokens=20", "--temperature=0")
+        assert written(place, *flags) == written(directory, *flags)
+    before = (directory / "config.json").read_text()
+    for out, words in [(directory, "something else than a model"), ("x.npz", "OUT must end in")]:
+        with pytest.raises(ConfigError, match=words):
+            export.main(["attention-jax export", str(directory), str(out)])
+    assert (directory / "config.json").read_text() == before
+
+
+@pytest.mark.slow  # It trains.
+def test_a_run_of_lines_leaves_with_the_end_of_its_lines(files, tmp_path):
+    config = small(files / "names.txt")
+    config.task.lines, config.model.short_conv = True, 2
+    experiment.run(config, tmp_path / "odd")
+    words = r"odd: .*gpt_neox comes closest, and has blocks\.0\.conv=None, not ShortConvolution"
+    with pytest.raises(NotImplementedError, match=words):
+        export.export_directory(tmp_path / "odd", tmp_path / "out")
+    assert not os.listdir(tmp_path / "out")
+    config.model.update({"short_conv": 0, "positions": "learned", "use_bias": True})
+    experiment.run(config, tmp_path / "names")
+    assert export.export_directory(tmp_path / "names", tmp_path / "out")[0] == "gpt2"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    newline = attention_jax.load(tmp_path / "names").encode("\n")[0]
+    assert config["bos_token_id"] == config["eos_token_id"] == newline
 
 
 @pytest.mark.slow  # It trains.

@@ -273,9 +273,9 @@ def test_the_package_is_a_command(environment, tmp_path):
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),
         (["report"], "attention-jax report: the following arguments are required: RUN"),
-        (["export", "run"], "attention-jax export: the following arguments are required: FILE"),
+        (["export", "run"], "attention-jax export: the following arguments are required: OUT"),
         (["export", "nowhere", "x.safetensors"], "attention-jax export: nowhere holds no run"),
-        (["export", ".", "x.npz"], "attention-jax export: FILE must end in .safetensors"),
+        (["export", ".", "x.npz"], "attention-jax export: OUT must end in .safetensors"),
     ],
 )
 def test_a_command_that_cannot_be_is_one_line(arguments, line, environment, tmp_path):

@@ -1,20 +1,35 @@
-"""Writes the parameters of a run to a file that other tools read.
+"""Writes the parameters of a run for other tools.
 
-    attention-jax export runs/first first.safetensors
+    attention-jax export runs/first first.safetensors    the parameters, in one file
+    attention-jax export runs/text my-model              a directory that transformers loads
 
 RUN is the directory of a run, of a trial of a sweep (`sweep/trials/001`), or of a sweep, for its
-best trial. Its newest checkpoint counts, also while the run goes on. FILE ends in .safetensors. The
-names in it are the paths of the parameters, as `out.kernel`.
+best trial. Its newest checkpoint counts, also while the run goes on. The names in a file are the
+paths of the parameters, as `out.kernel`. A directory has the files of Hugging Face: config.json,
+model.safetensors and, of a run of text, tokenizer.json. It needs a model of a family that
+transformers has, as runs of text have by default; `--task=text` with `--config.model.norm=rms
+--config.model.mlp=swiglu` is a Llama.
 """
 
+import json
 import math
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import CHECKPOINTS, local_path, locate
+from attention_jax.training.files import (
+    CHECKPOINTS,
+    local_path,
+    locate,
+    read_json,
+    written_whole,
+)
+
+_FILE = ".safetensors"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,17 +40,22 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = Parser(argv[0], __doc__)
     parser.add_argument("run", metavar="RUN", help="directory of a run, a sweep or a trial")
-    parser.add_argument("file", metavar="FILE", help="file to write, or to write anew")
+    parser.add_argument("out", metavar="OUT", help="file or directory to write, or to write anew")
     try:
         options = parser.parse_args(argv[1:])
-        params, step = export(options.run, options.file)
-    except (OSError, RuntimeError, ValueError) as error:
+        if options.out.endswith(_FILE):
+            params, step = export(options.run, options.out)
+            what = f"the parameters of {options.run} at step {step}"
+            count = sum(math.prod(array.shape) for array in params.values())
+        else:
+            kind, count = export_directory(options.run, options.out)
+            what = f"the model of {options.run} as {kind} of transformers"
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
         line = str(error)
-        if isinstance(error, OSError) and error.filename == options.file:
-            line = f"FILE cannot be written: {error.strerror}: {options.file}."
+        if isinstance(error, OSError) and error.filename == options.out:
+            line = f"OUT cannot be written: {error.strerror}: {options.out}."
         raise ConfigError(line) from error
-    count = sum(math.prod(array.shape) for array in params.values())
-    print(f"{options.file} has the parameters of {options.run} at step {step}: {count:,} numbers.")
+    print(f"{options.out} has {what}: {count:,} numbers.")
 
 
 def export(run: str | os.PathLike, file: str | os.PathLike) -> tuple[dict[str, Any], int]:
@@ -55,12 +75,10 @@ def export(run: str | os.PathLike, file: str | os.PathLike) -> tuple[dict[str, A
         RuntimeError: All checkpoints of the run are broken.
         OSError: The file cannot be written.
     """
-    path = local_path(file, "FILE")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"FILE must end in .safetensors: got {file}.")
-    place, _ = locate(local_path(run, "RUN"))
-    if not (place / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"{run} holds no run with a checkpoint.")
+    path = local_path(file, "OUT")
+    if path.suffix != _FILE:
+        raise ValueError(f"OUT must end in {_FILE}: got {file}.")
+    _check_run(run)
     # Imported after the checks, so that errors do not wait for jax.
     from attention_jax.interop import weights
     from attention_jax.training.checkpoint import read_params
@@ -75,3 +93,72 @@ def export(run: str | os.PathLike, file: str | os.PathLike) -> tuple[dict[str, A
         branch[last] = array
     weights.save(path, tree)
     return params, step
+
+
+def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tuple[str, int]:
+    """Writes the model of a run as a directory that transformers loads.
+
+    A run of text also gives its `tokenizer.json`. In one of lines the newline begins and ends a
+    text.
+
+    Args:
+        run: As in `export`.
+        directory: Is made; or holds an earlier model, which is written anew.
+
+    Returns:
+        The `model_type`, and how many numbers the parameters have.
+
+    Raises:
+        FileNotFoundError, RuntimeError: As `export`.
+        NotImplementedError: No family of transformers has this model.
+        ValueError: The directory holds something else; or as `export`.
+        OSError: The directory cannot be written.
+    """
+    path = local_path(directory, "OUT")
+    if not path.is_dir() and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
+        raise ValueError(
+            f"OUT must end in {_FILE}, or be a directory, which exists or has no such ending: got "
+            f"{directory}."
+        )
+    earlier = "model_type" in (read_json(path / "config.json") or {})
+    if path.is_dir() and os.listdir(path) and not earlier:
+        raise ValueError(f"OUT={directory} holds something else than a model.")
+    _check_run(run)
+    import jax
+
+    from attention_jax.interop import huggingface
+    from attention_jax.training.loading import load
+
+    found = load(run)
+    if found.task.vocab_size is None:
+        raise NotImplementedError(
+            f"{run}: the inputs of the task {found.task.name} are vectors, and transformers has no "
+            "such model."
+        )
+    length, text, fields = found.config.task.seq_length, found.task.text, {}
+    if found.model.positions is None:  # Else their number is a field already.
+        fields["max_position_embeddings"] = length
+    if text is not None and text.lines:
+        newline = int(found.encode("\n")[0])
+        fields |= {"bos_token_id": newline, "eos_token_id": newline}
+    with written_whole(path, "OUT") as place:
+        try:
+            huggingface.save(place, found.model, found.params, **fields)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{run}: {error}") from error
+        if text is not None:
+            names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+            _write(place / "tokenizer.json", text.vocabulary.definition)
+            _write(place / "tokenizer_config.json", json.dumps(names, indent=2) + "\n")
+        kind = read_json(place / "config.json")["model_type"]
+    return kind, sum(x.size for x in jax.tree.leaves(found.params))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _check_run(run: str | os.PathLike) -> None:
+    place, _ = locate(local_path(run, "RUN"))
+    if not (place / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(f"{run} holds no run with a checkpoint.")

@@ -49,6 +49,21 @@ class Characters:
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "characters", "letters": self.letters}
 
+    @property
+    def definition(self) -> str:
+        """The contents of a `tokenizer.json` with the same tokens."""
+        return _definition(
+            {"type": "WordLevel", "vocab": self._places, "unk_token": "<unknown>"},  # Not in it.
+            {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            decoder={"type": "Fuse"},
+            normalizer={"type": "Replace", "pattern": {"Regex": r"\r\n?"}, "content": "\n"},
+        )
+
 
 class Bytes:
     """A token for each byte of UTF-8."""
@@ -73,6 +88,24 @@ class Bytes:
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokens": "bytes"}
+
+    @property
+    def definition(self) -> str:
+        """The contents of a `tokenizer.json` with the same tokens."""
+        # The library writes bytes that have no picture as letters from 256 on, as GPT-2 does.
+        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in seen]
+        letters = dict(zip(seen, seen, strict=True)) | {x: 256 + i for i, x in enumerate(hidden)}
+        level = {"type": "ByteLevel", "add_prefix_space": False}
+        level |= {"trim_offsets": False, "use_regex": False}
+        vocab = {chr(letters[byte]): byte for byte in range(256)}
+        return _definition({"type": "BPE", "vocab": vocab, "merges": []}, level, decoder=level)
+
+
+def _definition(model, pre_tokenizer, *, decoder, normalizer=None) -> str:
+    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
+    whole = {"version": "1.0", "added_tokens": [], "post_processor": None} | parts
+    return json.dumps(whole | {"model": model}, ensure_ascii=False)
 
 
 class Tokenizer:

@@ -6,7 +6,14 @@ A family is a pair of functions, config -> model and model -> config, and the na
 from typing import Any
 
 from attention_jax.checks import told
-from attention_jax.interop.families.family import REQUIRED, Config, Family, Tensor, model_spec
+from attention_jax.interop.families.family import (
+    REQUIRED,
+    Config,
+    Family,
+    Tensor,
+    differences,
+    model_spec,
+)
 from attention_jax.interop.families.gpt import GPTS
 from attention_jax.interop.families.llama import LLAMAS
 from attention_jax.models import SequenceModel
@@ -77,17 +84,31 @@ def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
     Raises:
         NotImplementedError: No family has this model.
     """
+    ours, closest = model_spec(model), None
     for kind, family in FAMILIES.items():
         try:
             found = family.config(model)
             config = {name: x for name, x in found.items() if name in family.defaults}
             _, made = make_model({"model_type": kind} | config, model.embedding.param_dtype)
+            differing = list(differences(model_spec(made), ours))
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
             continue  # A part of the model is not one of this family.
         if kind in WHOLE_HEADS and config["hidden_size"] % config["num_attention_heads"]:
             continue
-        if model_spec(made) == model_spec(model):
+        if not differing:
             return kind, family, config
+        if closest is None or len(differing) < len(closest[1]):
+            closest = kind, differing
+    if closest is None:
+        raise NotImplementedError(f"model is of none of the families {', '.join(FAMILIES)}.")
+    kind, differing = closest
+    path, theirs, own = differing[0]
     raise NotImplementedError(
-        f"model is of no family that transformers has and this function knows: {tuple(FAMILIES)}."
+        f"model is of no family that transformers has: {kind} comes closest, and has {path}="
+        f"{_named(theirs)}, not {_named(own)}."
     )
+
+
+def _named(part: Any) -> str:
+    """A result of `spec` in a word."""
+    return part["type"].__name__ if isinstance(part, dict) else told(part)

@@ -5,10 +5,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from attention_jax.functional.masks import Mask
 from attention_jax.layers import MultiHeadAttention
 from attention_jax.models import SequenceModel
 from attention_jax.types import Array
@@ -144,6 +144,20 @@ def word_of(activation: Callable[[Array], Array]) -> str:
     raise NotImplementedError(f"activation={activation} has no name in transformers.")
 
 
+def epsilon(norm: Callable[[], nn.Module]) -> float:
+    """Of the norms that it makes."""
+    return norm().epsilon
+
+
+# Fields that change the rounding, the cost or the training of a model, but not what it computes.
+# So do the initial values, whose names end in "_init".
+_NEUTRAL = (
+    *("parent", "name", "dtype", "param_dtype", "precision", "promote_dtype", "use_fast_variance"),
+    *("dot_general", "implementation", "remat", "decode", "cache_length"),
+    *("dropout_rate", "deterministic"),
+)
+
+
 def model_spec(model: SequenceModel) -> Any:
     """`spec` of a model, in which sizes that follow from others are the same as given ones."""
 
@@ -152,22 +166,50 @@ def model_spec(model: SequenceModel) -> Any:
         if not isinstance(attention, MultiHeadAttention):
             return block
         _, kv_heads, head_dim = head_sizes(attention, model.embedding.features)
-        return block.clone(attention=attention.clone(num_kv_heads=kv_heads, head_dim=head_dim))
+        scale = head_dim**-0.5 if attention.scale is None else attention.scale
+        sizes = {"num_kv_heads": kv_heads, "head_dim": head_dim, "scale": scale}
+        return block.clone(attention=attention.clone(**sizes))
 
-    return spec(model.clone(blocks=tuple(map(sized, model.blocks))))
+    return spec(model.clone(blocks=tuple(map(sized, model.blocks)), reach=reaches(model)))
+
+
+def reaches(model: SequenceModel) -> tuple[Mask | None, ...]:
+    """How far each block sees."""
+    if model.reach is None or isinstance(model.reach, Mask):
+        return (model.reach,) * len(model.blocks)
+    return tuple(model.reach)
 
 
 def spec(value: Any) -> Any:
-    """A part of a model as nested tuples, equal for equal parts: partials do not compare."""
+    """A part of a model as dicts and tuples, equal for parts that compute the same.
+
+    Partials do not compare. What makes a norm stands for the norm.
+    """
+    make = value.func if isinstance(value, functools.partial) else value
+    if isinstance(make, type) and issubclass(make, nn.Module):
+        return spec(value())
     if isinstance(value, functools.partial):
         return ("partial", value.func, spec(value.args), spec(value.keywords))
     if isinstance(value, nn.Module):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name")]
-        return (type(value), tuple((name, spec(getattr(value, name))) for name in fields))
+        names = [field.name for field in dataclasses.fields(value)]
+        counted = [x for x in names if x not in _NEUTRAL and not x.endswith("_init")]
+        return {"type": type(value)} | {name: spec(getattr(value, name)) for name in counted}
     if isinstance(value, tuple | list):
         return tuple(map(spec, value))
     if isinstance(value, dict):
         return tuple(sorted((name, spec(x)) for name, x in value.items()))
-    if isinstance(value, type) and issubclass(value, np.generic | jnp.generic):
-        return jnp.dtype(value)
     return value
+
+
+def differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two results of `spec` differ: the path of a field, and both values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict) and theirs["type"] is ours["type"]:
+        pairs = [(name, theirs[name], ours[name]) for name in ours]
+    elif isinstance(theirs, tuple) and isinstance(ours, tuple) and len(theirs) == len(ours):
+        pairs = [(str(i), *both) for i, both in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        if theirs != ours:
+            yield path, theirs, ours
+        return
+    for name, *both in pairs:
+        yield from differences(*both, f"{path}.{name}".removeprefix("."))

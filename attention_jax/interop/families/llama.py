@@ -14,12 +14,14 @@ from attention_jax.interop.families.family import (
     Family,
     Tensor,
     activation_of,
+    epsilon,
     has_bias,
     head_sizes,
     heads_bias,
     into_heads,
     norm_tensors,
     out_of_heads,
+    reaches,
     same,
     transposed,
     word_of,
@@ -171,9 +173,8 @@ def _llama_config(model: SequenceModel) -> dict[str, Any]:
     block, L = model.blocks[0], len(model.blocks)
     D, attention = model.embedding.features, block.attention
     N, K, H = head_sizes(attention, D)
-    reaches = [model.reach] * L if model.reach is None else list(model.reach)
-    kinds = ["full_attention" if reach is None else "sliding_attention" for reach in reaches]
-    windows = {reach.left + 1 for reach in reaches if reach is not None}
+    kinds = ["full_attention" if x is None else "sliding_attention" for x in reaches(model)]
+    windows = {reach.left + 1 for reach in reaches(model) if reach is not None}
     window = windows.pop() if windows else None
     activation = word_of(block.mlp.activation)
     softcap = (model.embedding if model.head is None else model.head).softcap
@@ -193,7 +194,7 @@ def _llama_config(model: SequenceModel) -> dict[str, Any]:
         "hidden_act": activation,
         "hidden_activation": activation,
         "max_position_embeddings": trained_length(scaling),
-        "rms_norm_eps": model.norm.keywords["epsilon"],
+        "rms_norm_eps": epsilon(model.norm),
         "tie_word_embeddings": model.head is None,
         "attention_bias": attention.use_bias,
         "mlp_bias": block.mlp.use_bias,
