@@ -318,7 +318,8 @@ def _counted(subject, rows):
 
 def _curve(arguments, subject, measures, importance, points, orders):
     heads = analysis.ranked(importance)
-    measure = list(measures)[-1]
+    # In a text a right guess of the next token is rare, and its loss shows more.
+    measure = "loss" if subject.guess is None else "accuracy"
     counts = np.array(evenly(range(len(heads) + 1), points))
     rng = np.random.default_rng(0)
     drawn = [[heads[i] for i in rng.permutation(len(heads))] for _ in range(orders)]
