@@ -333,7 +333,7 @@ def layer_calls(draw):
     taken = [x for x in inspect.signature(call_of(name)).parameters if x != "self"]
     options = settings_of(Sizes(batch, T, T, fields.get("num_heads") or 1, 1))
     options |= {
-        "inputs_kv": arrays((*batch, S, 4)),
+        **dict.fromkeys(("inputs_kv", "inputs_v"), arrays((*batch, S, 4))),
         "sow_weights": st.booleans(),
         "lengths": st.just(np.ones(batch, int)),
         "positions": st.just(np.zeros((*batch, T), int)),
