@@ -171,6 +171,45 @@ def test_a_mean_stands_for_the_head_that_is_removed(plain):
         assert_close(found[head], want, 1e-6)
 
 
+def test_means_may_be_those_of_some_positions_or_of_other_rows(plain):
+    model, params = plain
+    counted = np.arange(TOKENS.shape[1]) < np.array([2, 4, 5])[:, None]
+    found = mean_outputs(model, params, TOKENS, queries=counted)
+    changed = jnp.where(counted, TOKENS, 0)  # Causal: padding changes what comes after it alone.
+    again = mean_outputs(model, params, changed, queries=jnp.asarray(counted))
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), found, again)
+    whole = mean_outputs(model, params, TOKENS, queries=np.ones(TOKENS.shape, bool))
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), whole, mean_outputs(*plain, TOKENS))
+    losses = ablation(model, params, TOKENS, loss, by=found)
+    for path, head in ((FIRST, 1), (SECOND, 3)):
+        gates = {path: jnp.ones(4).at[head].set(0)}
+        outputs = apply_with_gates(model, params, TOKENS, gates, means=found)
+        assert_close(losses[path][head], loss(outputs).mean(), 1e-6)
+    with pytest.raises(
+        ValueError, match=r"queries must have the shape .*FIRST".replace("FIRST", FIRST)
+    ):
+        mean_outputs(model, params, TOKENS, queries=counted[:, :3])
+    with pytest.raises(ValueError, match="queries must be boolean"):
+        mean_outputs(model, params, TOKENS, queries=counted.astype(int))
+    with pytest.raises(ValueError, match="queries must count a position"):
+        mean_outputs(model, params, TOKENS, queries=counted & False)
+    with pytest.raises(ValueError, match=f"by must have means of the layers .*got .'{FIRST}'"):
+        ablation(model, params, TOKENS, loss, by={FIRST: found[FIRST]})
+
+
+@pytest.mark.parametrize("shape", ["one number", "one row", "tokens"])
+def test_a_loss_gives_a_number_for_each_row(plain, shape):
+    wrong = {
+        "one number": lambda outputs: loss(outputs).mean(),
+        "one row": lambda outputs: loss(outputs)[:1],
+        "tokens": lambda outputs: outputs[..., 0],
+    }[shape]
+    arguments = *plain, TOKENS, wrong
+    for call in (importance, ablation, lambda *x: removal_curve(*x, [[(FIRST, 0)]])):
+        with pytest.raises(ValueError, match="loss must give a number for each of the 3 rows"):
+            call(*arguments)
+
+
 def test_remat_and_layers_that_run_twice_change_no_statistics():
     block = Block(MultiHeadAttention(4, num_kv_heads=2, rotary=True))
     model = SequenceModel(TokenEmbedding(VOCABULARY, 8), [block] * 2, mask=masks.causal())

@@ -243,6 +243,20 @@ def test_statistics_are_those_of_loops():
         map_statistics(maps, queries=np.ones((2, 5), np.int64))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_entropy_counts_the_sink_and_is_of_shares_alone(dtype):
+    with_sink = np.array([[[0.5, 0.25]]])  # A quarter is the sink's.
+    found = map_statistics({LAYER: with_sink.astype(dtype)})[LAYER]
+    assert found["entropy"] == pytest.approx([1.5 * np.log(2)], abs=1e-6)
+    whole = np.full((1, 1, 7), 1 / 7, dtype)  # Rounding leaves no sink.
+    assert map_statistics({LAYER: whole})[LAYER]["entropy"] == pytest.approx([np.log(7)], abs=1e-2)
+    for odd in ([0.9, -0.1], [0.9, 0.3]):
+        both = np.array([[odd], [[0.5, 0.5]]], dtype)  # [N, T, S]
+        entropy = map_statistics({LAYER: both})[LAYER]["entropy"]
+        assert np.isnan(entropy[0])
+        assert entropy[1] == pytest.approx(np.log(2), abs=1e-6)
+
+
 def test_statistics_of_maps_count_the_queries_that_are_named():
     weights = np.random.default_rng(0).dirichlet(np.ones(5), (1, 3, 5))
     counted = np.array([[True, True, False, True, False]])

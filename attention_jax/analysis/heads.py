@@ -105,19 +105,44 @@ def gated_heads(model: nn.Module, params: PyTree, inputs: Array, **options: Any)
 
 
 def mean_outputs(
-    model: nn.Module, params: PyTree, inputs: Array, **options: Any
+    model: nn.Module,
+    params: PyTree,
+    inputs: Array,
+    *,
+    queries: Array | None = None,
+    **options: Any,
 ) -> dict[str, Array]:
     """What each head gives on the average over rows and positions, `[N, V]`, by its layer.
 
     Of a layer that runs several times it is the average over all runs. All positions count, also
     with `output_positions`.
+
+    Args:
+        model, params, inputs, **options: As in `apply_with_gates`.
+        queries: Boolean `[B, T]`: which positions count, as those that are no padding. None: all
+            do.
+
+    Raises:
+        ValueError: `queries` has another type or shape, or counts no position.
     """
     options.pop("output_positions", None)
+    if queries is not None:
+        queries = as_array("queries", queries)
+        if queries.dtype != bool:
+            raise ValueError(f"queries must be boolean, got {told(queries)}.")
+        if not isinstance(queries, jax.core.Tracer) and not queries.any():
+            raise ValueError("queries must count a position, got False for all.")
 
     def intercept(run, arguments, named, context):
         if _is_out(context):
             mixed = arguments[0]
-            mean = mixed.reshape(-1, *mixed.shape[-2:]).mean(0)
+            counted = jnp.ones(mixed.shape[:-2], bool) if queries is None else queries
+            if counted.shape != mixed.shape[:-2]:
+                raise ValueError(
+                    f"queries must have the shape {mixed.shape[:-2]} of the positions of "
+                    f"{'/'.join(context.module.path[:-1])}, got {counted.shape}."
+                )
+            mean = mixed.mean(tuple(range(mixed.ndim - 2)), where=counted[..., None, None])
             context.module.sow("intermediates", _SOWN, mean)
         return run(*arguments, **named)
 
@@ -158,18 +183,23 @@ def importance(
     def of_rows(params, inputs):
         # Each row has gates of its own, so one pass gives the gradient of each.
         def losses(gates):
-            found = loss(apply_with_gates(model, params, inputs, gates, **options))
-            if jnp.shape(found) != (rows,):
-                raise ValueError(
-                    f"loss must give a number for each of the {rows} rows, got shape "
-                    f"{jnp.shape(found)}."
-                )
-            return found.sum()
+            outputs = apply_with_gates(model, params, inputs, gates, **options)
+            return of_each_row(loss, outputs, inputs).sum()
 
         each = jax.tree.map(lambda gate: jnp.broadcast_to(gate, (rows, *gate.shape)), gates)
         return jax.tree.map(lambda grad: jnp.abs(grad).mean(0), jax.grad(losses)(each))
 
     return of_rows(params, inputs)
+
+
+def of_each_row(loss: Loss, outputs: Array, inputs: PyTree) -> Array:
+    """The loss of each row, `[B]`; ValueError if `loss` gives something else."""
+    found, rows = loss(outputs), jax.tree.leaves(inputs)[0].shape[0]
+    if jnp.shape(found) != (rows,):
+        raise ValueError(
+            f"loss must give a number for each of the {rows} rows, got shape {jnp.shape(found)}."
+        )
+    return found
 
 
 def ablation(
@@ -178,7 +208,7 @@ def ablation(
     inputs: Array,
     loss: Loss,
     *,
-    by: str = "zero",
+    by: str | Mapping[str, Array] = "zero",
     pairs: bool = False,
     **options: Any,
 ) -> dict[str, Array] | Array:
@@ -189,7 +219,8 @@ def ablation(
 
     Args:
         model, params, inputs, loss, **options: As in `importance`.
-        by: What stands for a removed head: "zero", or "mean", its mean over rows and positions.
+        by: What stands for a removed head: "zero"; "mean", its mean over all rows and positions; or
+            means, as `mean_outputs` gives them for other rows or without padding.
         pairs: Removes every two heads together.
 
     Returns:
@@ -197,21 +228,26 @@ def ablation(
         through all layers; its diagonal is that of single heads.
 
     Raises:
-        ValueError: `by` is another word.
+        ValueError: `by` is another word or lacks a layer, or the loss gives other than a number for
+            each row.
         NotImplementedError: No head of the model has a gate.
     """
-    check_word("by", by, ("zero", "mean"))
     counts = gated_heads(model, params, inputs, **options)
     gates = _open(counts)
+    if not isinstance(by, Mapping):
+        check_word("by", by, ("zero", "mean"))
+    elif set(by) != set(counts):
+        raise ValueError(f"by must have means of the layers {tuple(counts)}, got {tuple(by)}.")
 
     def without(params, inputs, means, removed):
         """The loss where the gates of `removed` replace those of their layers."""
         run = apply_with_gates(model, params, inputs, {**gates, **removed}, means=means, **options)
-        return loss(run).mean()
+        return of_each_row(loss, run, inputs).mean()
 
     @jax.jit
-    def all_heads(params, inputs):
-        means = mean_outputs(model, params, inputs, **options) if by == "mean" else None
+    def all_heads(params, inputs, means):
+        if by == "mean":
+            means = mean_outputs(model, params, inputs, **options)
         one = functools.partial(without, params, inputs, means)
         if not pairs:
             # Gates of one layer alone are mapped: what comes before stays one computation, which
@@ -238,7 +274,7 @@ def ablation(
         row = lambda i: jax.lax.map(lambda j: both(i, j), heads, batch_size=size)
         return jax.lax.map(row, heads)
 
-    return all_heads(params, inputs)
+    return all_heads(params, inputs, dict(by) if isinstance(by, Mapping) else None)
 
 
 def _side_by_side(count: int, inputs: PyTree) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -131,7 +132,9 @@ def map_statistics(maps: Maps, *, queries: Array | None = None) -> dict[str, dic
 
     Returns:
         For each layer, `[N]` by name: `entropy` in nats, `largest` weight, mean `distance` to the
-        keys, and the weights `to_self`, `to_previous` and `to_first`.
+        keys, and the weights `to_self`, `to_previous` and `to_first`. What the weights of a query
+        lack to 1 is a sink's, which the entropy counts. The entropy is NaN for a head with weights
+        below 0 or a sum above 1, as in differential and sigmoid attention.
 
     Raises:
         ValueError: Weights have fewer than three axes, or `queries` other ones.
@@ -140,7 +143,8 @@ def map_statistics(maps: Maps, *, queries: Array | None = None) -> dict[str, dic
 
 
 def _statistics(path, weights, queries):
-    shape = np.shape(weights)
+    shape, dtype = np.shape(weights), jnp.result_type(weights)
+    rounding = max(1e-5, 2 * jnp.finfo(dtype).eps if jnp.issubdtype(dtype, jnp.floating) else 0)
     weights = as_weights(path, weights)
     _, _, T, S = weights.shape
     t, s = np.arange(T)[:, None], np.arange(S)
@@ -155,10 +159,15 @@ def _statistics(path, weights, queries):
         counts = counts & queries.reshape(-1, 1, T)
     total = np.maximum(counts.sum((0, 2)), 1)
     mean = lambda of_queries: np.where(counts, of_queries, 0).sum((0, 2)) / total
-    logs = np.log(np.where(weights > 0, weights, 1))
+    rest = 1 - weights.sum(-1)
+    rest = np.where(abs(rest) < rounding, 0, rest)
+    parts = np.concatenate([weights, rest[..., None]], -1)
+    is_below = counts[..., None] & (parts < 0)
+    logs = np.log(np.where(parts > 0, parts, 1))
+    entropy = mean(-(parts * logs).sum(-1))
     at = lambda places: (weights * places).sum(-1)
     return {
-        "entropy": mean(-(weights * logs).sum(-1)),
+        "entropy": np.where(is_below.any((0, 2, 3)), np.nan, entropy),
         "largest": mean(weights.max(-1, initial=0)),
         "distance": mean(at(np.abs(t - s))),
         "to_self": mean(at(t == s)),

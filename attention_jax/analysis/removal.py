@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attention_jax.analysis.heads import Loss, apply_with_gates, check_heads, gated_heads
+from attention_jax.analysis.heads import (
+    Loss,
+    apply_with_gates,
+    check_heads,
+    gated_heads,
+    of_each_row,
+)
 from attention_jax.checks import as_integers, told
 from attention_jax.types import Array, PyTree
 
@@ -51,7 +57,8 @@ def removal_curve(
         `[len(orders), len(counts)]`.
 
     Raises:
-        ValueError: A head does not exist, there is no order, or a count is longer than one.
+        ValueError: A head does not exist, there is no order, a count is longer than one, or the
+            loss gives other than a number for each row.
         TypeError: An order is no list of heads, or a count no whole number.
         NotImplementedError: No head of the model has a gate.
 
@@ -79,7 +86,10 @@ def removal_curve(
 
     @jax.jit
     def run(params, inputs, gates):
-        one = lambda gates: loss(apply_with_gates(model, params, inputs, gates, **options)).mean()
+        def one(gates):
+            outputs = apply_with_gates(model, params, inputs, gates, **options)
+            return of_each_row(loss, outputs, inputs).mean()
+
         return jax.lax.map(one, gates)
 
     flat = {path: jnp.asarray(x.reshape(-1, x.shape[-1])) for path, x in gates.items()}

@@ -124,15 +124,16 @@ class Findings(NamedTuple):
         return [*lines, markdown(self._table()), *_notes(subject, self)]
 
     def _table(self):
-        number = lambda of_layers, path, head: (
-            f"{float(of_layers[path][head]):.3f}" if path in of_layers else "-"
-        )
+        def number(found, name, head):
+            value = float(found[name][head]) if name in found else math.nan
+            return "-" if math.isnan(value) else f"{value:.3f}"
+
         # A layer of a single head has no gate for it.
         columns = [self.importance, *self.without.values()] if self.importance else []
         rows = []
         for path, of_layer in self.newest.beside.items():
             for head in range(len(of_layer["entropy"])):
-                row = [path, str(head), *(f"{float(x[head]):.3f}" for x in of_layer.values())]
+                row = [path, str(head), *(number(of_layer, name, head) for name in of_layer)]
                 rows.append([*row, *(number(column, path, head) for column in columns)])
         names = [name.replace("_", " ") for name in of_layer]
         without = [f"{name} without it" for name in self.without]
