@@ -496,12 +496,15 @@ def hangups():
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_a_signal_saves_and_the_rerun_continues(number, status, tmp_path, at_step):
+def test_a_signal_saves_and_the_rerun_continues(number, status, tmp_path, at_step, capfd):
     before = signal.getsignal(number)
     calm = at_step(9, lambda: os.kill(os.getpid(), number))
     with pytest.raises(experiment.Interrupted, match=signal.Signals(number).name) as stop:
         experiment.run(tiny(), tmp_path)
     calm()
+    name = signal.Signals(number).name
+    heard = f"{name}: stops after this epoch; a second one stops at once.\n"
+    assert capfd.readouterr().err.endswith(heard)
     assert stop.value.status == status
     assert signal.getsignal(number) == before
     stopped_at = rows_of(tmp_path)[-1]["step"]

@@ -160,10 +160,11 @@ def test_a_character_that_training_has_not_seen_is_named():
         Characters("ab").encode("axbyx")
 
 
-def test_a_tokenizer_of_a_file_makes_the_tokens(files):
+def test_a_tokenizer_of_a_file_makes_the_tokens(files, tmp_path):
     pytest.importorskip("tokenizers")
+    (tmp_path / "poem.txt").write_text("the line of the poem\n" * 20)
     task = TASKS["text"](
-        path=str(files / "poem.txt"), tokens=str(files / "tokenizer.json"), seq_length=3
+        path=str(tmp_path / "poem.txt"), tokens=str(files / "tokenizer.json"), seq_length=3
     )
     assert task.vocab_size == len(WORDS)
     assert task.text.vocabulary.encode("line of poem").tolist() == [1, 2, 4]
@@ -299,7 +300,9 @@ def test_the_share_of_unknown_tokens_is_told(files):
     words = re.findall(r"\w+|[^\w\s]+", POEM)
     share = np.mean([word not in WORDS for word in words])
     found = TASKS["text"](tokens=str(files / "tokenizer.json"), **options)
-    assert found.held_out.endswith(f"; its tokenizer does not know {share:.1%} of the tokens")
+    told = f"; its tokenizer does not know {share:.1%} of the tokens, so there are no bits"
+    assert found.held_out.endswith(f"{told} per character")
+    assert found.text.tokens_per_character is None
     assert "know" not in TASKS["text"](**options).held_out
     (files / "other.txt").write_text("other words\n" * 60)
     options = {"tokens": str(files / "tokenizer.json"), "seq_length": 3}

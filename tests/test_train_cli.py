@@ -373,6 +373,32 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(environment
     assert (result.returncode, result.stderr) == (143, "train.py: stopped by SIGTERM.\n")
 
 
+def test_a_signal_in_the_import_of_jax_raises_no_error_there(environment, tmp_path):
+    # Native code that is being set up would abort the process, and print a traceback.
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException as error:\n"
+        "    print(repr(error))\n"
+    )
+    program = (
+        "import sys\n"
+        "from attention_jax.training import process\n"
+        "process.end(lambda argv: process.do('train.py', lambda: __import__('jax')), ['train.py'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "train.py: stopped by SIGINT.\n"
+
+
 @pytest.mark.parametrize("error", ["RunError('x')", "RuntimeError('x')"])
 def test_what_a_second_signal_cuts_short_is_no_error(error, environment):
     program = (

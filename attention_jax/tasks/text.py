@@ -139,8 +139,14 @@ def _read(path, tokens, lines, *stamps) -> _Source:
     return _Source(text, found, ends)
 
 
-def _density(tokens, ends, letters, vocabulary) -> float:
-    """How many tokens a character takes in the part that is held out."""
+def _density(tokens, ends, letters, vocabulary) -> float | None:
+    """How many tokens a character takes in the part that is held out.
+
+    None: some stand for any characters, so that they say little of those.
+    """
+    unknown = vocabulary.unknown if isinstance(vocabulary, Tokenizer) else None
+    if unknown is not None and (tokens == unknown).any():
+        return None
     of = tokens if ends is None else ends
     trained = int(_TRAINED * len(of))
     first = trained if ends is None else ends[trained:, 0].min(initial=len(tokens))
@@ -164,7 +170,7 @@ def _unknown(source) -> str:
     line = f"its tokenizer does not know {share:.1%} of the tokens"
     if share > 0.5:
         raise ValueError(f"path of text: {source.text.name} is in other words: {line}.")
-    return f"; {line}" if share else ""
+    return f"; {line}, so there are no bits per character" if share else ""
 
 
 def _count(content: bytes) -> int:

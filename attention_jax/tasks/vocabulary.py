@@ -185,14 +185,15 @@ class Text(NamedTuple):
         name: Of the file, for people.
         vocabulary: Turns text into tokens and back.
         sha256: Of the bytes of the file.
-        tokens_per_character: In the part that is held out.
+        tokens_per_character: In the part that is held out. None: its tokenizer does not know all of
+            the text.
         lines: Whether a row is a line: the token of the newline begins it and ends it.
     """
 
     name: str
     vocabulary: Vocabulary
     sha256: str
-    tokens_per_character: float
+    tokens_per_character: float | None
     lines: bool
 
     def settings(self) -> dict[str, str]:

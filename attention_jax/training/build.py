@@ -359,7 +359,7 @@ def make_functions(
             )(params, rows)
 
         metrics = held_out(task)
-        if task.text is not None:
+        if task.text is not None and task.text.tokens_per_character is not None:
             bits = metrics["loss"] * (task.text.tokens_per_character / math.log(2))
             metrics["loss_in_bits_per_character"] = bits
         for name, other in slices.items():

@@ -44,6 +44,8 @@ def do(name: str, work: Callable[[], None]) -> int:
             _left_by.append(number)
             # Not `print`: the signal may have interrupted a print.
             os.write(2, f"{name}: stopped by {signal.Signals(number).name}.\n".encode())
+        if _loads_native_code():  # It aborts the process when Python raises an error in it.
+            os._exit(128 + number)
         sys.exit(128 + number)
 
     for number in _heard():
@@ -141,6 +143,12 @@ def _how_to_install(name):
     return "It comes along where pip installs attention_jax."
 
 
+def _loads_native_code() -> bool:
+    """Whether jax, or what saves its arrays, is being imported. There is no state to save yet."""
+    specs = [getattr(sys.modules.get(x), "__spec__", None) for x in ("jax", "orbax.checkpoint")]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
+
+
 def _heard():
     """The signals to listen to: not a SIGHUP that `nohup` keeps off."""
     return [x for x in STOPPING if x != _SIGHUP or signal.getsignal(x) != signal.SIG_IGN]
@@ -195,6 +203,10 @@ class StopSignals:
         _hang_up(number)
         self.number = number
         self.__exit__()
+        # Not `print`: the signal may have interrupted one. The newline leaves a progress bar.
+        line = f"{signal.Signals(number).name}: stops after this epoch; a second one stops at once."
+        with contextlib.suppress(OSError):
+            os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}{os.linesep}".encode())
 
 
 def prepare() -> None:
