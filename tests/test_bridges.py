@@ -127,7 +127,8 @@ def test_a_state_inside_of_a_file_is_found_by_its_names(tmp_path):
         ({"in_proj_bias": drawn(3)}, ValueError, "bias of query must have 15"),
         ({"out_proj.weight": None}, ValueError, "must hold out_proj.weight"),
         ({"out_proj.weight": drawn(D, 12)}, ValueError, "out take the width of values"),
-        ({"in_proj_weight": None}, ValueError, "must hold q_proj_weight"),
+        ({"in_proj_weight": None}, ValueError, "must hold in_proj_weight, or q_proj"),
+        ({"in_proj_bias": drawn(3 * D) > 0}, ValueError, "in_proj_bias of state must be floats"),
         ({"q_proj_weight": drawn(D, D)}, ValueError, "unknown parameters: q_proj_weight"),
         ({"norm.weight": drawn(D)}, ValueError, "unknown parameters: norm.weight"),
         ({"in_proj_weight": "words"}, TypeError, "str at in_proj_weight"),
@@ -142,9 +143,10 @@ def test_a_state_that_is_not_of_the_layer_is_refused(changes, error, words):
 
 def test_other_misfits_with_torch_are_named():
     state = torch_state("together")[0]
-    for num_heads in (0, 4, "3"):
-        with pytest.raises(ValueError, match=f"num_heads.*{num_heads}"):
+    for num_heads, error in ((0, ValueError), (4, ValueError), ("3", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"num_heads.*{num_heads}"):
             weights.from_torch(state, num_heads)
+    same(weights.from_torch(state, np.int64(N)), weights.from_torch(state, N))
     separate = torch_state("separate")[0] | {"v_proj_weight": drawn(D, 12)}
     with pytest.raises(NotImplementedError, match="11 and 12"):
         weights.from_torch(separate, N)

@@ -221,6 +221,28 @@ def test_parts_with_an_index_are_one_file(place):
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
+@pytest.mark.parametrize("newer", [0, 1])
+def test_of_two_parts_with_a_tensor_the_one_in_the_index_counts(place, newer):
+    from safetensors.numpy import save_file
+
+    directory = place()
+    _, want = huggingface.load(directory)
+    _shards(directory)
+    parts = [directory / f"model-{i}.safetensors" for i in (1, 2)]
+    found = [tensors(part) for part in parts]
+    name = sorted(found[newer])[0]
+    save_file(found[1 - newer] | {name: found[newer][name] + 1}, parts[1 - newer])
+    _, params = huggingface.load(directory)
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+def test_a_directory_of_another_format_is_named(place):
+    directory = place()
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"It has pytorch_model\.bin: save it by transf"):
+        huggingface.load(directory)
+
+
 def test_what_is_saved_over_parts_is_what_is_loaded(place):
     directory = place()
     model, params = huggingface.load(directory)

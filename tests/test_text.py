@@ -315,7 +315,7 @@ def test_the_share_of_unknown_tokens_is_told(files):
     [
         (None, {}, "cannot be read: No such file"),
         (b"", {}, "is empty"),
-        (b"abc\0def" * 100, {}, "is no text in UTF-8, at byte 3"),
+        ("é\0def".encode() * 100, {}, "holds a NUL, at byte 2"),
         (b"ab\xff" * 100, {}, "is no text in UTF-8, at byte 2"),
         (b"a" * 30, {}, "is too short: of its 30 tokens the last 3 are held out"),
         (b"a" * 30, {"lines": True}, "has only one line"),

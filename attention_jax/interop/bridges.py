@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.checks import as_size
 from attention_jax.types import PyTree
 
 _PROJECTIONS = ("query", "key", "value", "out")
@@ -47,6 +48,11 @@ def from_torch(state: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     if "in_proj_weight" in left.arrays:
         weights = _thirds("in_proj_weight", left.take("in_proj_weight", 2))
     else:
+        if "q_proj_weight" not in left.arrays:
+            raise ValueError(
+                "state must hold in_proj_weight, or q_proj_weight, k_proj_weight and "
+                f"v_proj_weight, without a prefix: {left.held()}."
+            )
         weights = [left.take(f"{x}_proj_weight", 2) for x in "qkv"]
     biases = [None] * 3
     if "in_proj_bias" in left.arrays:
@@ -250,12 +256,14 @@ class _Parameters:
 
     def take(self, name: str, rank: int) -> np.ndarray:
         if name not in self.arrays:
-            near = f": it holds {', '.join(sorted(self.arrays)[:8]) or 'nothing'}"
-            raise ValueError(f"{self.name} must hold {name}{near}.")
+            raise ValueError(f"{self.name} must hold {name}: {self.held()}.")
         array = self.arrays.pop(name)
         if array.ndim != rank:
             raise ValueError(f"{name} must have {rank} axes: got shape {array.shape}.")
         return array
+
+    def held(self) -> str:
+        return f"it holds {', '.join(sorted(self.arrays)[:8]) or 'nothing'}"
 
     def linear(self, name: str) -> _Linear:
         has_bias = f"{name}.bias" in self.arrays
@@ -276,7 +284,12 @@ def _flat(name: str, tree: Any, above: str = "") -> dict[str, np.ndarray]:
         if isinstance(value, Mapping):
             arrays |= _flat(name, value, f"{path}.")
         elif hasattr(value, "shape"):
-            arrays[path] = _as_numpy(value)
+            try:
+                arrays[path] = _as_numpy(value)
+            except (TypeError, NotImplementedError) as error:  # Of torch, as for 8-bit floats.
+                raise ValueError(f"{path} of {name} cannot be read: {error}") from error
+            if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
+                raise ValueError(f"{path} of {name} must be floats, got {arrays[path].dtype}.")
         else:
             raise TypeError(f"{name} must hold arrays: got {type(value).__name__} at {path}.")
     return arrays
@@ -302,8 +315,7 @@ def _thirds(name: str, array: np.ndarray | None) -> list[np.ndarray | None]:
 
 def _layer(linears: list[_Linear], num_heads: int) -> dict[str, Any]:
     """Our parameters from the matrices of query, key, value and out."""
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads must be a positive integer: got {num_heads!r}.")
+    num_heads = as_size("num_heads", num_heads)
     (query, _), (key, _), (value, _), (out, _) = linears
     for name, (weight, bias) in zip(_PROJECTIONS, linears, strict=True):
         rows, columns = weight.shape

@@ -250,27 +250,30 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     # As in transformers, a whole file comes before an index, which may be left from earlier.
+    places = {}
     if not (directory / _WEIGHTS).is_file() and (directory / _INDEX).is_file():
-        found = _read_json(directory / _INDEX).get("weight_map")
-        parts = found.values() if isinstance(found, dict) else [None]
-        for part in parts:
+        places = _read_json(directory / _INDEX).get("weight_map")
+        for part in places.values() if isinstance(places, dict) else [None]:
             if not isinstance(part, str) or Path(part).name != part:
                 raise ValueError(
                     f"{directory / _INDEX}: weight_map must name files of its directory, got "
                     f"{told(part)}."
                 )
-        paths = sorted({directory / part for part in parts})
-    else:
-        paths = [directory / _WEIGHTS]
     files = {}
-    for path in paths:
+    for part in sorted(set(places.values())) or [_WEIGHTS]:
+        path = directory / part
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
+            other = next(directory.glob("*.bin"), None)
+            hint = f" It has {other.name}: save it by transformers as safetensors." if other else ""
+            raise FileNotFoundError(f"{path} does not exist.{hint}")
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{path} is no file of safetensors: {error}") from error
-        files |= dict.fromkeys(file.keys(), file)
+        # Two parts may hold a tensor, one of them from before more training: the index decides.
+        for name in set(file.keys()):
+            if name not in files or places.get(name) == part:
+                files[name] = file
     return files
 
 

@@ -234,7 +234,10 @@ class _Machine:
                 if not isinstance(target, dict) or set(state) != {"_metadata"}:
                     raise ValueError("it sets attributes of an object.")
             case _:
-                raise ValueError(f"it uses the instruction {name}, which torch.save never writes.")
+                raise ValueError(
+                    f"it uses the instruction {name}, which is not read. In torch, save with "
+                    "pickle_protocol=2, which is the default."
+                )
 
     def _since_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._marked.pop()
@@ -300,7 +303,10 @@ class _Machine:
                     whole = len(elements) // dtype.itemsize * dtype.itemsize
                     elements = elements[:whole].view(dtype)
                     return _strided(elements, offset, shape, strides, self._size)
-        raise ValueError(f"it gives {name} arguments that torch.save never writes.")
+        raise ValueError(
+            f"it gives {name} arguments that are not read, as for a tensor that is negated or "
+            "conjugated when it is read. In torch, save x.resolve_neg().resolve_conj()."
+        )
 
 
 def _is_empty(thing: Any) -> bool:
@@ -314,7 +320,7 @@ def _of(kind: type, thing: Any) -> Any:
 
 
 def _allowed(name: str) -> _Name:
-    if name.startswith("torch.float"):
+    if name.startswith(("torch.float8", "torch.float4")):
         raise ValueError(f"it holds a tensor of {name[:80]}, which is not read.")
     if name not in _ALLOWED:
         raise ValueError(

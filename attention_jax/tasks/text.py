@@ -202,13 +202,12 @@ def _bytes(path: str) -> bytes:
 def _letters(content: bytes, name: str) -> str:
     try:
         letters = content.decode("utf-8-sig")
-        strange = letters.find("\0")
+        fault, strange = "holds a NUL", content.find(b"\0")
     except UnicodeDecodeError as error:
-        strange = error.start
+        fault, strange = "is no text in UTF-8", error.start
     if strange >= 0:
         raise ValueError(
-            f"path of text: {name} is no text in UTF-8, at byte {strange:,}. tokens=bytes takes "
-            "any file."
+            f"path of text: {name} {fault}, at byte {strange:,}. tokens=bytes takes any file."
         )
     return letters.replace("\r\n", "\n").replace("\r", "\n")
 
