@@ -289,11 +289,36 @@ def test_statistics_of_one_head_and_of_other_layers():
     assert_close(found[FIRST]["entropy"], want[FIRST]["entropy"], 1e-5)
     flax = nn.MultiHeadDotProductAttention(num_heads=2)
     x = jnp.ones((1, 3, 4))
-    with pytest.raises(NotImplementedError, match="statistics are of dot_product_attention"):
+    words = r"got MultiHead\w+ with dot_product_attention of flax"
+    with pytest.raises(NotImplementedError, match=words):
         head_statistics(flax, flax.init(jax.random.key(0), x)["params"], x)
-    other, theirs = made(functools.partial(GatedDeltaAttention, 4))
-    with pytest.raises(NotImplementedError, match=r"blocks_0/attention has .*gated_delta"):
-        head_statistics(other, theirs, TOKENS)
+    other = functools.partial(GatedDeltaAttention, 4)
+    with pytest.raises(NotImplementedError, match=r"got GatedDeltaAttention with gated_delta"):
+        head_statistics(*made(other), TOKENS)
+    layers = iter((other, functools.partial(MultiHeadAttention, 4)))
+    both = made(lambda: next(layers)())
+    assert list(head_statistics(*both, TOKENS)) == list(attention_maps(*both, TOKENS)) == [SECOND]
+
+
+def test_statistics_of_no_rows_are_those_of_no_head():
+    model, params = made(functools.partial(MultiHeadAttention, 4))
+    found = summarize(head_statistics(model, params, TOKENS[:0]))[FIRST]
+    assert {name: x.tolist() for name, x in found.items()} == {
+        name: [-np.inf if name == "peak" else 0.0] * 4 for name in found
+    }
+
+
+def test_tokens_that_an_embedding_lacks_are_refused(plain):
+    model, params = plain
+    for call in (
+        lambda tokens: attention_maps(model, params, tokens),
+        lambda tokens: head_statistics(model, params, tokens),
+        lambda tokens: mean_outputs(model, params, tokens),
+        lambda tokens: importance(model, params, tokens, loss),
+        lambda tokens: ablation(model, params, tokens, loss),
+    ):
+        with pytest.raises(ValueError, match=rf"tokens from 0 to {VOCABULARY - 1}, got 99"):
+            call(TOKENS.at[1, 2].set(99))
 
 
 def test_importance_is_the_mean_size_of_the_gradient_of_each_gate(plain):
@@ -387,6 +412,10 @@ def test_what_cannot_be_pruned_or_gated_is_refused(plain):
         changed = model.clone(**{name: masks.causal() & rules})
         with pytest.raises(NotImplementedError, match=f"beside {name}=.*a part for each head"):
             prune_heads(changed, params, {FIRST: [0]})
+    with pytest.raises(ValueError, match=f"params must hold {FIRST} .* they hold params"):
+        prune_heads(model, {"params": params}, {FIRST: [0]})
+    with pytest.raises(TypeError, match="model must be a SequenceModel, got Dense"):
+        prune_heads(nn.Dense(3), params, {FIRST: [0]})
     block = Block(LAYERS["multi-head"]())
     shared = SequenceModel(TokenEmbedding(VOCABULARY, 8), [block] * 2)
     with pytest.raises(NotImplementedError, match=f"several places, {FIRST}, {SECOND}"):

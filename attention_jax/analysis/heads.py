@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attention_jax.analysis.maps import sown
+from attention_jax.analysis.maps import check_tokens, sown
 from attention_jax.checks import as_array, check_word, told
 from attention_jax.types import Array, PyTree
 
@@ -95,6 +95,7 @@ def heads_of(model: nn.Module, params: PyTree, inputs: Array, **options: Any) ->
 
 def gated_heads(model: nn.Module, params: PyTree, inputs: Array, **options: Any) -> dict[str, int]:
     """`heads_of`, or a NotImplementedError if there are none."""
+    check_tokens(model, inputs)
     found = heads_of(model, params, inputs, **options)
     if not found:
         raise NotImplementedError(

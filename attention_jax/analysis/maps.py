@@ -36,9 +36,10 @@ def attention_maps(
         attention, is left out.
 
     Raises:
+        ValueError: A token is not in the vocabulary.
         NotImplementedError: No layer of the model can show its weights.
     """
-
+    check_tokens(model, inputs)
     # Words and flags decide what is compiled; arrays and masks are data.
     words = {k: v for k, v in options.items() if v is None or isinstance(v, bool | str)}
     data = {k: v for k, v in options.items() if k not in words}
@@ -69,6 +70,7 @@ def sown(
         By the path of the layer, in the order of the model; with `[0]`, `[1]` behind the path of a
         layer that runs several times.
     """
+    check_tokens(model, inputs)
     with nn.intercept_methods(intercept):
         options["mutable"] = ["intermediates"]
         _, state = model.apply({"params": params}, inputs, **options)
@@ -80,6 +82,18 @@ def sown(
     return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
 
 
+def check_tokens(model: nn.Module, inputs: PyTree) -> None:
+    """Raises ValueError for a known token that an embedding turns into NaN."""
+    size = getattr(getattr(model, "embedding", None), "num_embeddings", None)
+    if size is None or not hasattr(inputs, "dtype") or isinstance(inputs, jax.core.Tracer):
+        return
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.size:
+        least, most = int(inputs.min()), int(inputs.max())
+        if most >= size or least < -size:
+            wrong = most if most >= size else least
+            raise ValueError(f"inputs must be tokens from 0 to {size - 1}, got {wrong}.")
+
+
 def attention_layers(model, params, inputs, **options):
     """What the attention layers of a model are, as `MultiHeadAttention with linear_attention`."""
     found = {}
@@ -89,6 +103,8 @@ def attention_layers(model, params, inputs, **options):
         if layer.name == "attention" or hasattr(layer, "attention_fn"):
             name, function = type(layer).__name__, getattr(layer, "attention_fn", None)
             of = getattr(function, "__name__", None) or type(function).__name__
+            library = str(getattr(function, "__module__", "")).partition(".")[0]
+            of += "" if library == "attention_jax" else f" of {library}"
             found[name if function is None else f"{name} with {of}"] = None
         return run(*arguments, **named)
 

@@ -33,8 +33,9 @@ def prune_heads(
         The smaller model and its parameters, which train, save and load as those of any model.
 
     Raises:
-        ValueError: A layer or a head does not exist.
-        TypeError: A head is no whole number, as in a mask of booleans.
+        ValueError: A layer or a head does not exist, or the parameters are of another model.
+        TypeError: The model is no `SequenceModel`, or a head is no whole number, as in a mask of
+            booleans.
         NotImplementedError: A layer is of another kind, stands in several places or norms several
             heads together, or the model has a bias or a mask for each head.
 
@@ -42,6 +43,8 @@ def prune_heads(
         Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.
         https://arxiv.org/abs/1905.10650
     """
+    if not isinstance(model, SequenceModel):
+        raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
     names = {f"blocks_{i}/attention": i for i in range(len(model.blocks))}
     layers = {path: model.blocks[i].attention for path, i in names.items()}
     check_heads(heads, {path: getattr(x, "num_heads", 1) for path, x in layers.items()})
@@ -73,6 +76,9 @@ def prune_heads(
                 f"heads of {path} cannot be removed: its layer stands in several places, "
                 f"{', '.join(places)}."
             )
+        if "attention" not in params.get(name, {}):
+            held = ", ".join(sorted(params)[:4])
+            raise ValueError(f"params must hold {path} of the model: they hold {held}.")
         _check_norm(path, layer, params[name]["attention"])
         kept = [n for n in range(layer.num_heads) if n not in numbers]
         smaller, found = _without(layer, params[name]["attention"], kept)

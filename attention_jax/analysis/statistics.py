@@ -34,22 +34,18 @@ def head_statistics(
     Returns:
         Arrays `[B, T, N]` for each layer, by its path, as "blocks_0/attention". A layer that runs
         several times has `[0]`, `[1]` after its path. They are of all T tokens, also with
-        `output_positions`.
+        `output_positions`. A layer with another attention function, whose weights are no softmax,
+        or of another library is left out.
 
     Raises:
-        NotImplementedError: A layer has another attention function, whose weights are no softmax,
-            or is of another library; or there is none.
+        ValueError: A token is not in the vocabulary.
+        NotImplementedError: No layer has `dot_product_attention`.
     """
 
     def intercept(run, arguments, named, context):
         layer = context.module
-        if not hasattr(layer, "attention_fn"):
+        if getattr(layer, "attention_fn", None) is not dot_product_attention:
             return run(*arguments, **named)
-        path = "/".join(layer.path)
-        if layer.attention_fn is not dot_product_attention:
-            raise NotImplementedError(
-                f"statistics are of dot_product_attention, but {path} has {layer.attention_fn}."
-            )
         if context.method_name == "_mix":
             query, key, _, mask, bias, *_ = arguments
             # A layer of one head has none of these.
@@ -112,8 +108,8 @@ def _summary(found: AttentionStatistics, queries: Array | None) -> dict[str, Arr
     uniform = jnp.where(chooses, uniform, 0)
     does = (uniform, rows.distance / T, rows.to_first, rows.largest)
     variances = [mean(jnp.square(x - mean(x, sees, 0)), sees, 0) for x in does]  # [T, N] each.
-    summary["spread"] = jnp.sqrt(jnp.stack(variances).max((0, 1)))
-    summary["peak"] = jnp.where(sees, rows.peak, -jnp.inf).max((0, 1))
+    summary["spread"] = jnp.sqrt(jnp.stack(variances).max((0, 1), initial=0))
+    summary["peak"] = jnp.where(sees, rows.peak, -jnp.inf).max((0, 1), initial=-jnp.inf)
     return summary
 
 
