@@ -1,10 +1,12 @@
 """`python -m attention_jax COMMAND ...`, and the script `attention-jax`."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from attention_jax import __version__
 from attention_jax.training import process
 
 NAME = "attention-jax"
@@ -85,8 +87,13 @@ def main(argv: list[str]) -> int:
 
     def work():
         if name not in ("-h", "--help"):
+            if name == "--version":
+                print(f"{NAME} {__version__}", flush=True)
+                return
             what = f"there is no command {name!r}" if name else "a command is missing"
-            error = process.RunError(f"{what}: {', '.join(COMMANDS)}. {NAME} --help says more.")
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"{NAME} --help says more."
+            error = process.RunError(f"{what}: {', '.join(COMMANDS)}. {hint}")
             error.status = 2
             raise error
         print(_HELP, end="", flush=True)

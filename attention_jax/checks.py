@@ -168,7 +168,7 @@ def is_array(x: object) -> bool:
 def told(x: object) -> str:
     """A value for the one line of an error; only its type if it is too long."""
     text = repr(x)
-    if "\n" not in text and len(text) <= 80:
+    if "\n" not in text and len(text) <= 80 and not isinstance(x, jax.core.Tracer):
         return text
     return f"an array of {x.dtype} {x.shape}" if is_array(x) else f"a {type(x).__name__}"
 

@@ -322,6 +322,9 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
     [
         # Unknown, with what may have been meant.
         (["--num_head=3"], ["--num_head is unknown", "--num_heads"]),
+        (["--lr=0.1"], ["--lr is unknown. Did you mean --learning_rate?"]),
+        (["--sweep=lr=1"], ["config.lr is unknown. Did you mean config.optimizer.learning_rate?"]),
+        (["--config.optimizer.b2=0.9"], ["config.optimizer.b2 is unknown."]),
         (["--task=text", "--path=a"], ["--path is unknown. Did you mean --config.task.path?"]),
         (["--task=text", "--epochs=1"], ["got 100 of 100. Set it lower, or --epochs higher."]),
         (["--config.model.num_head=3"], ["config.model.num_head", "config.model.num_heads"]),

@@ -89,6 +89,16 @@ def test_small_weights_of_a_long_row_are_seen(tmp_path):
     assert faintest(65) < faintest(64) - 0.05
 
 
+def test_a_few_wide_labels_are_turned_and_many_turn_all():
+    for tokens, want in (
+        (["a", "b", "\u200d", "d"], [False, False, True, False]),
+        (["The", "cat", "sat", "."], [True] * 4),
+        (["a", "b", "c", "d"], [False] * 4),
+    ):
+        labels = pictures._labels(tokens, 4)
+        assert pictures._Grid(1, 2, 4, labels, labels, "").turned == want
+
+
 @pytest.mark.parametrize("count", [33, 1024, 1025, 5000])
 def test_a_long_row_has_a_few_places_on_its_axes(count):
     places, labels = pictures._labels(None, count)
@@ -494,7 +504,7 @@ def row_of(run):
         (["RUN", "--tokens=1 2"], "--tokens is for a directory of Hugging Face."),
         (["RUN", "--text=The", "--rows=2"], "--rows is for the rows of the task, which --text"),
         (["RUN", f"--out={__file__}"], "--out must be a directory: "),
-        (["RUN", "--depth=3"], "unrecognized arguments: --depth=3"),
+        (["RUN", "--depth=3"], "--depth is unknown."),
     ],
 )
 def test_what_cannot_be_inspected_is_a_line(run, arguments, line):

@@ -565,11 +565,15 @@ def test_the_command_shows_the_table_and_writes_nothing(whole, tmp_path, capsys,
 def test_the_table_says_which_runs_are_not_finished(whole, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(whole[0] / "trials" / "000", tmp_path / name)
-    last = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    newest = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
     assert "Not finished" not in report.show([tmp_path / "a", tmp_path / "b"])
     (tmp_path / "b" / "result.json").unlink()
-    line = f"Not finished, so without numbers: {tmp_path / 'b'} (step {last})."
+    told = f"step {rows[-1]['step']}, eval_loss {newest:.4g}"
+    line = f"Not finished: {tmp_path / 'b'} ({told})."
     assert report.show([tmp_path / "a", tmp_path / "b"]).splitlines()[-1] == line
+    with pytest.raises(ValueError, match=r"RUN must be a directory: .*metrics\.jsonl is a file"):
+        report.show([tmp_path / "a" / "metrics.jsonl"])
     report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert line in (tmp_path / "out" / "report.md").read_text()
 
@@ -635,7 +639,7 @@ def test_what_cannot_be_reported_is_one_line(whole, tmp_path, arguments, words):
 
 def test_a_file_that_cannot_be_exported_is_named(whole, tmp_path):
     file = tmp_path / "none" / "x.safetensors"
-    with pytest.raises(ConfigError, match=rf"^FILE cannot be written: No such file.*: {file}\.$"):
+    with pytest.raises(ConfigError, match=rf"^OUT cannot be written: No such file.*: {file}\.$"):
         export.main(["export", f"{whole[0]}/trials/000", str(file)])
 
 

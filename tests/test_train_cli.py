@@ -268,9 +268,11 @@ def test_the_package_is_a_command(environment, tmp_path):
         (
             ["trian"],
             "attention-jax: there is no command 'trian': train, report, inspect, generate, export, "
-            "check.",
+            "check. Did you mean train?",
         ),
         (["train", "--epochs=0"], "attention-jax train: --epochs "),
+        (["generate", "x", "--promt=a"], "attention-jax generate: --promt is unknown. Did you "),
+        (["generate", "x", "--tokens=a"], "attention-jax generate: --tokens must be an integer: "),
         (["report", "nowhere"], "attention-jax report: nowhere holds no run."),
         (["report"], "attention-jax report: the following arguments are required: RUN"),
         (["export", "run"], "attention-jax export: the following arguments are required: OUT"),

@@ -98,14 +98,16 @@ class _Grid:
         longest = lambda ticks: max((len(text) for text in ticks[1]), default=0)
         self.small = max(4.5, min(8, 72 * size / (1.4 * max(len(down[0]), len(across[0]), 1))))
         self.down, self.across = down, across
-        self.turned = 90 if is_named and longest(across) > 2 else 0
+        wide = [is_named and len(text) > 2 for text in across[1]]
+        # A few wide labels among letters are turned alone.
+        self.turned = [True] * len(wide) if sum(wide) > len(wide) / 4 else wide
         letter = 0.65 * self.small / 72
         self.left = 0.45 + letter * longest(down)
         self.gap, self.over = 0.1, 0.27
         self.width = self.left + columns * (size + self.gap) + 0.75
         caption = _wrapped(caption, self.width, 8)
         under = 0.32 + 0.14 * len(caption.splitlines())
-        self.below = under + (letter * longest(across) if self.turned else 0.12)
+        self.below = under + (letter * longest(across) if any(self.turned) else 0.12)
         self.height = self.below + rows * (size + self.over) + 0.05
         self.figure = _figure(self.width, self.height, layout=None)
         at = 0.5, 0.08 / self.height
@@ -125,7 +127,9 @@ class _Grid:
         axes.tick_params(length=2, width=0.5, pad=2, labelsize=self.small)
         axes.set_yticks(*(self.down if n == 0 else ([], [])))
         is_last = i == self.rows - 1
-        axes.set_xticks(*(self.across if is_last else ([], [])), rotation=self.turned)
+        axes.set_xticks(*(self.across if is_last else ([], [])))
+        for label, is_turned in zip(axes.get_xticklabels(), self.turned, strict=False):
+            label.set_rotation(90 * is_turned)
         return axes
 
     def bar(self, image):

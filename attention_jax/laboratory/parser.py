@@ -1,6 +1,8 @@
 """The parser of the laboratory's commands."""
 
 import argparse
+import difflib
+import re
 
 from attention_jax.training.files import local_path
 
@@ -21,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
+        if found := re.fullmatch(r"unrecognized arguments: (-[^ =]+).*", message):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(found[1], known, n=1)
+            message = f"{found[1]} is unknown." + (f" Did you mean {close[0]}?" if close else "")
+        elif found := re.fullmatch(r"argument (\S+): invalid (\w+) value: (.*)", message):
+            kind = {"int": "an integer", "float": "a number"}.get(found[2], found[2])
+            message = f"{found[1]} must be {kind}: got {found[3]}."
         raise ValueError(message)
 
 
@@ -68,4 +77,5 @@ def as_text(content: bytes, flag: str, *, of_bytes: bool = False, of_lines: bool
 def check_read(flag: str, unread: str) -> None:
     """Raises ValueError unless a vocabulary has tokens for all of a flag's text."""
     if unread:
-        raise ValueError(f"{flag}: the model has no tokens for {unread[:20]!r}.")
+        hint = f" A file can have newlines and tabs: {flag}=FILE:PATH." if "\\" in unread else ""
+        raise ValueError(f"{flag}: the model has no tokens for {unread[:20]!r}.{hint}")

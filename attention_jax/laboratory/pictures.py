@@ -102,7 +102,7 @@ def draw_against(
         # Categories have room beside one another.
         shift = 0 if numbers else 0.5 * ((number + 0.5) / len(series) - 0.5)
         points = [(at(line) + shift, line.values) for line in sorted(found, key=at) if line.values]
-        label = _named(label or "ours", found, points)
+        label = _named(label or ("ours" if published else ""), found, points)
         _means_and_dots(axes, points, _style(number), label, joined=numbers)
     if published:
         points = [(place[v], published[str(v)]) for v in values if str(v) in published]
@@ -114,7 +114,7 @@ def draw_against(
         axes.set_xticks(range(len(values)), [str(v) for v in values])
         axes.set_xlim(-0.6, len(values) - 0.4)
     _finish_y(axes, runs, metric)
-    axes.set_xlabel(x)
+    axes.set_xlabel(x.rpartition(".")[2])
     dots = any(len(line.values) > 1 for line in lines(runs, metric))
     note = f"dots: runs; {_MEANS[numbers]}" if dots else ""
     return _save(figure, axes, runs, path, note)
@@ -199,7 +199,7 @@ def _labels(found):
 def _named(label, found, points):
     """A label that says why its lines of the table have no mark, if they have diverged."""
     diverged = any("diverged_step" in run.result for line in found for run in line.runs)
-    return f"{label} (diverged)" if diverged and not points else label
+    return f"{label} (diverged)".lstrip() if diverged and not points else label
 
 
 def _means_and_dots(axes, points, style, label, *, joined):

@@ -88,12 +88,18 @@ def table(
     return rows
 
 
-def unfinished(runs: Sequence[Run]) -> str:
-    """Names the runs without a result, in a line; "" if there are none."""
-    left = [run for run in runs if not run.result]
-    told = [f"{run.name} (step {run.rows[-1]['step'] if run.rows else 0})" for run in left]
+def unfinished(runs: Sequence[Run], metric: str | None = None) -> str:
+    """Names the runs without a result and their newest numbers, in a line; "" if there are none."""
+    metric = main_metric(runs) if metric is None else metric
+
+    def newest(run):
+        step = f"step {run.rows[-1]['step']}" if run.rows else "step 0"
+        found = [row for row in run.rows if metric in row]
+        return step + (f", {metric} {_number(found[-1][metric])}" if found else "")
+
+    told = [f"{run.name} ({newest(run)})" for run in runs if not run.result]
     more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-    return f"Not finished, so without numbers: {', '.join(told[:3])}{more}." if told else ""
+    return f"Not finished: {', '.join(told[:3])}{more}." if told else ""
 
 
 def _number(value):
@@ -166,7 +172,9 @@ def show(
     """The tables of `write`, for a screen; raises the same errors."""
     parts = []
     for heading, found, path, numbers in _found(runs, x, metric, published):
-        parts.append([heading, aligned(table(found, metric, path, numbers)), unfinished(found)])
+        parts.append(
+            [heading, aligned(table(found, metric, path, numbers)), unfinished(found, metric)]
+        )
     return "\n\n".join("\n".join(filter(None, part)) for part in parts)
 
 
@@ -215,7 +223,7 @@ def _write(parts, out, text, metric):
             files += draw_slices(found, out / f"slices{end}", metric)
         links = [f"![{file.stem}]({file.name})" for file in files if file.suffix == ".png"]
         text += [heading and f"## {heading}", markdown(table(found, metric, path, numbers))]
-        text += [unfinished(found), *links]
+        text += [unfinished(found, metric), *links]
         written += files
     # A path among the fields may hold any bytes.
     (out / "report.md").write_text(

@@ -79,6 +79,8 @@ def load(directory: str | Path) -> list[Run]:
         ValueError: The directory holds neither, or one of its files is damaged.
     """
     path = local_path(directory, "RUN")
+    if path.is_file():
+        raise ValueError(f"RUN must be a directory: {directory} is a file.")
     trials = sorted(path.glob("trials/*/config.json"))
     try:
         if trials:  # The sweep alone has noted the versions.

@@ -416,10 +416,6 @@ class ShortConvolution(nn.Module):
                 sums would include tokens that it hides.
         """
         width = as_size("width", self.width, maximum=1024)  # Each is traced.
-        if positions is not None:
-            raise NotImplementedError(
-                "positions: a short convolution has none, it sums the tokens as they come."
-            )
         mask = None if mask is None else masks.as_mask(mask)
         if not hides_future(mask):
             raise NotImplementedError(
@@ -429,6 +425,10 @@ class ShortConvolution(nn.Module):
             raise NotImplementedError(
                 f"ShortConvolution(width={width}) sums what a mask of arrays would hide, got "
                 f"mask={mask!r}."
+            )
+        if positions is not None:
+            raise NotImplementedError(
+                "ShortConvolution takes no positions: it sums the tokens as they come."
             )
         kernel = self.param("kernel", self.kernel_init, (width, x.shape[-1]), self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)

@@ -35,6 +35,7 @@ from attention_jax.training.hosts import AUTO, Hosts
 from attention_jax.training.rules import (
     FLAGS,
     OPTIONAL,
+    SHORT,
     fault,
     kind_words,
     label,
@@ -323,12 +324,14 @@ def _override(config, arguments):
                 raise ConfigError(unknown(match[2], known))
         elif argument.startswith("-"):
             name = argument.lstrip("-").split("=")[0]
+            meant = SHORT.get(name, name)
             close = difflib.get_close_matches(
-                name, [*_HELP, *_HOSTS, "config", "interactive", "sweep"], n=2
+                meant, [*_HELP, *_HOSTS, "config", "interactive", "sweep"], n=2
             )
             # `--path` is rather the field of that name than `--save_path`.
-            fields = [path for path in known if path.rpartition(".")[2] == name]
+            fields = [path for path in known if path.rpartition(".")[2] == meant]
             close = [f"config.{path}" for path in fields] or close
+            close = [meant] if meant in _HELP else close
             hint = f" Did you mean {' or '.join(f'--{flag}' for flag in close)}?" if close else ""
             raise ConfigError(f"--{name} is unknown.{hint}")
 

@@ -71,8 +71,8 @@ class Run(NamedTuple):
             raise ValueError(f"tokens must be one row, [T], got shape {tokens.shape}.")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary.size:
             raise ValueError(
-                f"tokens must be from 0 to {vocabulary.size - 1}, got {tokens.min()} to "
-                f"{tokens.max()}."
+                f"tokens must be from 0 to {vocabulary.size - 1}, got "
+                f"{tokens[(tokens < 0) | (tokens >= vocabulary.size)][0]}."
             )
         return vocabulary.decode(tokens.tolist())
 

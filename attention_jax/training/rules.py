@@ -54,13 +54,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
+# What people write elsewhere for the last names of some fields.
+SHORT = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "dim": "features"}
+
+
 def unknown(path: str, known: Iterable[str]) -> str:
     """The sentence for an unknown field, with the tasks that have it, or with similar names."""
     section, _, field = path.partition(".")
     tasks = [name for name, changes in TASKS.items() if field in changes.get(section, ())]
     if section == "task" and tasks:
         return f"config.{path} is unknown: it is a field of --task={' or --task='.join(tasks[:3])}."
-    close = [f"config.{name}" for name in difflib.get_close_matches(path, known, n=3)]
+    near = difflib.get_close_matches(path, known, n=3)
+    # The section alone makes two short names alike.
+    last = lambda name: name.rpartition(".")[2]
+    near = [name for name in near if difflib.get_close_matches(last(path), [last(name)])]
+    near = near or [name for name in known if last(name) == SHORT.get(last(path))]
+    close = [f"config.{name}" for name in near]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"config.{path} is unknown.{hint}"
 

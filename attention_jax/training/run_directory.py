@@ -175,9 +175,11 @@ def claim(
         _check_empty(path, file)
     elif differing := difference(theirs, flatten(config) | settings, _is_place):
         if is_begun(path):
+            alike = ", whose tokens must be the same" if _SHA256 in differing else ""
             raise ConfigError(
                 f"the run directory {path} holds another run: {differing}. To go on from its "
-                f"parameters in a new one: --init_from={shlex.quote(str(path))} --workdir=NEW."
+                f"parameters in a new one{alike}: --init_from={shlex.quote(str(path))} "
+                "--workdir=NEW."
             )
         clear(path)
         theirs = None
