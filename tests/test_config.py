@@ -572,6 +572,20 @@ def test_a_wrong_answer_is_asked_again_with_the_reason(answers, capsys):
     assert not [word for word in ("'rnn'", "'wide'", "8 and 30", "got 0") if word not in reasons]
 
 
+def test_a_run_of_text_is_asked_for_its_file(answers, capsys, tmp_path):
+    file = tmp_path / "my.txt"
+    file.write_text("a")
+    asked = answers("nowhere.txt", str(file), *[""] * 8)
+    assert parse(["train.py", "--task=text", "--interactive"]).config.task.path == str(file)
+    assert asked[:2] == ["path [the help topics of Python]: "] * 2
+    assert "nowhere.txt is no file." in capsys.readouterr().out
+    asked = answers(*[""] * 9)
+    assert parse(["train.py", "--task=text", "--interactive"]).config.task.path == ""
+    asked = answers(*[""] * 8)
+    parse(["train.py", "--task=text", f"--config.task.path={file}", "--interactive"])
+    assert asked[0].startswith("model")
+
+
 def test_a_default_that_cannot_be_kept_is_not_offered(answers, capsys):
     asked = answers("", "30", "6", *[""] * 5)
     assert changed("--interactive") == {"model.features": 30, "model.num_heads": 6}

@@ -256,7 +256,8 @@ def _parts(source: _Source, seq_length: int) -> tuple[int, int]:
     if source.ends is None and min(trained, held_out) <= seq_length:
         raise ValueError(
             f"path of text: {source.text.name} is too short: of its {len(of):,} tokens the last "
-            f"{held_out:,} are held out, and a row takes seq_length + 1 = {seq_length + 1}."
+            f"{held_out:,} are held out, and a row takes seq_length + 1 = {seq_length + 1}"
+            + (f": a seq_length of {held_out - 1} fits." if held_out > 1 else ".")
         )
     if source.ends is not None:
         if min(trained, held_out) < 1:

@@ -416,8 +416,9 @@ def _interview(config, workdir, fixed):
     if hasattr(sys.stdin, "reconfigure"):  # So that no byte of an answer stops the interview.
         sys.stdin.reconfigure(errors="backslashreplace")
     print("Enter keeps what stands in brackets; Ctrl-D leaves.")
-    for name in _QUESTIONS:
-        path = _FIELDS.get(name)
+    of_text = config.task.name == "text" and not config.task.path
+    for name in ("path", *_QUESTIONS) if of_text else _QUESTIONS:
+        path = "task.path" if name == "path" else _FIELDS.get(name)
         if path in fixed or (name == "num_heads" and config.model.name == "selfhead"):
             continue
         if path is None:
@@ -430,17 +431,21 @@ def _interview(config, workdir, fixed):
             continue
         before = flatten(config)[path]
         reason = _reason(config, path)
-        question = f"{name}: " if reason else f"{name} [{before}]: "
+        offered = "the help topics of Python" if name == "path" else before
+        question = f"{name}: " if reason else f"{name} [{offered}]: "
         while True:
             if reason:
                 print(f"  {reason}")
             answer = input(question).strip()
             try:
-                set_field(config, path, _convert(path, answer) if answer else before)
+                value = _value(path, answer, before, label(path)) if answer else before
+                set_field(config, path, value)
             except ConfigError as error:
                 reason = str(error)
             else:
                 reason = _reason(config, path)
+                if name == "path" and answer and not os.path.isfile(os.path.expanduser(answer)):
+                    reason = f"{answer} is no file."
             if not reason:
                 break
     return workdir
