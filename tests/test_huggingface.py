@@ -1,5 +1,6 @@
 """Models of transformers: the same logits, the same tokens, there and back."""
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close
+from flax import linen as nn
 from huggingface.make import MODELS, answers, random_model
 
 from attention_jax import generate, make_sequence_model
@@ -463,6 +465,17 @@ def test_a_model_of_words_that_is_of_no_family_says_why(words, difference):
     given = {"causal": True, "positions": "rotary"} | words
     with pytest.raises(NotImplementedError, match=difference):
         describe(make_sequence_model(**sizes, **given))
+
+
+def test_parts_that_no_family_has_are_named():
+    model, _ = huggingface.load(HERE / "llama")
+    with pytest.raises(NotImplementedError, match=r"none of the families|blocks\.0"):
+        describe(model.clone(blocks=[nn.Dense(16)]))
+    odd = functools.partial(nn.Dense, use_bias=False)  # It needs a width.
+    with pytest.raises(NotImplementedError, match=r"norm=RMSNorm, not"):
+        describe(model.clone(blocks=[x.clone(output_norm=None, norm=odd) for x in model.blocks]))
+    with pytest.raises(TypeError, match="must be a SequenceModel, got Dense"):
+        describe(nn.Dense(3))
 
 
 def test_sizes_that_follow_from_others_may_be_left_out(tmp_path):

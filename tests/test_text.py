@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -711,10 +710,9 @@ def test_a_diverged_run_says_so_although_its_model_cannot_write(files):
 def test_a_run_leaves_as_a_directory_of_hugging_face(trained, tmp_path, capsys):
     directory, place = trained[0], tmp_path / "poet-1.5"
     export.main(["attention-jax export", str(directory), str(place)])
-    export.main(["attention-jax export", str(directory), str(place)])  # Anew.
     count = trained[1].metrics["num_params"]
     line = f"{place} has the model of {directory} as gpt_neox of transformers: {count:,} numbers.\n"
-    assert capsys.readouterr().out == 2 * line
+    assert capsys.readouterr().out == line
     run = attention_jax.load(directory)
     model, params = huggingface.load(place)
     tokens = run.encode("line of")
@@ -727,7 +725,11 @@ def test_a_run_leaves_as_a_directory_of_hugging_face(trained, tmp_path, capsys):
         flags = ("--prompt=the ", "--tokens=20", "--temperature=0")
         assert written(place, *flags) == written(directory, *flags)
     before = (directory / "config.json").read_text()
-    for out, words in [(directory, "something else than a model"), ("x.npz", "OUT must end in")]:
+    for out, words in [
+        (directory, "must be a new directory: it is not empty"),
+        (place, "must be a new directory"),
+        ("x.npz", "OUT must end in"),
+    ]:
         with pytest.raises(ConfigError, match=words):
             export.main(["attention-jax export", str(directory), str(out)])
     assert (directory / "config.json").read_text() == before
@@ -741,7 +743,7 @@ def test_a_run_of_lines_leaves_with_the_end_of_its_lines(files, tmp_path):
     words = r"odd: .*gpt_neox comes closest, and has blocks\.0\.conv=None, not ShortConvolution"
     with pytest.raises(NotImplementedError, match=words):
         export.export_directory(tmp_path / "odd", tmp_path / "out")
-    assert not os.listdir(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     config.model.update({"short_conv": 0, "positions": "learned", "use_bias": True})
     experiment.run(config, tmp_path / "names")
     assert export.export_directory(tmp_path / "names", tmp_path / "out")[0] == "gpt2"

@@ -21,13 +21,7 @@ from typing import Any
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import (
-    CHECKPOINTS,
-    local_path,
-    locate,
-    read_json,
-    written_whole,
-)
+from attention_jax.training.files import CHECKPOINTS, local_path, locate, written_whole
 
 _FILE = ".safetensors"
 
@@ -40,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = Parser(argv[0], __doc__)
     parser.add_argument("run", metavar="RUN", help="directory of a run, a sweep or a trial")
-    parser.add_argument("out", metavar="OUT", help="file or directory to write, or to write anew")
+    parser.add_argument("out", metavar="OUT", help="file to write, also anew; or a new directory")
     try:
         options = parser.parse_args(argv[1:])
         if options.out.endswith(_FILE):
@@ -103,7 +97,7 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
 
     Args:
         run: As in `export`.
-        directory: Is made; or holds an earlier model, which is written anew.
+        directory: Is made, or is empty.
 
     Returns:
         The `model_type`, and how many numbers the parameters have.
@@ -111,7 +105,7 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
     Raises:
         FileNotFoundError, RuntimeError: As `export`.
         NotImplementedError: No family of transformers has this model.
-        ValueError: The directory holds something else; or as `export`.
+        ValueError: The directory is not empty; or as `export`.
         OSError: The directory cannot be written.
     """
     path = local_path(directory, "OUT")
@@ -120,13 +114,12 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
             f"OUT must end in {_FILE}, or be a directory, which exists or has no such ending: got "
             f"{directory}."
         )
-    earlier = "model_type" in (read_json(path / "config.json") or {})
-    if path.is_dir() and os.listdir(path) and not earlier:
-        raise ValueError(f"OUT={directory} holds something else than a model.")
+    if path.is_dir() and os.listdir(path):
+        raise ValueError(f"OUT={directory} must be a new directory: it is not empty.")
     _check_run(run)
     import jax
 
-    from attention_jax.interop import huggingface
+    from attention_jax.interop import families, huggingface
     from attention_jax.training.loading import load
 
     found = load(run)
@@ -141,16 +134,16 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
     if text is not None and text.lines:
         newline = int(found.encode("\n")[0])
         fields |= {"bos_token_id": newline, "eos_token_id": newline}
+    try:
+        kind, *_ = families.describe(found.model)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{run}: {error}") from error
     with written_whole(path, "OUT") as place:
-        try:
-            huggingface.save(place, found.model, found.params, **fields)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{run}: {error}") from error
+        huggingface.save(place, found.model, found.params, **fields)
         if text is not None:
             names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
             _write(place / "tokenizer.json", text.vocabulary.definition)
             _write(place / "tokenizer_config.json", json.dumps(names, indent=2) + "\n")
-        kind = read_json(place / "config.json")["model_type"]
     return kind, sum(x.size for x in jax.tree.leaves(found.params))
 
 

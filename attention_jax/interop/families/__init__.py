@@ -83,7 +83,10 @@ def describe(model: SequenceModel) -> tuple[str, Family, dict[str, Any]]:
 
     Raises:
         NotImplementedError: No family has this model.
+        TypeError: It is no `SequenceModel`.
     """
+    if not isinstance(model, SequenceModel):
+        raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}.")
     ours, closest = model_spec(model), None
     for kind, family in FAMILIES.items():
         try:

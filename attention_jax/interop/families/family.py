@@ -1,5 +1,6 @@
 """A family of language models, and what all of them share."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -162,7 +163,7 @@ def model_spec(model: SequenceModel) -> Any:
     """`spec` of a model, in which sizes that follow from others are the same as given ones."""
 
     def sized(block):
-        attention = block.attention
+        attention = getattr(block, "attention", None)
         if not isinstance(attention, MultiHeadAttention):
             return block
         _, kv_heads, head_dim = head_sizes(attention, model.embedding.features)
@@ -187,7 +188,8 @@ def spec(value: Any) -> Any:
     """
     make = value.func if isinstance(value, functools.partial) else value
     if isinstance(make, type) and issubclass(make, nn.Module):
-        return spec(value())
+        with contextlib.suppress(TypeError):  # It may need arguments that no norm has.
+            return spec(value())
     if isinstance(value, functools.partial):
         return ("partial", value.func, spec(value.args), spec(value.keywords))
     if isinstance(value, nn.Module):
