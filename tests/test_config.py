@@ -324,7 +324,7 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         (["--num_head=3"], ["--num_head is unknown", "--num_heads"]),
         (["--lr=0.1"], ["--lr is unknown. Did you mean --learning_rate?"]),
         (["--sweep=lr=1"], ["config.lr is unknown. Did you mean config.optimizer.learning_rate?"]),
-        (["--config.optimizer.b2=0.9"], ["config.optimizer.b2 is unknown."]),
+        (["--config.optimizer.x2=0.9"], ["config.optimizer.x2 is unknown."]),
         (["--task=text", "--path=a"], ["--path is unknown. Did you mean --config.task.path?"]),
         (["--task=text", "--epochs=1"], ["got 100 of 100. Set it lower, or --epochs higher."]),
         (["--config.model.num_head=3"], ["config.model.num_head", "config.model.num_heads"]),
@@ -381,6 +381,7 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         (["--embed_dim=30"], ["--num_heads", "embed_dim", "8 and 30"]),
         (["--config.model.num_kv_heads=3"], ["num_kv_heads", "num_heads", "3 and 8"]),
         (["--config.optimizer.accumulate=5"], ["--batch_size", "accumulate", "32 and 5"]),
+        (["--config.optimizer.name=sgd", "--config.optimizer.b2=0.9"], ["b2 is for adam", "0.9"]),
         (["--config.optimizer.momentum=0.9"], ["momentum", "sgd", "0.9 with adam"]),
         (["--config.optimizer.weight_decay=0.1"], ["weight_decay", "adamw", "0.1 with adam"]),
         (

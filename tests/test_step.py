@@ -364,6 +364,7 @@ def test_schedule_rises_stays_and_falls():
     ("settings", "reference"),
     [
         ({"name": "adam"}, optax.adam(1e-2)),
+        ({"name": "adam", "b1": 0.8, "b2": 0.95}, optax.adam(1e-2, b1=0.8, b2=0.95)),
         (
             {"name": "adamw", "weight_decay": 0.1, "decay": "all"},
             optax.adamw(1e-2, weight_decay=0.1),
@@ -477,6 +478,8 @@ def test_muon_makes_singular_values_of_kernels_equal():
         ({"name": "lion"}, "optimizer must be 'adam', 'adamw', 'muon' or 'sgd': got 'lion'"),
         ({"name": "adam", "weight_decay": 0.1}, "adam has no weight_decay"),
         ({"name": "adamw", "momentum": 0.1}, "momentum belongs to sgd"),
+        ({"name": "sgd", "b2": 0.9}, "sgd has no b1 and b2: got 0.9 and 0.9"),
+        ({"name": "adamw", "b2": 1.0}, "b1 and b2 must lie in"),
         ({"decay": "kernels"}, "decay must be 'matrices' or 'all': got 'kernels'"),
         ({"clip_norm": -1.0}, "must not be negative"),
         ({"learning_rate": -1.0}, "must not be negative"),

@@ -262,6 +262,13 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
             f"config.optimizer.momentum is for sgd only: got {optimizer.momentum} "
             f"with {optimizer.name}.",
         )
+    for name, default in (("b1", 0.9), ("b2", 0.999)):
+        if optimizer.name == "sgd" and optimizer[name] != default:
+            yield (
+                f"optimizer.{name}",
+                f"config.optimizer.{name} is for adam, adamw and muon: got {optimizer[name]} with "
+                "sgd.",
+            )
 
 
 def slice_settings(config: ConfigDict, section: str = "eval") -> dict[str, dict[str, Any]]:

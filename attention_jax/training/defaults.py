@@ -47,6 +47,8 @@ DEFAULTS = {
         "decay": "matrices",  # Which parameters shrink: matrices, or all.
         "clip_norm": 0.0,  # 0: off.
         "momentum": 0.0,
+        "b1": 0.9,  # How much Adam keeps of the mean of gradients, and of their squares.
+        "b2": 0.999,
         "accumulate": 1,
         "max_skipped": 0,  # Steps in a row that may be skipped because they are not finite.
     },

@@ -75,6 +75,8 @@ def make_optimizer(
     decay: str = "matrices",
     clip_norm: float | Array = 0.0,
     momentum: float | Array = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
 ) -> optax.GradientTransformation:
     """Builds an optimizer from plain settings.
 
@@ -89,6 +91,8 @@ def make_optimizer(
         decay: Which parameters shrink: `"matrices"`, see `is_matrix`, or `"all"`.
         clip_norm: Longer gradients are shortened to this norm. 0 turns it off.
         momentum: sgd only.
+        b1, b2: How much Adam keeps of the means of gradients and of their squares; with muon, for
+            the parameters that Adam takes. Not for sgd.
 
     Raises:
         ValueError: An unknown name, a number out of range, or a setting that the optimizer named
@@ -101,17 +105,19 @@ def make_optimizer(
     if not (
         _holds(weight_decay, lambda x: x >= 0)
         and _holds(clip_norm, lambda x: x >= 0)
-        and _holds(momentum, lambda x: 0 <= x < 1)
+        and all(_holds(x, lambda x: 0 <= x < 1) for x in (momentum, b1, b2))
     ):
         raise ValueError(
-            "weight_decay and clip_norm must not be negative and momentum must lie in [0, 1): "
-            f"got {weight_decay}, {clip_norm} and {momentum}."
+            "weight_decay and clip_norm must not be negative, and momentum, b1 and b2 must lie in "
+            f"[0, 1): got {weight_decay}, {clip_norm}, {momentum}, {b1} and {b2}."
         )
     has_decay, has_momentum = (_is_traced(x) or bool(x) for x in (weight_decay, momentum))
     if has_decay and name == "adam":
         raise ValueError(f"adam has no weight_decay, use adamw: got {weight_decay=}.")
     if has_momentum and name != "sgd":
         raise ValueError(f"momentum belongs to sgd, {name} has its own: got {momentum=}.")
+    if name == "sgd" and (b1, b2) != (0.9, 0.999):
+        raise ValueError(f"sgd has no b1 and b2: got {b1} and {b2}.")
     make_rate = functools.partial(
         make_schedule, learning_rate, schedule=schedule, warmup_steps=warmup_steps
     )
@@ -122,9 +128,9 @@ def make_optimizer(
     if name == "sgd":
         direction = optax.trace(momentum) if has_momentum else optax.identity()
     elif name == "muon":
-        direction = scale_by_muon()
+        direction = scale_by_muon(b1, b2)
     else:
-        direction = optax.scale_by_adam()
+        direction = optax.scale_by_adam(b1, b2)
     if _is_traced(clip_norm):
         clip = optax.clip_by_global_norm(jnp.where(clip_norm > 0, clip_norm, jnp.inf))
     else:
@@ -138,8 +144,8 @@ def make_optimizer(
     )
 
 
-def scale_by_muon() -> optax.GradientTransformation:
-    """Muon for the kernels inside of blocks, Adam for all other parameters.
+def scale_by_muon(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
+    """Muon for the kernels inside of blocks, Adam with `b1` and `b2` for all other parameters.
 
     Muon makes the singular values of a kernel's momentum nearly equal, so that a step changes all
     directions alike (Jordan et al. 2024,
@@ -165,7 +171,7 @@ def scale_by_muon() -> optax.GradientTransformation:
         contrib.scale_by_muon(weight_dimension_numbers=shapes),
         optax.stateless(lambda updates, params: tree_map_with_path(as_adam, updates)),
     )
-    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2)}, labels)
 
 
 def _matrix_axes(path, parameter):

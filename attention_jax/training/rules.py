@@ -136,6 +136,8 @@ _RULES = {
     "optimizer.decay": _one_of("matrices", "all"),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.momentum": _RATE,
+    "optimizer.b1": _RATE,
+    "optimizer.b2": _RATE,
     "optimizer.accumulate": _at_least(1),
     "optimizer.max_skipped": _at_least(0),
     "train.batch_size": _at_least(1),
