@@ -178,7 +178,12 @@ def test_a_position_without_a_row_in_the_table_is_not_another_one():
         ({}, {"positions": np.zeros((3, 9), int)}, ValueError, r"positions.*\(2, 9\).*\(3, 9\)"),
         ({}, {"mask": masks.segments(np.zeros((3, 9), int))}, ValueError, r"mask.*\(3, 1, 1, 1\)"),
         ({}, {"mask": masks.segments(np.zeros(8, int))}, ValueError, "mask.*8.*9"),
-        ({"short_conv": 2}, {"positions": np.arange(9)}, NotImplementedError, "positions.*conv"),
+        (
+            {"short_conv": 2},
+            {"positions": np.arange(9)},
+            NotImplementedError,
+            "ShortConvolution.*positions",
+        ),
         (
             {"mechanism": "gated_delta", "positions": "none"},
             {"positions": np.arange(9)},

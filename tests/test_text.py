@@ -405,8 +405,8 @@ def test_a_run_turns_text_into_tokens_and_back_without_its_file(trained, files):
     ("tokens", "error", "words"),
     [
         ([[1, 2], [3, 4]], ValueError, r"tokens must be one row, \[T\], got shape \(2, 2\)"),
-        ([3, 10**6], ValueError, r"tokens must be from 0 to \d+, got 3 to 1000000"),
-        ([-1], ValueError, r"tokens must be from 0 to \d+, got -1 to -1"),
+        ([3, 10**6], ValueError, r"tokens must be from 0 to \d+, got 1000000"),
+        ([-1], ValueError, r"tokens must be from 0 to \d+, got -1"),
         ([0.5], TypeError, "tokens must hold integers"),
     ],
 )
