@@ -7,7 +7,7 @@ an older AMD EPYC without AVX-512 (jax 0.10.2, 2026-11-30).
 
 Before it had a convolution: 1.51 after 5100 steps, in 301 s on a newer EPYC (2026-11-29), and with
 `--minutes=15` 1.50 after 10100 steps, in 808 s on two cores of an Intel Xeon (2026-11-30).
-`--minutes=15` with the convolution: 1.521 after 5800 steps, in 921 s on the older EPYC (2026-12-01),
+`--minutes=15` with the convolution: 1.521 after 5800 steps, in 921 s, older EPYC (2026-12-01),
 1.12 in training; with `model.dropout_rate=0.1` 1.532 after 4100 steps, in 783 s, 1.38 in training.
 `--minutes=3` on the older EPYC: 1.652 without it, 1.604 with it and `model.init_scale=0.05`.
 """
