@@ -12,6 +12,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +125,7 @@ def test_the_programs_run_and_print_what_the_page_shows(page, place, monkeypatch
 @pytest.mark.usefixtures("place")
 def test_the_commands_are_understood(page, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: "")
+    shutil.copytree(ROOT / "tests/huggingface/gpt2", "gpt2")  # The pages speak of a directory.
     for line, words in commands(page):
         where = f"{page.name}:{line}: {' '.join(words)}"
         for word in words:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         NotImplementedError: The config asks for what no part of this package does.
     """
     directory = Path(directory).expanduser()
-    config = _read_json(directory / _CONFIG)
-    if "text_config" in config:
-        raise NotImplementedError(
-            f"{directory / _CONFIG}: text_config belongs to a model of text and images, which has "
-            "no model here."
-        )
+    config = read_config(directory)
     if dtype is not None:
         check_dtype("dtype", dtype)
         dtype = _representable("dtype", dtype)
@@ -75,6 +70,30 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
         if model.head is None:
             _check_tied(directory, files, names, wanted[0].name)
     return model, unflatten_dict(flat, sep="/")
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The contents of a directory's `config.json`, which `model_of` takes.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no JSON, or no object.
+    """
+    return _read_json(Path(directory).expanduser() / _CONFIG)
+
+
+def model_of(config: Mapping[str, Any], directory: str | os.PathLike) -> SequenceModel:
+    """The model that a `config.json` describes, with parameters of float32.
+
+    Args:
+        config: Its contents.
+        directory: Where it stands, for errors.
+
+    Raises:
+        ValueError, NotImplementedError: As `load`.
+    """
+    with _told_of(Path(directory).expanduser() / _CONFIG):
+        return make_model(config, jnp.dtype(jnp.float32))[1]
 
 
 def _name_of(tensor: Tensor, names: dict[str, str], directory: Path) -> str:

@@ -16,7 +16,6 @@ in place of held-out rows. It writes to `--out`:
 A run keeps the newest `--config.checkpoint.keep` checkpoints.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -29,6 +28,7 @@ from attention_jax.training.config import ConfigError
 from attention_jax.training.files import (
     CHECKPOINTS,
     check_directory,
+    is_hugging_face,
     local_path,
     locate,
     written_whole,
@@ -143,11 +143,7 @@ def is_run(place):
     run, _ = locate(place)
     if (run / CHECKPOINTS).is_dir():
         return True
-    try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not (isinstance(config, dict) and "model_type" in config):
+    if not is_hugging_face(place):
         raise ValueError(f"{place} holds no run with a checkpoint, and no model of Hugging Face.")
     return False
 

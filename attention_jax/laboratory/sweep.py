@@ -25,9 +25,10 @@ from attention_jax.laboratory.runs import Run, is_loss, main_metric, slices
 from attention_jax.training import build as builder
 from attention_jax.training import experiment, hosts
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
-from attention_jax.training.files import VOCABULARY, trial_directory
+from attention_jax.training.files import MODEL, VOCABULARY, trial_directory
 from attention_jax.training.launch import make_launcher
 from attention_jax.training.metrics import Busy, Console, JsonLines
+from attention_jax.training.model import description
 from attention_jax.training.process import StopSignals, prepare, say
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
 from attention_jax.training.step import first_bad_step, not_finite
@@ -102,8 +103,8 @@ def run(
     def work(store):
         return _run(config, configs, axes, launcher, groups, store, started)
 
-    tasks = [group.task for group in groups]
-    return experiment.in_directory(workdir, noted, work, tasks)
+    of = [(group.config, group.task) for group in groups]
+    return experiment.in_directory(workdir, noted, work, of)
 
 
 def _nested(axes):
@@ -231,6 +232,8 @@ class _Log:
                 write_json(place / "config.json", {"config": config.to_dict()})
                 if texts[number] is not None:
                     write_json(place / VOCABULARY, texts[number].to_dict())
+                if (described := description(config)) is not None:
+                    write_json(place / MODEL, described)
                 lines = JsonLines(place / "metrics.jsonl", int(self.reached[number] or last))
             self._lines.append(files.enter_context(closing(lines)))
             self.histories[number] = lines.rows

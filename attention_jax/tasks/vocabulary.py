@@ -36,7 +36,8 @@ class Characters:
             ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return "".join(self.letters[token] for token in tokens)
+        """Tokens beyond the characters, which a larger model may write, are left out."""
+        return "".join(self.letters[token] for token in tokens if token < self.size)
 
     def name(self, token: int) -> str:
         """What a token stands for, as a label."""
@@ -75,8 +76,8 @@ class Bytes:
         return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Bytes that are no UTF-8 become U+FFFD."""
-        return bytes(tokens).decode(errors="replace")
+        """Bytes that are no UTF-8 become U+FFFD. Tokens beyond the bytes are left out."""
+        return bytes(token for token in tokens if token < self.size).decode(errors="replace")
 
     def name(self, token: int) -> str:
         """What a token stands for, as a label."""

@@ -25,6 +25,8 @@ from attention_jax.training.config import (
     trials,
 )
 from attention_jax.training.files import (
+    is_directory,
+    is_hugging_face,
     is_weights,
     local_path,
     locate,
@@ -45,7 +47,7 @@ from attention_jax.training.rules import (
 )
 
 _HELP = {
-    "model": "multihead or selfhead",
+    "model": "multihead, selfhead, or a directory of Hugging Face, as ./gpt2",
     "embed_dim": "width of the model",
     "num_heads": "attention heads (multihead only)",
     "learning_rate": "peak step size of the optimizer",
@@ -59,7 +61,7 @@ _HELP = {
     "task": f"{', '.join(TASKS)}, or module:builder; the other defaults follow it",
     "launcher": "single, pmap or sharded",
     "seed": "of the parameters, the data and dropout",
-    "init_from": "run, or file of weights, to take the first parameters from",
+    "init_from": "run, directory of Hugging Face, or file of weights, to start from",
 }
 _HOSTS = {
     "coordinator": "host:port of process 0, or auto: as Slurm, Open MPI or a TPU pod say",
@@ -122,7 +124,9 @@ def parse(argv: Sequence[str]) -> Command:
     config = None if values.config is None else load(values.config)
     init_from = _init_from(given, overrides, config)
     _check_apart(init_from, workdir)
-    if init_from and not _is_weights(init_from):
+    if init_from and _is_hugging_face(init_from):
+        config = _with_directory(init_from, config, given.get("task"))
+    elif init_from and not _is_weights(init_from):
         config = _with_model_of(init_from, workdir, config, given.get("task"))
     elif config is None:
         config = default_config(given.get("task", "teacher"))
@@ -223,6 +227,11 @@ def _is_weights(init_from):
         return is_weights(local_path(init_from, "--init_from"))
 
 
+def _is_hugging_face(init_from):
+    with refused():
+        return is_hugging_face(local_path(init_from, "--init_from"))
+
+
 def _check_apart(init_from, workdir):
     """Refuses a run that would start from its own directory."""
     if not init_from or workdir is None:
@@ -277,13 +286,39 @@ def _with_model_of(init_from, workdir, config, task):
     return config
 
 
+def _with_directory(place, config, task):
+    """A config with the model of a directory of Hugging Face, and for text with its tokenizer.
+
+    Args:
+        place: The directory.
+        config: From a config file, or None. Its model and tokens count if they differ from the
+            defaults.
+        task: The value of `--task`, or None: without a config file `text`.
+    """
+    config = default_config(task or "text") if config is None else _with_task(config, task)
+    defaults = default_config(config.task.name)
+    if config.model.name == defaults.model.name:
+        config.model.name = place if is_directory(place) else f"./{place}"
+    file = Path(place, "tokenizer.json")
+    has_one = os.path.isfile(os.path.expanduser(file))
+    if has_one and config.task.name == "text" and config.task.tokens == defaults.task.tokens:
+        config.task.tokens = str(file)
+    return config
+
+
 def _noted(init_from, workdir):
     """The fields of the run to start from."""
     if workdir is not None and os.path.exists(Path(workdir) / "config.json"):
         ours = flatten(read_config(Path(workdir)))
         if ours.get("init_from") == init_from:
             return ours
-    run, trial = locate(local_path(init_from, "it"))
+    place = local_path(init_from, "it")
+    if not place.exists():
+        hint = ""
+        if not place.parent.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", init_from):
+            hint = f" Nothing is downloaded: write `hf download {place} --local-dir {place.name}`."
+        raise ValueError(f"there is no such directory.{hint}")
+    run, trial = locate(place)
     return flatten(read_config(run if trial is None else trial_directory(run, trial)))
 
 

@@ -23,7 +23,7 @@ from ml_collections.config_dict import placeholder
 
 from attention_jax.training import own
 from attention_jax.training.defaults import DEFAULTS, TASKS, token_task
-from attention_jax.training.files import local_path
+from attention_jax.training.files import is_directory, local_path
 from attention_jax.training.process import RunError
 from attention_jax.training.rules import MOST_32_BITS, OPTIONAL, fault, label, read, shown, unknown
 
@@ -86,6 +86,8 @@ SHARED = (
     *("eval.every_epochs", "eval.heads", "eval.sample"),
 )
 MAX_TRIALS = 10_000
+# Fields of the model that one of Hugging Face honours too; its `config.json` decides the others.
+OF_EVERY_MODEL = ("name", "dropout_rate", "remat", "dtype", "matmul_precision")
 
 
 class Target(NamedTuple):
@@ -185,6 +187,12 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
                 words = f"config.mesh.sequence is for {path}={only}: got {config.model[name]}."
                 yield "mesh.sequence", words
     model, optimizer, train = config.model, config.optimizer, config.train
+    if is_directory(model.name):
+        for field, value in model.items():
+            path = f"model.{field}"
+            if field not in OF_EVERY_MODEL and value != known[path]:
+                words = "is for a model of words, not for that of a directory"
+                yield path, f"{label(path)} {words}: got {shown(value)} with {model.name}."
     try:
         Target.parse(train.target)
     except ValueError as error:

@@ -6,11 +6,11 @@ DEFAULTS = {
     # How sharded splits the devices: the rows of a batch (None: over all that are left), and the
     # heads and hidden features of the model; and the tokens of a row, by ring attention.
     "mesh": {"data": None, "model": 1, "sequence": 1},
-    "init_from": "",  # The run, or file of weights, to take the first parameters from.
+    "init_from": "",  # The run, directory of Hugging Face, or file of weights to start from.
     "task": {},  # The name of the task and its settings: TASKS.
     "model": {
         # One bare attention layer, as the project began: no norm, no residual, no positions.
-        "name": "multihead",
+        "name": "multihead",  # Or selfhead; or a directory of Hugging Face, as ./gpt2.
         "features": 64,
         "num_layers": 1,
         "mechanism": "dot_product",

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -33,9 +34,16 @@ from attention_jax.training.config import (
     refused,
     slice_settings,
 )
-from attention_jax.training.files import VOCABULARY, is_weights, local_path
+from attention_jax.training.files import (
+    MODEL,
+    VOCABULARY,
+    is_hugging_face,
+    is_weights,
+    local_path,
+)
 from attention_jax.training.loading import check_vocabulary
 from attention_jax.training.metrics import Busy, Console, metrics_line
+from attention_jax.training.model import description
 from attention_jax.training.model import make_model as make_model  # Likewise.
 from attention_jax.training.optimizer import budget_end, with_budget
 from attention_jax.training.process import RunError, StopSignals, prepare, say, versions
@@ -117,24 +125,24 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None = None) -> Result:
     program = build(config)
     work = lambda store: _run(config, program, store, started)
     with hosts.together():
-        return in_directory(workdir, config, work, [program.task])
+        return in_directory(workdir, config, work, [(config, program.task)])
 
 
 def in_directory(
     workdir: str | os.PathLike | None,
     config: ConfigDict,
     work: Callable[[RunDirectory | NoDirectory], Any],
-    tasks: Sequence[Task],
+    of: Sequence[tuple[ConfigDict, Task]],
 ) -> Any:
     """Runs `work` in a run directory that is claimed for the config, or without one.
 
     A failure before the first step is written leaves the directory as it was. A directory is
-    refused if a file that one of the tasks reads has changed.
+    refused if a file that a model or a task of `of` reads has changed.
     """
     if workdir is None or not hosts.is_first():
         return work(NoDirectory())
     with _told_to_all(), owned(workdir) as path:
-        claim(path, config, versions(), files_of(tasks))
+        claim(path, config, versions(), files_of(of))
         try:
             with contextlib.closing(RunDirectory(path, config)) as directory:
                 return work(directory)
@@ -143,11 +151,15 @@ def in_directory(
                 clear(path)
 
 
-def files_of(tasks: Sequence[Task]) -> dict[str, str]:
-    """The hashes of the files that tasks read, by their names."""
+def files_of(of: Sequence[tuple[ConfigDict, Task]]) -> dict[str, str]:
+    """The hashes of the files that the models of configs and the tasks read, by their names."""
     files: dict[str, list[str]] = {}
-    for task in tasks:
-        for name, value in ({} if task.text is None else task.text.settings()).items():
+    for config, task in of:
+        settings = {} if task.text is None else task.text.settings()
+        if (described := description(config)) is not None:
+            written = json.dumps(described, sort_keys=True).encode()
+            settings["the sha256 of config.model.name"] = hashlib.sha256(written).hexdigest()
+        for name, value in settings.items():
             files.setdefault(name, []).append(value)
     return {name: " ".join(found) for name, found in files.items()}
 
@@ -165,6 +177,8 @@ def _told_to_all():
 def _run(config, program, store, started):
     if program.task.text is not None:
         store.keep(VOCABULARY, program.task.text.to_dict())
+    if (described := description(config)) is not None:
+        store.keep(MODEL, described)
     with StopSignals() as stop, Ahead() as ahead:
         look = make_look(config, program.init.eval_shape().params)
         state = _begin(config, program, store, look, ahead)
@@ -189,7 +203,7 @@ def _begin(config, program, store, look, ahead):
             _compile_ahead(config, program, look, ahead)
         with Busy(say)("compiling the start"):
             state = _first_state(config, program)
-    settings = flatten(config) | settings_of_jax() | files_of([program.task])
+    settings = flatten(config) | settings_of_jax() | files_of([(config, program.task)])
     differing = ""
     if hosts.is_first():
         message = {"step": store.step, "rows": list(store.rows), "result": store.result}
@@ -244,7 +258,7 @@ def _first_state(config, program):
 
 
 def first_params(init_from: str, like: PyTree) -> PyTree:
-    """The parameters of `--init_from`, of a run or in a file of weights.
+    """The parameters of `--init_from`, of a run, of Hugging Face, or in a file of weights.
 
     Raises:
         ConfigError: They are missing, broken, or do not fit.
@@ -255,8 +269,13 @@ def first_params(init_from: str, like: PyTree) -> PyTree:
             from attention_jax.interop import weights
 
             return fitted(weights.load(path), like, "the file")
+        if is_hugging_face(path):
+            from attention_jax.interop import huggingface
+
+            _, params = huggingface.load(path, dtype=np.float32)
+            return fitted(params, like, "the directory")
         return restore_params(init_from, like=like)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"--init_from={init_from}: {error}") from error
 
 

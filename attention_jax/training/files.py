@@ -13,6 +13,7 @@ from attention_jax.training.process import RunError
 
 CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
 VOCABULARY, SAMPLES = "vocabulary.json", "samples.txt"  # Of a task of text.
+MODEL = "model.json"  # The config.json of a model of Hugging Face.
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # Files of parameters alone.
 
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.
@@ -56,6 +57,15 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     return Path(expanded)
 
 
+def is_directory(name: str) -> bool:
+    """Whether `config.model.name` is the path of a directory, which has a slash, and no word.
+
+    >>> is_directory("./gpt2"), is_directory("multihead")
+    (True, False)
+    """
+    return "/" in name or "\\" in name
+
+
 def is_weights(path: Path) -> bool:
     """Whether a path names a file of parameters, and not the directory of a run."""
     return path.suffix in WEIGHTS and not path.is_dir()
@@ -78,6 +88,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not of a run: it holds no object.")
     return found
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a directory holds a model of Hugging Face, and no run."""
+    try:
+        found = read_json(path / "config.json") or {}
+    except ValueError:
+        return False
+    return "model_type" in found and "config" not in found
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from attention_jax.checks import as_array, as_integers, as_size
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import Task
-from attention_jax.tasks.vocabulary import Text, Vocabulary
+from attention_jax.tasks.vocabulary import Text, Tokenizer, Vocabulary
 from attention_jax.training.build import make_task
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, check, default_config, flatten, set_field
 from attention_jax.training.files import (
+    MODEL,
     VOCABULARY,
+    is_hugging_face,
     is_weights,
     local_path,
     locate,
@@ -69,10 +71,11 @@ class Run(NamedTuple):
         vocabulary, tokens = self._vocabulary, np.asarray(as_integers("tokens", tokens, axes=1))
         if tokens.ndim != 1:
             raise ValueError(f"tokens must be one row, [T], got shape {tokens.shape}.")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary.size:
+        size = max(vocabulary.size, self.model.embedding.num_embeddings)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             raise ValueError(
-                f"tokens must be from 0 to {vocabulary.size - 1}, got "
-                f"{tokens[(tokens < 0) | (tokens >= vocabulary.size)][0]}."
+                f"tokens must be from 0 to {size - 1}, got "
+                f"{tokens[(tokens < 0) | (tokens >= size)][0]}."
             )
         return vocabulary.decode(tokens.tolist())
 
@@ -145,7 +148,7 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     config = _config(read_config(where), where)
     task = make_task(config, kept_text(where))
     _check_files(task, where)
-    model = make_model(config, task)
+    model = make_model(config, task, read_json(where / MODEL))
     T = config.task.seq_length
     inputs = jax.ShapeDtypeStruct((1, T), jnp.int32)
     if task.vocab_size is None:
@@ -187,11 +190,25 @@ def check_vocabulary(init_from: str, task: Task) -> None:
     path = local_path(init_from, "it")
     if task.text is None or is_weights(path):
         return
+    if is_hugging_face(path):
+        return _check_tokenizer(init_from, path / "tokenizer.json", task.text)
     theirs = kept_text(path)
     if theirs is not None and theirs.vocabulary.to_dict() != task.text.vocabulary.to_dict():
         raise ConfigError(
             f"--init_from={init_from}: its tokens stand for other characters than those of "
             f"{task.text.name}. With --config.task.tokens=bytes they are the same for all texts."
+        )
+
+
+def _check_tokenizer(init_from: str, file: Path, text: Text) -> None:
+    """As `check_vocabulary`, for the file of a directory of Hugging Face, if it is there."""
+    if not file.is_file():
+        return
+    ours = text.vocabulary
+    if not isinstance(ours, Tokenizer) or ours.definition != file.read_text(encoding="utf-8-sig"):
+        raise ConfigError(
+            f"--init_from={init_from}: its tokens stand for other characters than those of "
+            f"{text.name}. Those of its own are --config.task.tokens={file}."
         )
 
 

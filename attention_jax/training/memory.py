@@ -1,9 +1,14 @@
 """Estimates the least memory of a run, to refuse it at the start if it cannot fit."""
 
+import math
 import os
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
+
+from attention_jax.interop import huggingface
+from attention_jax.training.model import description
 
 
 def check_memory(config: ConfigDict, num_trials: int = 1) -> None:
@@ -31,16 +36,8 @@ def least_bytes(config: ConfigDict, num_trials: int = 1) -> dict[str, int]:
     >>> least_bytes(default_config())["parameters, gradients and the optimizer's state"]
     262144
     """
-    model, train, optimizer = config.model, config.train, config.optimizer
-    width, is_multihead = model.features, model.name == "multihead"
-    heads = model.num_heads if is_multihead else 1
-    kv_heads = (model.num_kv_heads or heads) if is_multihead else 1
-    head_dim = model.head_dim or width // heads
-    layer = width * head_dim * (heads + 2 * kv_heads + heads * is_multihead)  # The projections.
-    layer += 2 * width * int(model.mlp_ratio * width)
-    vocabulary = config.task.get("vocab_size", 0)
-    positions = config.task.seq_length if model.positions == "learned" else 0
-    num_params = model.num_layers * layer + (vocabulary + positions) * width
+    train, optimizer = config.train, config.optimizer
+    num_params, width = _size_of_model(config)
     # Each parameter, its gradient, and the optimizer's numbers for it.
     copies = 4 if optimizer.name != "sgd" else 3 if optimizer.momentum else 2
     vectors = train.batch_size * config.task.seq_length
@@ -51,6 +48,25 @@ def least_bytes(config: ConfigDict, num_trials: int = 1) -> dict[str, int]:
     if config.task.name == "teacher":  # Its baseline needs the targets of all batches at once.
         needed["the held-out batches"] = config.eval.num_batches * vectors * width * 4
     return needed
+
+
+def _size_of_model(config):
+    """How many parameters the model has at the least, and its width."""
+    model = config.model
+    if (described := description(config)) is not None:
+        found = huggingface.model_of(described, model.name)
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        leaves = jax.tree.leaves(jax.eval_shape(found.init, jax.random.key(0), tokens))
+        return sum(math.prod(x.shape) for x in leaves), found.embedding.features
+    width, is_multihead = model.features, model.name == "multihead"
+    heads = model.num_heads if is_multihead else 1
+    kv_heads = (model.num_kv_heads or heads) if is_multihead else 1
+    head_dim = model.head_dim or width // heads
+    layer = width * head_dim * (heads + 2 * kv_heads + heads * is_multihead)  # The projections.
+    layer += 2 * width * int(model.mlp_ratio * width)
+    vocabulary = config.task.get("vocab_size", 0)
+    positions = config.task.seq_length if model.positions == "learned" else 0
+    return model.num_layers * layer + (vocabulary + positions) * width, width
 
 
 def available_bytes() -> int | None:

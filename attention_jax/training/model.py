@@ -1,5 +1,6 @@
 """Makes a model from words: those of `config.model`, or those of a call."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 import attention_jax
 from attention_jax.checks import as_size, check_dtype, check_flag, check_number, check_word, told
 from attention_jax.functional import masks
+from attention_jax.interop import huggingface
 from attention_jax.layers import (
     ShortConvolution,
     TokenEmbedding,
@@ -26,6 +28,8 @@ from attention_jax.models import Block, SequenceModel
 from attention_jax.tasks import Task
 from attention_jax.training import own, words
 from attention_jax.training.config import slice_settings
+from attention_jax.training.files import is_directory, local_path
+from attention_jax.training.rules import label
 from attention_jax.types import Array
 
 
@@ -36,18 +40,24 @@ def row_mask(task: Task) -> masks.Mask | None:
     return functools.reduce(operator.and_, rules) if rules else None
 
 
-def make_model(config: ConfigDict, task: Task, **traced: Any) -> SequenceModel:
+def make_model(
+    config: ConfigDict, task: Task, described: Mapping[str, Any] | None = None, **traced: Any
+) -> SequenceModel:
     """The model that `config.model` names, as wide as the task and as long as its longest slice.
 
     Args:
         config: Checked.
         task: That of the config.
+        described: The `description` that a run has kept. None reads it anew.
         traced: Values that replace those of `config.model`.
 
     Raises:
         ValueError, NotImplementedError: Its settings do not fit together. A layer may refuse more
             when it is called.
     """
+    if is_directory(config.model.name):
+        described = description(config) if described is None else described
+        return _of_directory(config.model.to_dict() | traced, task, described)
     slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
     lengths = [changes.get("seq_length", 0) for changes in slices]
     settings = config.model.to_dict() | traced
@@ -63,6 +73,66 @@ def make_model(config: ConfigDict, task: Task, **traced: Any) -> SequenceModel:
         dtype=dtype,
         **settings,
     )
+
+
+def description(config: ConfigDict) -> dict[str, Any] | None:
+    """The `config.json` of the model of Hugging Face that the config names; None for words.
+
+    Raises:
+        ValueError: There is none, or it is no JSON.
+    """
+    if not is_directory(config.model.name):
+        return None
+    name = label("model.name")
+    try:
+        return huggingface.read_config(local_path(config.model.name, name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _of_directory(settings, task, described):
+    """The model of a `config.json`, with what the config says of every model."""
+    name = f"{label('model.name')}={settings['name']}"
+    if task.vocab_size is None:
+        raise ValueError(f"{name} reads tokens: the inputs of the task {task.name} are vectors.")
+    model = huggingface.model_of(described, settings["name"])
+    if task.vocab_size > model.embedding.num_embeddings:
+        raise ValueError(
+            f"{name} has {model.embedding.num_embeddings} tokens, and the task {task.name} has "
+            f"{task.vocab_size}."
+        )
+    fields = {"dropout_rate": settings["dropout_rate"]}
+    dtype = jnp.dtype(settings["dtype"])
+    if dtype != jnp.float32:
+        fields["dtype"] = dtype
+    if (dot_general := _product(settings["matmul_precision"], dtype)) is not None:
+        fields["dot_general"] = dot_general
+    return _with(model, fields).clone(remat=words.REMATS[settings["remat"]](jax))
+
+
+def _with(part: Any, fields: Mapping[str, Any]) -> Any:
+    """A part of a model where it, and each part of it, has these values for fields that it has."""
+    make = part.func if isinstance(part, functools.partial) else part
+    if isinstance(make, type) and issubclass(make, nn.Module):  # It makes a norm.
+        own = {x.name for x in dataclasses.fields(make)}
+        return functools.partial(part, **{x: y for x, y in fields.items() if x in own})
+    if isinstance(part, tuple):
+        return tuple(_with(x, fields) for x in part)
+    if not isinstance(part, nn.Module):
+        return part
+    own = {x.name for x in dataclasses.fields(part)} - {"parent", "name"}
+    inner = {name: _with(getattr(part, name), fields) for name in own}
+    return part.clone(**inner | {x: y for x, y in fields.items() if x in own})
+
+
+def _product(matmul_precision: str, dtype: Any) -> Callable[..., Array] | None:
+    """The `dot_general` of layers; None for their own."""
+    dot_general = words.MATMUL_PRECISIONS[matmul_precision]()
+    if dot_general is not None and dtype not in (None, jnp.float32):
+        raise ValueError(
+            f"matmul_precision={matmul_precision!r} is for dtype=float32: got {jnp.dtype(dtype)}."
+        )
+    return dot_general
 
 
 def make_sequence_model(
@@ -175,12 +245,7 @@ def make_sequence_model(
         raise ValueError("tie_embedding=False needs vocab_size: vectors have no embedding.")
 
     types = {"dtype": dtype, "param_dtype": param_dtype}
-    dot_general = words.MATMUL_PRECISIONS[matmul_precision]()
-    if dot_general is not None and dtype not in (None, jnp.float32):
-        raise ValueError(
-            f"matmul_precision={matmul_precision!r} is for dtype=float32: got {jnp.dtype(dtype)}."
-        )
-    products = _said({"dot_general": dot_general})
+    products = _said({"dot_general": _product(matmul_precision, dtype)})
     out_init = scaled_init(init_scale)
     make_norm = None
     if words.NORMS[norm] is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from attention_jax.training import own, words
 from attention_jax.training.defaults import TASKS
+from attention_jax.training.files import is_directory
 
 # The flags, by the field that each sets.
 FLAGS = {
@@ -107,7 +108,10 @@ _RULES = {
     "mesh.model": _at_least(1),
     "mesh.sequence": _at_least(1),
     "task.seq_length": _at_least(1),
-    "model.name": _one_of(*words.ATTENTIONS),
+    "model.name": _Rule(
+        lambda value: value in words.ATTENTIONS or is_directory(value),
+        f"must be one of {', '.join(words.ATTENTIONS)}, or a directory of Hugging Face, as ./gpt2",
+    ),
     "model.mechanism": _one_of_or_path(*words.MECHANISMS),
     "model.features": _at_least(1),
     "model.num_layers": _at_least(1),

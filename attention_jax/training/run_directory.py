@@ -6,6 +6,7 @@
         checkpoints/      the newest complete one is what the next process continues from
         metrics.jsonl     one object per logged step
         vocabulary.json   of a task of text: how its tokens become text
+        model.json        of a model of Hugging Face: its config.json
         samples.txt       of a task of text: what the model writes at each evaluation
         tensorboard/      event files, when tensorboardX is there
         result.json       written last, when the run is complete
@@ -33,6 +34,7 @@ from attention_jax.training.checkpoint import Checkpoints
 from attention_jax.training.config import ConfigError, default_config, flatten, refused
 from attention_jax.training.files import (
     CHECKPOINTS,
+    MODEL,
     SAMPLES,
     TRIALS,
     VOCABULARY,
@@ -47,7 +49,7 @@ from attention_jax.types import TrainState
 LOCK = ".lock"  # Exists while a process owns the directory.
 WRITTEN = (
     *("config.json", "config.json.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard"),
-    *(VOCABULARY, f"{VOCABULARY}.tmp", SAMPLES),
+    *(VOCABULARY, f"{VOCABULARY}.tmp", MODEL, f"{MODEL}.tmp", SAMPLES),
     *(TRIALS, "sweep.png", "sweep.svg", "result.json", "result.json.tmp"),
 )
 MAX_TRIES = 100  # Tries to make and lock a directory.

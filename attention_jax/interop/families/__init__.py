@@ -41,6 +41,10 @@ def make_model(config: Config, dtype: Any) -> tuple[Family, SequenceModel]:
         ValueError: A field is missing, or does not fit another.
         NotImplementedError: The family, or what a field asks for, has no model here.
     """
+    if "text_config" in config:
+        raise NotImplementedError(
+            "text_config belongs to a model of text and images, which has no model here."
+        )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotImplementedError(f"model_type must be one of {tuple(FAMILIES)}, got {kind!r}.")
