@@ -12,13 +12,14 @@ import io
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
+from attention_jax.training.build import make_functions, refusals
 from attention_jax.training.command import parse
 from attention_jax.training.config import ConfigError, trials
 from attention_jax.training.files import trial_directory
@@ -72,10 +73,10 @@ def prose(page):
 
 
 def commands(page):
-    """The commands of the blocks of shell, as (line of the block, words)."""
-    for block in blocks(page):
-        if block.language not in ("bash", "sh", "shell", "console"):
-            continue
+    """The commands of the blocks of shell and of the prose, as (line, words)."""
+    shells = ("bash", "sh", "shell", "console")
+    of_shell = [block for block in blocks(page) if block.language in shells]
+    for block in [*of_shell, *_inline(page)]:
         for line in block.text.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
             lexer.whitespace_split = True
@@ -87,6 +88,13 @@ def commands(page):
                     words = []
                 else:
                     words.append(word)
+
+
+def _inline(page):
+    """The commands that train in the prose; X stands for a number."""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        for text in re.findall(r"`((?:uv run |attention-jax )?train(?:\.py)? --[^`]*)`", line):
+            yield Block("bash", number, re.sub(r"\bX\b", "0.1", text), follows=False)
 
 
 @pytest.fixture
@@ -125,22 +133,29 @@ def test_the_programs_run_and_print_what_the_page_shows(page, place, monkeypatch
 @pytest.mark.usefixtures("place")
 def test_the_commands_are_understood(page, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: "")
-    shutil.copytree(ROOT / "tests/huggingface/gpt2", "gpt2")  # The pages speak of a directory.
+    # What the pages speak of.
+    Path("gpt2").mkdir()
+    found = json.loads((ROOT / "tests/huggingface/gpt2/config.json").read_text())
+    Path("gpt2/config.json").write_text(json.dumps(found | {"n_positions": 1024}))
+    Path("my.txt").write_text("First come, first served.\n" * 99)
     for line, words in commands(page):
         where = f"{page.name}:{line}: {' '.join(words)}"
         for word in words:
             path = word.split("::")[0]
             if path.startswith(("benchmarks/", "configs/", "tests/", "docs/", "requirements/")):
                 assert (ROOT / path).exists(), f"{where}: there is no {path}."
-        if "train.py" not in words:
+        trains = [i for i, word in enumerate(words) if word in ("train.py", "train")]
+        if not trains:
             continue
-        argv = words[words.index("train.py") :]
+        argv = words[trains[0] :]
         if "--help" in argv:
             with pytest.raises(SystemExit, match=r"^0$"):
                 parse(argv)
             continue
         try:
             command = parse(argv)
+            with refusals():
+                jax.eval_shape(make_functions(trials(command.config, command.sweep)[0]).init)
         except ConfigError as error:
             pytest.fail(f"{where}: {error}")
         if command.workdir:  # A command below may start from this run, or from a trial of it.
