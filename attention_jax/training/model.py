@@ -65,14 +65,17 @@ def make_model(
     if attention == "selfhead":
         del settings["num_heads"]
     learned = settings["positions"] == "learned"
-    return make_sequence_model(
-        attention=attention,
-        vocab_size=task.vocab_size,
-        max_length=max([config.task.seq_length, *lengths]) if learned else None,
-        softcap=settings.pop("softcap") or None,
-        dtype=dtype,
-        **settings,
-    )
+    try:
+        return make_sequence_model(
+            attention=attention,
+            vocab_size=task.vocab_size,
+            max_length=max([config.task.seq_length, *lengths]) if learned else None,
+            softcap=settings.pop("softcap") or None,
+            dtype=dtype,
+            **settings,
+        )
+    except (TypeError, ValueError, NotImplementedError) as error:  # They name its arguments.
+        raise type(error)(f"config.model: {error}") from error
 
 
 def description(config: ConfigDict) -> dict[str, Any] | None:
