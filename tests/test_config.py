@@ -326,7 +326,10 @@ def test_a_flat_flag_and_an_override_may_agree_but_not_contradict():
         (["--sweep=lr=1"], ["config.lr is unknown. Did you mean config.optimizer.learning_rate?"]),
         (["--config.optimizer.x2=0.9"], ["config.optimizer.x2 is unknown."]),
         (["--task=text", "--path=a"], ["--path is unknown. Did you mean --config.task.path?"]),
-        (["--task=text", "--epochs=1"], ["got 100 of 100. Set it lower, or --epochs higher."]),
+        (
+            ["--task=text", "--epochs=1"],
+            ["got 100 of 100.", "as --config.optimizer.warmup_steps=10, or --epochs higher."],
+        ),
         (["--config.model.num_head=3"], ["config.model.num_head", "config.model.num_heads"]),
         (["--config.task.num_pairs=3"], ["config.task.num_pairs is unknown"]),
         (["--config.nothing=3"], ["config.nothing is unknown"]),

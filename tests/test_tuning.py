@@ -1,6 +1,8 @@
 """Promises of training a model of Hugging Face: `--init_from=DIRECTORY`, `--model=DIRECTORY`."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
@@ -17,11 +19,14 @@ from attention_jax import generate
 from attention_jax.interop import huggingface
 from attention_jax.interop.families import model_spec
 from attention_jax.laboratory import export, sweep
+from attention_jax.laboratory import generate as laboratory
+from attention_jax.laboratory.generate import _of_directory, _of_run
 from attention_jax.tasks.vocabulary import Bytes, Characters
 from attention_jax.training import experiment
 from attention_jax.training.build import make_functions
-from attention_jax.training.command import parse
+from attention_jax.training.command import TUNING_RATE, parse
 from attention_jax.training.config import ConfigError, default_config
+from attention_jax.training.loading import files_to_keep
 from attention_jax.training.model import make_model
 
 MODELS = Path(__file__).parent / "huggingface"
@@ -113,6 +118,7 @@ def test_a_run_goes_on_elsewhere_but_not_with_another_model(trained, place):
     config = config.copy_and_resolve_references()
     assert f"{folder / 'gpt2'} is no directory" in refusal(experiment.run, config, folder / "run")
     config.model.name = str(folder / "moved")
+    config.init_from += "/."  # The same place.
     assert experiment.run(config, folder / "run").metrics == first.metrics
     file = place / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_epsilon": 1e-3}))
@@ -152,9 +158,9 @@ def test_the_config_says_how_every_model_trains(name):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model__features": 48}, "--embed_dim (config.model.features) is for a model of words"),
-        ({"model__positions": "alibi"}, "config.model.positions is for a model of words"),
-        ({"task__seq_length": 40}, "inputs have 40 positions, more than max_length=32"),
+        ({"model__features": 48}, "--embed_dim (config.model.features) must be left out: "),
+        ({"model__positions": "alibi"}, "gpt2/config.json decides it. Got 'alibi'."),
+        ({"task__seq_length": 40}, "--seq_length (config.task.seq_length) must be at most 32"),
         ({"task__vocab_size": 10_000}, "and the task copy has 10000"),
         ({"model__name": "./nowhere"}, "nowhere is no directory"),
     ],
@@ -201,6 +207,13 @@ def test_a_directory_brings_its_model_and_for_text_its_tokenizer(place, monkeypa
     config = parse(["train.py", "--init_from=gpt2"]).config
     assert config.model.name == "./gpt2"
     assert config.task.tokens == str(Path("gpt2", "tokenizer.json"))
+    assert config.optimizer.learning_rate == TUNING_RATE
+    said = ["--init_from=gpt2", "--learning_rate=3e-4"]
+    assert parse(["train.py", *said]).config.optimizer.learning_rate == 3e-4
+    fresh = parse(["train.py", "--model=./gpt2"]).config  # From random parameters.
+    assert (fresh.task.tokens, fresh.init_from) == (config.task.tokens, "")
+    rate = default_config("text").optimizer.learning_rate
+    assert fresh.optimizer.learning_rate == rate
     said = ["--config.task.tokens=bytes", "--config.model.dropout_rate=0.1"]
     config = parse(["train.py", "--init_from=gpt2", *said]).config
     assert (config.task.tokens, config.model.dropout_rate) == ("bytes", 0.1)
@@ -239,6 +252,86 @@ def test_a_directory_learns_a_text_and_writes_on(place, tmp_path):
 def test_tokens_that_the_directory_does_not_mean_are_refused(place):
     message = refusal(experiment.run, tiny(place, "text", **with_tokenizer(place)))
     assert f"Those of its own are --config.task.tokens={place / 'tokenizer.json'}." in message
+
+
+def test_characters_are_refused_where_the_tokenizer_is_missing(place):
+    (place.parent / "poem.txt").write_text(POEM, encoding="utf-8")
+    path = {"task__path": str(place.parent / "poem.txt"), "optimizer__warmup_steps": 1}
+    message = refusal(experiment.run, tiny(place, "text", **path))
+    assert "tokenizer.json is missing there" in message
+    assert "do not stand for the characters of poem.txt" in message
+    first = experiment.run(tiny(place, "text", init_from="", **path))  # From random parameters.
+    assert first.metrics["step"] == 4
+
+
+@needs_tokenizers
+def test_a_tuned_run_leaves_and_writes_as_its_directory_does(place, tmp_path, capsys):
+    """With its first token, its end and its context; and a new model does without the first."""
+    changes = with_tokenizer(place)
+    file = place / "tokenizer.json"
+    first = {"SpecialToken": {"id": "x", "type_id": 0}}
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"x": {"id": "x", "ids": [17], "tokens": ["x"]}}
+    adds = {"type": "TemplateProcessing", "single": [first, whole], "pair": [first, whole, whole]}
+    definition = json.loads(file.read_text()) | {
+        "post_processor": adds | {"special_tokens": special}
+    }
+    file.write_text(json.dumps(definition), encoding="utf-8")
+    described = json.loads((place / "config.json").read_text()) | {"bos_token_id": 17}
+    (place / "config.json").write_text(json.dumps(described))
+    end = sorted(set(POEM)).index("\n")
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 18]}))
+    (place / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 32}))
+    config = tiny(place, "text", task__tokens=str(file), **changes)
+    experiment.run(config, tmp_path / "run")
+    shutil.move(place, tmp_path / "gone")
+    export.main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        kept = json.loads((tmp_path / "out" / name).read_text())
+        assert kept == json.loads((tmp_path / "gone" / name).read_text())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == described | {"dtype": "float32"}
+    capsys.readouterr()
+    texts = [written(tmp_path / x, "--temperature=0", "--tokens=40") for x in ("run", "out")]
+    assert texts[0] == texts[1]
+    authors = _of_run(tmp_path / "run"), _of_directory(tmp_path / "out")
+    for author in authors:
+        assert author.begin("a").tolist() == [17, *author.encode("a")]
+        assert (author.ends, author.context) == ({end, 18}, 32)
+    config = tiny(tmp_path / "gone", "text", **changes, init_from="")
+    config.task.tokens = str(tmp_path / "gone" / "tokenizer.json")
+    experiment.run(config, tmp_path / "new")
+    export.main(["export", str(tmp_path / "new"), str(tmp_path / "fresh")])
+    flags = ("--prompt=a", "--temperature=0", "--context=8")
+    texts = [written(tmp_path / x, *flags) for x in ("new", "fresh")]
+    assert texts[0] == texts[1]
+    assert _of_directory(tmp_path / "fresh").begin("a").tolist() == authors[0].encode("a").tolist()
+
+
+def written(run, *flags):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        laboratory.main(["attention-jax generate", str(run), *flags])
+    return out.getvalue()
+
+
+def test_a_run_of_other_tokens_keeps_no_special_ones(place):
+    """The number that ends a text there would be any letter here."""
+    described = json.loads((place / "config.json").read_text()) | {"eos_token_id": 3}
+    (place / "config.json").write_text(json.dumps(described))
+    (place.parent / "poem.txt").write_text(POEM, encoding="utf-8")
+    path = {"task__path": str(place.parent / "poem.txt"), "optimizer__warmup_steps": 1}
+    config = tiny(place, "text", init_from="", **path)
+    kept = files_to_keep(config, make_functions(config).task)
+    assert kept["config.json"] == described | dict.fromkeys(huggingface.SPECIAL_TOKENS)
+    config = tiny(place)
+    assert files_to_keep(config, make_functions(config).task) == {"config.json": described}
+
+
+def test_the_loss_before_the_first_step_is_told(trained, place, capsys):
+    still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    result = experiment.run(tiny(place, **still))
+    out = capsys.readouterr().out
+    assert f"held-out loss before the first step: {result.metrics['eval_loss']:.4g}\n" in out
 
 
 def test_tokens_beyond_the_text_are_left_out():

@@ -25,6 +25,7 @@ from attention_jax.types import PyTree
 # The types of tensors, by the names of safetensors.
 _WRAPPERS = ("_orig_mod.", "module.")  # Of torch.compile and of DataParallel.
 _KINDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -72,14 +73,14 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> tuple[SequenceMo
     return model, unflatten_dict(flat, sep="/")
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The contents of a directory's `config.json`, which `model_of` takes.
+def read_config(directory: str | os.PathLike, name: str = _CONFIG) -> dict[str, Any]:
+    """The contents of a directory's `config.json`, which `model_of` takes, or of another file.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is no JSON, or no object.
     """
-    return _read_json(Path(directory).expanduser() / _CONFIG)
+    return _read_json(Path(directory).expanduser() / name)
 
 
 def model_of(config: Mapping[str, Any], directory: str | os.PathLike) -> SequenceModel:
@@ -159,18 +160,42 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
         ValueError: The parameters are not those of the model, or a field changes the model.
     """
     kind, family, fields = describe(model)
+    tokens = dict.fromkeys(SPECIAL_TOKENS)  # The defaults of transformers may be letters here.
+    fields = {"architectures": [family.architecture], "model_type": kind} | tokens | fields
+    for name, value in config.items():
+        if name in ("architectures", "model_type", "dtype", "torch_dtype"):
+            raise ValueError(f"{name}={value!r}: save says {name} by itself.")
+        _check_field(name, value, fields, model)
+    _save(Path(directory).expanduser(), family, model, params, fields | config)
+
+
+def save_as(directory: str | os.PathLike, config: Mapping[str, Any], params: PyTree) -> None:
+    """Writes a directory with the `config.json` of another one, and with other parameters.
+
+    Args:
+        directory: Is made if it does not exist.
+        config: The contents of the other `config.json`. Its type becomes that of the parameters.
+        params: Of the model that it describes.
+
+    Raises:
+        ValueError, NotImplementedError: The config is broken, or the parameters are not those of
+            its model.
+    """
+    directory = Path(directory).expanduser()
+    with _told_of(directory / _CONFIG):
+        family, model = make_model(config, jnp.dtype(jnp.float32))
+    fields = {name: value for name, value in config.items() if name != "torch_dtype"}
+    _save(directory, family, model, params, fields)
+
+
+def _save(directory, family, model, params, fields):
+    """Writes the parameters, and the fields of `config.json` with their type."""
     flat, shapes = flatten_dict(params, sep="/"), _shapes(model)
     if {path: x.shape for path, x in flat.items()} != shapes:
         differing = sorted(set(flat) ^ set(shapes)) or [
             path for path in shapes if flat[path].shape != shapes[path]
         ]
         raise ValueError(f"params are not those of the model: see {', '.join(differing[:4])}.")
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # Of transformers: 2.
-    fields = {"architectures": [family.architecture], "model_type": kind} | tokens | fields
-    for name, value in config.items():
-        if name in ("architectures", "model_type", "dtype", "torch_dtype"):
-            raise ValueError(f"{name}={value!r}: save says {name} by itself.")
-        _check_field(name, value, fields, model)
     arrays = {}
     for tensor in family.tensors(model):
         parts = [np.asarray(flat[path]) for path in tensor.paths]
@@ -179,9 +204,8 @@ def save(directory: str | os.PathLike, model: SequenceModel, params: PyTree, **c
     for name in kinds:
         if name not in _KINDS.values():
             raise NotImplementedError(f"params must be {', '.join(_KINDS.values())}, got {name}.")
-    fields |= config | {"dtype": str(functools.reduce(jnp.promote_types, kinds))}
+    fields = fields | {"dtype": str(functools.reduce(jnp.promote_types, kinds))}
     text = json.dumps(fields, indent=2) + "\n"
-    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
 
     from safetensors.numpy import save_file

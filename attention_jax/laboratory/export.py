@@ -15,13 +15,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attention_jax.laboratory.parser import Parser
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import CHECKPOINTS, local_path, locate, written_whole
+from attention_jax.training.files import (
+    CHECKPOINTS,
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    local_path,
+    locate,
+    written_whole,
+)
 
 _FILE = ".safetensors"
 
@@ -93,7 +100,8 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
     """Writes the model of a run as a directory that transformers loads.
 
     A run of text also gives its `tokenizer.json`. In one of lines the newline begins and ends a
-    text.
+    text. A run that began with a directory of Hugging Face gives its files again: only the
+    parameters are new.
 
     Args:
         run: As in `export`.
@@ -120,35 +128,51 @@ def export_directory(run: str | os.PathLike, directory: str | os.PathLike) -> tu
     import jax
 
     from attention_jax.interop import families, huggingface
-    from attention_jax.training.loading import load
+    from attention_jax.training.loading import kept_model, load
 
-    found = load(run)
+    found, kept = load(run), kept_model(local_path(run, "RUN"))
     if found.task.vocab_size is None:
         raise NotImplementedError(
             f"{run}: the inputs of the task {found.task.name} are vectors, and transformers has no "
             "such model."
         )
-    length, text, fields = found.config.task.seq_length, found.task.text, {}
-    if found.model.positions is None:  # Else their number is a field already.
-        fields["max_position_embeddings"] = length
+    length, text, fields, files = found.config.task.seq_length, found.task.text, {}, {}
     if text is not None and text.lines:
         newline = int(found.encode("\n")[0])
-        fields |= {"bos_token_id": newline, "eos_token_id": newline}
-    try:
-        kind, *_ = families.describe(found.model)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{run}: {error}") from error
+        fields = {"bos_token_id": newline, "eos_token_id": newline}
+    if text is not None:
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+        definition = text.vocabulary.definition
+        parts = json.loads(definition)
+        if parts.get("post_processor") and not found.config.init_from:
+            # It adds special tokens, and training has shown none to the model.
+            definition = json.dumps(parts | {"post_processor": None}, ensure_ascii=False)
+        files = {TOKENIZER: definition, "tokenizer_config.json": _json(names)}
+    if kept is None:
+        if found.model.positions is None:  # Else their number is a field already.
+            fields["max_position_embeddings"] = length
+        try:
+            kind, *_ = families.describe(found.model)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{run}: {error}") from error
+    else:
+        described = kept.pop(CONFIG)
+        kind = described["model_type"]
+        if GENERATION in kept:
+            kept[GENERATION] |= fields
+        files |= {name: _json(content) for name, content in kept.items()}
     with written_whole(path, "OUT") as place:
-        huggingface.save(place, found.model, found.params, **fields)
-        if text is not None:
-            names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
-            _write(place / "tokenizer.json", text.vocabulary.definition)
-            _write(place / "tokenizer_config.json", json.dumps(names, indent=2) + "\n")
+        if kept is None:
+            huggingface.save(place, found.model, found.params, **fields)
+        else:
+            huggingface.save_as(place, described | fields, found.params)
+        for name, content in files.items():
+            (place / name).write_text(content, encoding="utf-8")
     return kind, sum(x.size for x in jax.tree.leaves(found.params))
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _check_run(run: str | os.PathLike) -> None:

@@ -11,7 +11,6 @@ The model sees as many tokens as it was trained on. When they are full, the last
 read anew, so a text may be of any length.
 """
 
-import functools
 import itertools
 import os
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 from attention_jax.laboratory.inspect import is_run
 from attention_jax.laboratory.parser import Parser, as_text, check_read, read_words
 from attention_jax.training.config import ConfigError
-from attention_jax.training.files import local_path, read_json
+from attention_jax.training.files import CONFIG, GENERATION, TOKENIZER, local_path, read_json
 from attention_jax.training.metrics import harmless
 
 TOKENS, CHUNK = 500, 8
@@ -265,14 +264,17 @@ class Author(NamedTuple):
 
 def _of_run(place: Path) -> Author:
     from attention_jax.tasks.vocabulary import Bytes
-    from attention_jax.training.loading import load
+    from attention_jax.training.loading import kept_model, load
     from attention_jax.training.watch import first_token
 
     run = load(place)
     text = run.task.text
     if text is None:
         raise ValueError(f"{place} is a run of {run.config.task.name}, whose tokens are no text.")
-    first = first_token(text)
+    first, length = first_token(text), max(2, run.config.task.seq_length)
+    kept = kept_model(place) if run.config.init_from else None  # Else it knows only what it learnt.
+    if kept is not None and not text.lines:
+        return _of_hugging_face(place, run.model, run.params, text.vocabulary, kept, first, length)
 
     def begin(prompt):
         found = text.vocabulary.encode(prompt)
@@ -287,7 +289,7 @@ def _of_run(place: Path) -> Author:
         decode=text.vocabulary.decode,
         unread=text.vocabulary.unread,
         ends={first} if text.lines else set(),
-        context=max(2, run.config.task.seq_length),
+        context=length,
         of_bytes=isinstance(text.vocabulary, Bytes),
         of_lines=text.lines,
     )
@@ -295,36 +297,58 @@ def _of_run(place: Path) -> Author:
 
 def _of_directory(place: Path) -> Author:
     from attention_jax.interop import huggingface
-    from attention_jax.tasks.vocabulary import unread
+    from attention_jax.tasks.vocabulary import Tokenizer
 
-    coder = huggingface.tokenizer(place)
+    file = place / TOKENIZER
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    coder = Tokenizer(file.read_text(encoding="utf-8-sig"))
     model, params = huggingface.load(place)
-    config = read_json(place / "config.json") or {}
+    files = {name: read_json(place / name) or {} for name in (CONFIG, GENERATION)}
+    return _of_hugging_face(place, model, params, coder, files)
+
+
+def _of_hugging_face(place, model, params, vocabulary, files, first=None, length=0) -> Author:
+    """A model of Hugging Face, as it is or after more training.
+
+    Args:
+        place: Its directory, for errors.
+        model, params: As in `Author`.
+        vocabulary: Of its tokenizer, or of others that it was trained on.
+        files: Its small files, by their names.
+        first: The token that an empty prompt begins with if the files name none.
+        length: How many tokens at once it was trained on here.
+    """
+    from attention_jax.tasks.vocabulary import Bytes, Tokenizer
+
+    config = files[CONFIG]
     # The file of generation counts first: chat models name more ends there.
-    ends = (read_json(place / "generation_config.json") or {}).get("eos_token_id")
+    ends = files.get(GENERATION, {}).get("eos_token_id")
     if ends is None:
         ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(token) is int for token in ends):
         raise ValueError(f"{place}: eos_token_id must be a token or some, got {ends!r}.")
+    begin = vocabulary.begin if isinstance(vocabulary, Tokenizer) else vocabulary.encode
+    start = config.get("bos_token_id")
+    start = first if start is None else start
 
-    def begin(prompt):
-        found = coder.encode(prompt).ids
-        if not found:
-            first = config.get("bos_token_id")
-            if first is None:
-                raise ValueError(f"--prompt must not be empty: {place} names no first token.")
-            found = [first]
-        return np.array(found, np.int32)
+    def begin_or_start(prompt):
+        found = begin(prompt)
+        if not len(found) and start is None:
+            raise ValueError(f"--prompt must not be empty: {place} names no first token.")
+        return np.array(found if len(found) else [start], np.int32)
 
     known = getattr(model.positions, "max_length", None) or config.get("max_position_embeddings")
+    known = max(length, known if isinstance(known, int) else 0)
     return Author(
         model=model,
         params=params,
-        encode=lambda text: np.array(coder.encode(text, add_special_tokens=False).ids, np.int32),
-        begin=begin,
-        decode=lambda tokens: coder.decode(tokens, skip_special_tokens=False),
-        unread=functools.partial(unread, coder),
+        encode=vocabulary.encode,
+        begin=begin_or_start,
+        decode=vocabulary.decode,
+        unread=vocabulary.unread,
         ends={token for token in ends if 0 <= token < model.embedding.num_embeddings},
-        context=known if isinstance(known, int) and known > 1 else None,
+        context=known if known > 1 else None,
+        of_bytes=isinstance(vocabulary, Bytes),
     )

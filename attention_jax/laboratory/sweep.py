@@ -27,8 +27,8 @@ from attention_jax.training import experiment, hosts
 from attention_jax.training.config import ConfigError, Target, flatten, refused, trials
 from attention_jax.training.files import MODEL, VOCABULARY, trial_directory
 from attention_jax.training.launch import make_launcher
+from attention_jax.training.loading import files_to_keep
 from attention_jax.training.metrics import Busy, Console, JsonLines
-from attention_jax.training.model import description
 from attention_jax.training.process import StopSignals, prepare, say
 from attention_jax.training.run_directory import NoDirectory, reported, write_json
 from attention_jax.training.step import first_bad_step, not_finite
@@ -216,7 +216,7 @@ class _Log:
         self.diverged = none.copy() if state is None else np.array(state.diverged)
         self.reached = none.copy() if state is None else np.array(state.reached)
         self.directory = directory
-        texts = {number: x.task.text for x in groups for number in x.numbers}
+        tasks = {number: x.task for x in groups for number in x.numbers}
         self.histories: list[list] = [[] for _ in configs]
         self._lines = []
         if directory is None:
@@ -230,10 +230,10 @@ class _Log:
             with refused(), reported(place):
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / "config.json", {"config": config.to_dict()})
-                if texts[number] is not None:
-                    write_json(place / VOCABULARY, texts[number].to_dict())
-                if (described := description(config)) is not None:
-                    write_json(place / MODEL, described)
+                if tasks[number].text is not None:
+                    write_json(place / VOCABULARY, tasks[number].text.to_dict())
+                if (kept := files_to_keep(config, tasks[number])) is not None:
+                    write_json(place / MODEL, kept)
                 lines = JsonLines(place / "metrics.jsonl", int(self.reached[number] or last))
             self._lines.append(files.enter_context(closing(lines)))
             self.histories[number] = lines.rows

@@ -153,6 +153,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         return self.encode_each([text])[0]
 
+    def begin(self, text: str) -> np.ndarray:
+        """`[T]` int32, with the special tokens that the file adds, as for the begin of a text."""
+        return np.array(self._coder.encode(text).ids, np.int32)
+
     def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
         """ValueError: The tokenizer has no tokens for a text."""
         try:

@@ -25,6 +25,7 @@ from attention_jax.training.config import (
     trials,
 )
 from attention_jax.training.files import (
+    TOKENIZER,
     is_directory,
     is_hugging_face,
     is_weights,
@@ -70,6 +71,7 @@ _HOSTS = {
 }
 # The fields that flags set. --save_path and --workdir set no field: they name the run directory.
 _FIELDS = {flag: path for path, flag in FLAGS.items()}
+TUNING_RATE = 5e-5  # The default learning rate of parameters of Hugging Face.
 _QUESTIONS = (
     *("model", "embed_dim", "num_heads", "learning_rate"),
     *("batch_size", "seq_length", "epochs", "save_path"),
@@ -125,7 +127,9 @@ def parse(argv: Sequence[str]) -> Command:
     init_from = _init_from(given, overrides, config)
     _check_apart(init_from, workdir)
     if init_from and _is_hugging_face(init_from):
-        config = _with_directory(init_from, config, given.get("task"))
+        config = _with_directory(init_from, config, given.get("task"), init_from)
+    elif is_directory(given.get("model", "")) and not init_from:
+        config = _with_directory(given["model"], config, given.get("task"))
     elif init_from and not _is_weights(init_from):
         config = _with_model_of(init_from, workdir, config, given.get("task"))
     elif config is None:
@@ -286,20 +290,22 @@ def _with_model_of(init_from, workdir, config, task):
     return config
 
 
-def _with_directory(place, config, task):
+def _with_directory(place, config, task, init_from=""):
     """A config with the model of a directory of Hugging Face, and for text with its tokenizer.
 
     Args:
         place: The directory.
-        config: From a config file, or None. Its model and tokens count if they differ from the
-            defaults.
+        config: From a config file, or None. Its values count where they differ from the defaults.
         task: The value of `--task`, or None: without a config file `text`.
+        init_from: The directory, if the parameters come from it. They need a lower rate.
     """
     config = default_config(task or "text") if config is None else _with_task(config, task)
     defaults = default_config(config.task.name)
     if config.model.name == defaults.model.name:
         config.model.name = place if is_directory(place) else f"./{place}"
-    file = Path(place, "tokenizer.json")
+    if init_from and config.optimizer.learning_rate == defaults.optimizer.learning_rate:
+        config.optimizer.learning_rate = TUNING_RATE
+    file = Path(place, TOKENIZER)
     has_one = os.path.isfile(os.path.expanduser(file))
     if has_one and config.task.name == "text" and config.task.tokens == defaults.task.tokens:
         config.task.tokens = str(file)

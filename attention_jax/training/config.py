@@ -191,8 +191,8 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
         for field, value in model.items():
             path = f"model.{field}"
             if field not in OF_EVERY_MODEL and value != known[path]:
-                words = "is for a model of words, not for that of a directory"
-                yield path, f"{label(path)} {words}: got {shown(value)} with {model.name}."
+                words = f"{label(path)} must be left out: {model.name}/config.json decides it"
+                yield path, f"{words}. Got {shown(value)}."
     try:
         Target.parse(train.target)
     except ValueError as error:
@@ -257,7 +257,8 @@ def problems(config: ConfigDict) -> Iterator[tuple[str, str]]:
         yield (
             "optimizer.warmup_steps",
             "config.optimizer.warmup_steps must leave the cosine some of the steps: "
-            f"got {optimizer.warmup_steps} of {total_steps}. Set it lower, or --epochs higher.",
+            f"got {optimizer.warmup_steps} of {total_steps}. Set it lower, as "
+            f"--config.optimizer.warmup_steps={total_steps // 10}, or --epochs higher.",
         )
     if model.short_conv and not model.causal:
         yield (

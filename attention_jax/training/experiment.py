@@ -41,7 +41,7 @@ from attention_jax.training.files import (
     is_weights,
     local_path,
 )
-from attention_jax.training.loading import check_vocabulary
+from attention_jax.training.loading import check_vocabulary, files_to_keep
 from attention_jax.training.metrics import Busy, Console, metrics_line
 from attention_jax.training.model import description
 from attention_jax.training.model import make_model as make_model  # Likewise.
@@ -177,8 +177,10 @@ def _told_to_all():
 def _run(config, program, store, started):
     if program.task.text is not None:
         store.keep(VOCABULARY, program.task.text.to_dict())
-    if (described := description(config)) is not None:
-        store.keep(MODEL, described)
+    with refused():
+        kept = files_to_keep(config, program.task)
+    if kept is not None:
+        store.keep(MODEL, kept)
     with StopSignals() as stop, Ahead() as ahead:
         look = make_look(config, program.init.eval_shape().params)
         state = _begin(config, program, store, look, ahead)
@@ -250,9 +252,10 @@ def _compile_ahead(config, program, look, ahead):
 
 
 def _first_state(config, program):
-    state = program.init()
     if config.init_from and hosts.is_first():
         check_vocabulary(config.init_from, program.task)
+    state = program.init()
+    if config.init_from and hosts.is_first():
         state = state._replace(params=first_params(config.init_from, like=state.params))
     return state
 
@@ -346,6 +349,9 @@ def _train(config, program, state, store, look, started, stop, ahead):
             params = jax.device_get(program.get_state(state.params))
             return held_out, sample(params, step) if hosts.is_first() else None
 
+        if config.init_from and not first_epoch:  # How much has training changed?
+            before = jax.device_get(evaluate(state.params, program.rows))["loss"]
+            console.say(f"held-out loss before the first step: {before:.4g}")
         pilot = None
         while epoch < epochs:
             if is_open and epoch == first_epoch + 1:
@@ -489,12 +495,16 @@ def _summary(config, program, state, history, pace):
         config, program.task, program.target, params, history, program.baseline(), pace
     )
     first, final, seconds = metrics["first_loss"], metrics["eval_loss"], metrics["seconds"]
-    # The first loss of a mixture is over all its parts, so it does not compare.
+    # The first loss of a mixture is over all its parts, and that of a model which has learnt before
+    # is of one batch.
     below = (
         f", {first / final:,.1f} times below the first"
-        if 0 < final < first and not config.train.slices
+        if 0 < final < first and not config.train.slices and not config.init_from
         else ""
     )
+    best = min((row for row in history if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    if final - best["eval_loss"] > 1e-3 * first:
+        below += f"; the lowest was {best['eval_loss']:.4g} at step {best['step']:,}"
     say(
         f"first loss         {first:.4g}",
         f"train loss         {metrics['train_loss']:.4g}",

@@ -13,7 +13,9 @@ from attention_jax.training.process import RunError
 
 CHECKPOINTS, TRIALS = "checkpoints", "trials"  # Inside a run's directory, or a sweep's.
 VOCABULARY, SAMPLES = "vocabulary.json", "samples.txt"  # Of a task of text.
-MODEL = "model.json"  # The config.json of a model of Hugging Face.
+MODEL = "model.json"  # Of a model of Hugging Face: the small files of its directory.
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # Files of parameters alone.
 
 # `gs://bucket/run`, also after a `Path` has taken a slash away. One letter is a drive of Windows.

@@ -12,14 +12,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax.checks import as_array, as_integers, as_size
+from attention_jax.interop import huggingface
 from attention_jax.models import SequenceModel
 from attention_jax.tasks import Task
-from attention_jax.tasks.vocabulary import Text, Tokenizer, Vocabulary
+from attention_jax.tasks.vocabulary import Characters, Text, Tokenizer, Vocabulary
 from attention_jax.training.build import make_task
 from attention_jax.training.checkpoint import restore_params
 from attention_jax.training.config import ConfigError, check, default_config, flatten, set_field
 from attention_jax.training.files import (
+    CONFIG,
+    GENERATION,
     MODEL,
+    OF_TOKENIZER,
+    TOKENIZER,
     VOCABULARY,
     is_hugging_face,
     is_weights,
@@ -29,8 +34,8 @@ from attention_jax.training.files import (
     read_json,
     trial_directory,
 )
-from attention_jax.training.model import make_model, row_mask
-from attention_jax.training.rules import fault, shown
+from attention_jax.training.model import description, make_model, row_mask
+from attention_jax.training.rules import fault, label, shown
 from attention_jax.types import Array, PyTree
 
 
@@ -148,7 +153,7 @@ def load(run: str | os.PathLike, *, step: int | None = None) -> Run:
     config = _config(read_config(where), where)
     task = make_task(config, kept_text(where))
     _check_files(task, where)
-    model = make_model(config, task, read_json(where / MODEL))
+    model = make_model(config, task, (kept_model(where) or {}).get(CONFIG))
     T = config.task.seq_length
     inputs = jax.ShapeDtypeStruct((1, T), jnp.int32)
     if task.vocab_size is None:
@@ -182,6 +187,50 @@ def kept_text(run: Path) -> Text | None:
     return None if found is None else Text.from_dict(found)
 
 
+def files_to_keep(config: ConfigDict, task: Task) -> dict[str, Any] | None:
+    """What a run keeps of the directory of Hugging Face that its config names; None for words.
+
+    It keeps objects of JSON, by the names of their files. If the task has a text in other tokens
+    than those of the directory, its special tokens, as the one that ends a text, mean nothing here
+    and are left out.
+
+    Raises:
+        ValueError: A file is broken.
+    """
+    described = description(config)
+    if described is None:
+        return None
+    place = local_path(config.model.name, label("model.name"))
+    names = [GENERATION]
+    if task.text is not None:
+        if not _is_of(task.text.vocabulary, place / TOKENIZER):
+            return {CONFIG: described | dict.fromkeys(huggingface.SPECIAL_TOKENS)}
+        names += OF_TOKENIZER
+    names = [name for name in names if (place / name).is_file()]
+    return {CONFIG: described} | {name: huggingface.read_config(place, name) for name in names}
+
+
+def kept_model(run: Path) -> dict[str, Any] | None:
+    """What a run has kept by `files_to_keep`; None for a model of words.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    place, trial = locate(run)
+    where = place if trial is None else trial_directory(place, trial)
+    found = read_json(where / MODEL)
+    if found is not None and not all(isinstance(found.get(x, {}), dict) for x in (CONFIG, *found)):
+        raise ValueError(f"{where / MODEL} is damaged.")
+    return found
+
+
+def _is_of(vocabulary: Vocabulary, file: Path) -> bool:
+    """Whether a vocabulary is that of a `tokenizer.json`."""
+    if not isinstance(vocabulary, Tokenizer) or not file.is_file():
+        return False
+    return vocabulary.definition == file.read_text(encoding="utf-8-sig")
+
+
 def check_vocabulary(init_from: str, task: Task) -> None:
     """Raises ConfigError if the tokens of `--init_from` are of other text than those of the task.
 
@@ -191,7 +240,7 @@ def check_vocabulary(init_from: str, task: Task) -> None:
     if task.text is None or is_weights(path):
         return
     if is_hugging_face(path):
-        return _check_tokenizer(init_from, path / "tokenizer.json", task.text)
+        return _check_tokenizer(init_from, path / TOKENIZER, task.text)
     theirs = kept_text(path)
     if theirs is not None and theirs.vocabulary.to_dict() != task.text.vocabulary.to_dict():
         raise ConfigError(
@@ -201,11 +250,19 @@ def check_vocabulary(init_from: str, task: Task) -> None:
 
 
 def _check_tokenizer(init_from: str, file: Path, text: Text) -> None:
-    """As `check_vocabulary`, for the file of a directory of Hugging Face, if it is there."""
+    """As `check_vocabulary`, for the file of a directory of Hugging Face.
+
+    Without that file bytes or another one may be right, but not the characters of a new text.
+    """
     if not file.is_file():
+        if isinstance(text.vocabulary, Characters):
+            raise ConfigError(
+                f"--init_from={init_from}: {file.name} is missing there, so its tokens do not "
+                f"stand for the characters of {text.name}. save_pretrained of the tokenizer of "
+                "transformers writes it; or name such a file: --config.task.tokens=FILE."
+            )
         return
-    ours = text.vocabulary
-    if not isinstance(ours, Tokenizer) or ours.definition != file.read_text(encoding="utf-8-sig"):
+    if not _is_of(text.vocabulary, file):
         raise ConfigError(
             f"--init_from={init_from}: its tokens stand for other characters than those of "
             f"{text.name}. Those of its own are --config.task.tokens={file}."

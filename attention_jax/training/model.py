@@ -55,11 +55,11 @@ def make_model(
         ValueError, NotImplementedError: Its settings do not fit together. A layer may refuse more
             when it is called.
     """
+    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
+    length = max([config.task.seq_length, *(x.get("seq_length", 0) for x in slices)])
     if is_directory(config.model.name):
         described = description(config) if described is None else described
-        return _of_directory(config.model.to_dict() | traced, task, described)
-    slices = [x for name in ("eval", "train") for x in slice_settings(config, name).values()]
-    lengths = [changes.get("seq_length", 0) for changes in slices]
+        return _of_directory(config.model.to_dict() | traced, task, described, length)
     settings = config.model.to_dict() | traced
     attention, dtype = settings.pop("name"), jnp.dtype(settings.pop("dtype"))
     if attention == "selfhead":
@@ -69,7 +69,7 @@ def make_model(
         return make_sequence_model(
             attention=attention,
             vocab_size=task.vocab_size,
-            max_length=max([config.task.seq_length, *lengths]) if learned else None,
+            max_length=length if learned else None,
             softcap=settings.pop("softcap") or None,
             dtype=dtype,
             **settings,
@@ -93,7 +93,7 @@ def description(config: ConfigDict) -> dict[str, Any] | None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _of_directory(settings, task, described):
+def _of_directory(settings, task, described, length):
     """The model of a `config.json`, with what the config says of every model."""
     name = f"{label('model.name')}={settings['name']}"
     if task.vocab_size is None:
@@ -103,6 +103,11 @@ def _of_directory(settings, task, described):
         raise ValueError(
             f"{name} has {model.embedding.num_embeddings} tokens, and the task {task.name} has "
             f"{task.vocab_size}."
+        )
+    most = getattr(model.positions, "max_length", length)
+    if length > most:
+        raise ValueError(
+            f"{label('task.seq_length')} must be at most {most} for {name}: got {length}."
         )
     fields = {"dropout_rate": settings["dropout_rate"]}
     dtype = jnp.dtype(settings["dtype"])

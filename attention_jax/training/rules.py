@@ -56,7 +56,13 @@ def shown(value: Any) -> str:
 
 
 # What people write elsewhere for the last names of some fields.
-SHORT = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "dim": "features"}
+SHORT = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "dim": "features",
+    "steps": "steps_per_epoch",
+}
 
 
 def unknown(path: str, known: Iterable[str]) -> str:

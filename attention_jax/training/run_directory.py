@@ -6,7 +6,7 @@
         checkpoints/      the newest complete one is what the next process continues from
         metrics.jsonl     one object per logged step
         vocabulary.json   of a task of text: how its tokens become text
-        model.json        of a model of Hugging Face: its config.json
+        model.json        of a model of Hugging Face: its config.json and the like, by their names
         samples.txt       of a task of text: what the model writes at each evaluation
         tensorboard/      event files, when tensorboardX is there
         result.json       written last, when the run is complete
@@ -222,6 +222,8 @@ def _is_place(name, theirs, ours):
     """Whether a field says where something is, not what it is: a run may go on elsewhere."""
     if name.startswith("mesh."):
         return True
+    if name == "init_from" and theirs.get(name) and ours[name]:
+        return os.path.realpath(theirs[name]) == os.path.realpath(ours[name])
     content = f"{_SHA256}config.{name}"
     return content in ours and ours[content] == theirs.get(content)
 
