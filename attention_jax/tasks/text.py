@@ -1,4 +1,4 @@
-"""Text of one's own: the next token of a file, of which the last tenth is held out."""
+"""Text of one's own: the next token of a file, of which a tenth is held out."""
 
 import functools
 import hashlib
@@ -32,8 +32,8 @@ def text(
         targets   o   b e   o r
 
     The rows held out are windows of the last tenth. With `lines=True` a row is a line, as in a file
-    of names; the token of the newline begins and ends it, and the last tenth of the lines is held
-    out:
+    of names; the token of the newline begins and ends it. A tenth of the lines is held out, drawn
+    once, because such files are often sorted:
 
         inputs    \\n e m m a
         targets   e  m m a \\n
@@ -99,7 +99,8 @@ class _Source(NamedTuple):
     Attributes:
         text: What is known of it.
         tokens: Of the whole file, `[N]`.
-        ends: Where each line ends, `[lines]`; None if rows are no lines.
+        ends: Where each line begins and ends, `[lines, 2]`, those held out last; None if rows are
+            no lines.
     """
 
     text: Text
@@ -149,8 +150,7 @@ def _density(tokens, ends, letters, vocabulary) -> float | None:
         return None
     of = tokens if ends is None else ends
     trained = int(_TRAINED * len(of))
-    first = trained if ends is None else ends[trained:, 0].min(initial=len(tokens))
-    held_out = tokens[first:]
+    held_out = tokens[trained:] if ends is None else _of_lines(tokens, ends[trained:])
     if isinstance(vocabulary, Characters) or not len(held_out):
         return 1.0
     if isinstance(vocabulary, Bytes):
@@ -229,13 +229,28 @@ def _encode(content: bytes, letters: str, vocabulary, lines: bool) -> np.ndarray
 
 
 def _ends(tokens, vocabulary, name):
-    """Where each line that is not empty ends: a file of lines as `[line, newline, line, ...]`."""
+    """Where each line that is not empty begins and ends, in an order of chance.
+
+    The order is the same for the same number of lines.
+
+    Args:
+        tokens: Of a file, as `[line, newline, line, ...]`.
+    """
     newline = _newline(vocabulary, name)
     ends = np.flatnonzero(tokens == newline)
     if len(tokens) and tokens[-1] != newline:
         ends = np.append(ends, len(tokens))
     begins = np.concatenate([[0], ends[:-1] + 1])
-    return np.stack([begins, ends], axis=1)[ends > begins].astype(np.int32)
+    found = np.stack([begins, ends], axis=1)[ends > begins].astype(np.int32)
+    return found[np.random.RandomState(0).permutation(len(found))]
+
+
+def _of_lines(tokens, ends):
+    """The tokens of some lines and of their newlines, in the order of the file."""
+    depth = np.zeros(len(tokens) + 2, np.int8)
+    depth[ends[:, 0]] += 1
+    depth[ends[:, 1] + 1] -= 1
+    return tokens[np.cumsum(depth[: len(tokens)], dtype=np.int8) > 0]
 
 
 def _newline(vocabulary, name) -> int:
@@ -309,15 +324,17 @@ def _make_task(seq_length: int, text: Text, source: Callable[[], _Source]) -> Ta
         """-log of each token's share of the part for training, with one more of each."""
         found = source()
         trained, _ = _parts(found, seq_length)
-        end = trained if found.ends is None else found.ends[trained - 1, 1] + 1
-        counts = np.bincount(found.tokens[:end], minlength=text.vocabulary.size) + 1.0
+        seen = found.tokens[:trained]
+        if found.ends is not None:
+            seen = _of_lines(found.tokens, found.ends[:trained])
+        counts = np.bincount(seen, minlength=text.vocabulary.size) + 1.0
         return np.log(counts.sum() / counts).astype(np.float32)
 
     def baseline(batch: Batch) -> Array:
         losses = jnp.asarray(shares())[batch.targets]
         return (batch.weights * losses).sum() / batch.weights.sum()
 
-    kind = "lines" if text.lines else "windows"
+    part = "a tenth of the lines" if text.lines else "windows of the last tenth"
     return Task(
         name="text",
         sample=rows(lambda trained, held_out: (0, trained)),
@@ -326,6 +343,6 @@ def _make_task(seq_length: int, text: Text, source: Callable[[], _Source]) -> Ta
         vocab_size=text.vocabulary.size,
         baseline=("each token's share of the text", baseline),
         sample_held_out=rows(lambda trained, held_out: (trained, trained + held_out)),
-        held_out=f"{kind} of the last tenth of {text.name}",
+        held_out=f"{part} of {text.name}",
         text=text,
     )
