@@ -53,7 +53,8 @@ BATCH = sample(jax.random.key(1), jnp.arange(12))
 
 
 def test_step_descends_the_gradient_of_the_weighted_mean():
-    state, metrics = jax.jit(make_train_step(squared_error(apply), SGD))(new_state(), BATCH)
+    train_step = jax.jit(make_train_step(squared_error(apply), SGD, norms_of_parts=True))
+    state, metrics = train_step(new_state(), BATCH)
 
     def mean_loss(params):
         x, y, weight = (np.asarray(a, np.float64) for a in BATCH[:3])
@@ -77,6 +78,7 @@ def test_step_descends_the_gradient_of_the_weighted_mean():
             "loss": mean_loss(old),
             "weight": float(BATCH.weights.sum()),
             "grad_norm": norm,
+            **{f"grad_norm/{name}": np.linalg.norm(g) for name, g in gradient.items()},
             "bad_steps": 0,
         },
         rtol=1e-5,

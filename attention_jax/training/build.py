@@ -341,7 +341,11 @@ def make_functions(
 
     def epoch(state: TrainState, rows: Array) -> tuple[TrainState, dict]:
         step = steps.make_train_step(
-            mixed_loss, optimizer, axis_name=axis_name, accumulate=accumulate
+            mixed_loss,
+            optimizer,
+            axis_name=axis_name,
+            accumulate=accumulate,
+            norms_of_parts=config.eval.heads,
         )
         return steps.make_epoch(
             step, mixed_sample, num_steps, rng=stream(_TRAIN), constrain=constrain

@@ -64,7 +64,8 @@ DEFAULTS = {
         "slices": "",
         "target": "",
     },
-    # heads: also statistics of each head on the first held-out batch.
+    # heads: also statistics of each head on the first held-out batch, and the norm of the gradient
+    # of each part in training.
     # sample: how many tokens the model of a single run of text writes.
     "eval": {"num_batches": 8, "every_epochs": 10, "slices": "", "heads": False, "sample": 0},
     "checkpoint": {"every_epochs": 10, "keep": 2},

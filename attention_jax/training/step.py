@@ -95,6 +95,7 @@ def make_train_step(
     *,
     axis_name: str | None = None,
     accumulate: int = 1,
+    norms_of_parts: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Builds one optimizer step.
 
@@ -104,6 +105,8 @@ def make_train_step(
         axis_name: Axis of the enclosing `jax.pmap`, over which every sum is taken.
         accumulate: Number of micro-batches to compute one after the other. The result is that of
             the whole batch; the memory is that of one micro-batch.
+        norms_of_parts: Whether the metrics also hold the norm of each part's gradient, as
+            `"grad_norm/blocks_0"` for the first block.
 
     Returns:
         `(state, batch) -> (state, metrics)`. The metrics are scalars: `"loss"`, `"weight"`, the
@@ -150,6 +153,9 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads)}
+        if norms_of_parts:
+            parts = {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
+            metrics |= parts
         sound = all_finite(metrics)
         if isinstance(opt_state, SkipState):
             sound &= all_finite((params, opt_state))

@@ -22,13 +22,12 @@ TEMPERATURE = 0.8
 
 
 def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
-    """The function `params -> metrics` of `config.eval.heads`: what each head does, and the norm of
-    each part's gradient, on the first held-out batch.
+    """The function `params -> metrics` of `config.eval.heads`: what each head does on the first
+    held-out batch.
 
-    Their names are `entropy/blocks_0/1`, for head 1 of the first block, and
-    `gradient_norm/blocks_0`.
+    Their names are as `entropy/blocks_0/1`, for head 1 of the first block.
     """
-    from attention_jax.analysis.statistics import gradient_norms, head_statistics, summarize
+    from attention_jax.analysis.statistics import head_statistics, summarize
 
     def watch(params: PyTree, given: PyTree) -> dict[str, Array]:
         functions = make_functions(config, given)
@@ -39,15 +38,12 @@ def make_watch(config: ConfigDict) -> Callable[[PyTree], dict[str, Array]]:
         text = functions.task.text
         # A line is padded where it asks for no token.
         queries = batch.weights > 0 if text is not None and text.lines else None
-        metrics = {
+        return {
             f"{name}/{path.removesuffix('/attention')}/{head}": value
             for path, summary in summarize(found, queries).items()
             for name, values in summary.items()
             for head, value in enumerate(values)
         }
-        gradients = jax.grad(lambda params: functions.loss(params, batch))(params)
-        norms = gradient_norms(gradients).items()
-        return metrics | {f"gradient_norm/{name}": norm for name, norm in norms}
 
     # It is called a few times.
     return Bound(jit_once(watch, level=0), arguments(config))
