@@ -511,7 +511,7 @@ def test_lines_are_written_line_by_line(files):
 # Minutes -----------------------------------------------------------------------------------------
 
 
-def test_the_minutes_decide_the_steps_once_and_a_resumed_run_is_the_same(files, tmp_path):
+def test_the_minutes_decide_the_steps_and_a_resumed_run_is_the_same(files, tmp_path):
     config = small(files / "poem.txt")
     config.train.minutes, config.checkpoint.keep, config.eval.sample = 0.01, 5, 0
     config.eval.every_epochs = 50
@@ -532,6 +532,53 @@ def test_the_minutes_decide_the_steps_once_and_a_resumed_run_is_the_same(files, 
         same = resumed.metrics["fingerprint"] == result.metrics["fingerprint"]
         assert same if kept == 8 else resumed.metrics["step"] >= 12
     assert "nothing" not in str(experiment.run(config, tmp_path / "run").metrics)
+
+
+def test_a_run_that_has_become_slow_ends_sooner_and_resumes_alike(
+    files, tmp_path, monkeypatch, capsys
+):
+    config = small(files / "poem.txt")
+    config.train.minutes, config.checkpoint.keep, config.eval.sample = 0.2, 50, 0
+    config.checkpoint.every_epochs = 1
+    monkeypatch.setattr(budget.Review, "is_due", lambda self, epoch: epoch == self._epoch + 2)
+    monkeypatch.setattr(budget.Review, "epochs", lambda self, epoch: epoch + 3)
+    result = experiment.run(config, tmp_path / "run")
+    epochs = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["train"]["epochs"]
+    assert result.metrics["step"] == 4 * epochs < 100
+    assert f"slower: {epochs} epochs fit in --minutes=0.2." in capsys.readouterr().out
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "result.json").unlink()
+    for place in (tmp_path / "again" / "checkpoints").iterdir():
+        if int(place.name) > 4 * (epochs - 3):  # That of the decision stays.
+            shutil.rmtree(place)
+    resumed = experiment.run(config, tmp_path / "again")
+    assert resumed.metrics["fingerprint"] == result.metrics["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("each", "epochs"),
+    [
+        (1.0, 100),  # 50 more in 50 s.
+        (1.15, 100),  # They end 8 s late, which is less than a tenth.
+        (2.0, 50 + 24),  # 49 s are 24 epochs.
+        (1e4, 51),  # One at least.
+    ],
+)
+def test_a_review_shortens_a_run_that_would_end_late(monkeypatch, each, epochs):
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+    config = default_config("text")
+    config.train.update(minutes=100 / 60, epochs=100)
+    config.optimizer.warmup_steps = 10
+    now[0] = 50 - 4 * each
+    review = budget.Review(config, 0.0, 46)
+    assert not review.is_due(48)  # That early it does not ask.
+    now[0] = 50.0
+    assert not review.is_due(47)  # One epoch says little.
+    assert review.is_due(50)
+    assert review.epochs(50) == epochs
+    config.optimizer.warmup_steps = 90 * config.train.steps_per_epoch
+    assert review.epochs(50) == max(epochs, 91)  # A cosine needs a step behind its warmup.
 
 
 @pytest.mark.parametrize(
@@ -651,7 +698,7 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_budget():
     assert budget_end(state) is None
     for step in range(10):
         if step == 4:
-            state = with_budget(state, 4, 10)
+            state = with_budget(state, 10, 4)
             assert budget_end(state) == 10
         update, state = optimizer.update(jnp.ones(()), state, params)
         rates.append(-float(update))

@@ -1,8 +1,10 @@
 """`--minutes`: a run as long as a time, whose learning rate falls to 0 at its end.
 
-How many steps fit into the time is measured once, in the first epochs of a process: see `Pilot`.
+How many steps fit into the time is measured in the first epochs of a process: see `Pilot`.
 From there on the run is one of so many epochs. Its optimizer holds the number,
 so every checkpoint does, and a resumed run is the same run. Until then a cosine has not begun.
+Only if the machine has become much slower by the half of the time, the run is made shorter, once:
+see `Review`.
 """
 
 import time
@@ -19,6 +21,7 @@ from attention_jax.training.rules import MOST_32_BITS
 LEAST = 3  # Epochs of any run: one compiles, one is measured, one is left.
 PILOT = 0.1  # Of the minutes: how long it measures, if an epoch is shorter.
 SPARE = 0.02  # Of the time that is left, for the end of the run.
+LATE = 0.1  # Of the minutes: a run that would end later than this is made shorter.
 
 
 class Fit(NamedTuple):
@@ -105,6 +108,37 @@ class Pilot:
         left = 60 * self._config.train.minutes - (now - self.started)
         most = max(1, int(left / max(1e-6, now - self._begun)))
         _check_warmup(self._config, (done + most) * self._config.train.steps_per_epoch)
+
+
+class Review:
+    """Whether a run still ends in time, asked once at the half of the minutes.
+
+    Args:
+        config: Of the run.
+        started: When the run began, by `time.perf_counter`.
+        epoch: The epochs done. Those that follow tell the speed.
+    """
+
+    def __init__(self, config: ConfigDict, started: float, epoch: int):
+        self._config, self._started = config, started
+        self._epoch, self._begun = epoch, time.perf_counter()
+        self._budget = 60 * config.train.minutes
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether to ask, at the end of an epoch, of which two at least have been measured."""
+        half = time.perf_counter() >= self._started + self._budget / 2
+        return half and epoch - self._epoch >= 2
+
+    def epochs(self, epoch: int) -> int:
+        """How many epochs the run should have, at the end of one: as before if it is in time."""
+        train, optimizer = self._config.train, self._config.optimizer
+        now = time.perf_counter()
+        each = (now - self._begun) / (epoch - self._epoch)
+        left = self._budget - (now - self._started)
+        if (train.epochs - epoch) * each <= left + LATE * self._budget:
+            return train.epochs
+        fits = epoch + max(1, int(left * (1 - SPARE) / each))
+        return min(train.epochs, max(fits, optimizer.warmup_steps // train.steps_per_epoch + 1))
 
 
 def epochs_that_fit(

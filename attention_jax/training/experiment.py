@@ -352,7 +352,8 @@ def _train(config, program, state, store, look, started, stop, ahead):
         if config.init_from and not first_epoch:  # How much has training changed?
             before = jax.device_get(evaluate(state.params, program.rows))["loss"]
             console.say(f"held-out loss before the first step: {before:.4g}")
-        pilot = None
+        pilot = review = None
+        goes_on = config.train.minutes and not is_open
         while epoch < epochs:
             if is_open and epoch == first_epoch + 1:
                 ahead.wait()  # Else the epochs that are measured are slower than the rest.
@@ -360,6 +361,9 @@ def _train(config, program, state, store, look, started, stop, ahead):
                 pilot = budget.Pilot(config, started)
             elif pilot is not None:
                 pilot.end_lap()
+            elif goes_on and epoch == first_epoch + 1:  # The first one compiles.
+                jax.block_until_ready(state)
+                review = budget.Review(config, started, epoch)
             epoch, decides = epoch + 1, False
             state, metrics = run_epoch(state, program.rows)
             if pilot is not None:
@@ -382,9 +386,23 @@ def _train(config, program, state, store, look, started, stop, ahead):
                         f"smaller config.train.steps_per_epoch, as {fewer}, makes them shorter."
                     )
                 console.set_epochs(epochs, (epoch, time.perf_counter() - started))
-                ends = epoch * num_steps, epochs * num_steps
-                state = state._replace(opt_state=with_budget(state.opt_state, *ends))
+                begin, end = epoch * num_steps, epochs * num_steps
+                state = state._replace(opt_state=with_budget(state.opt_state, end, begin))
                 state, pilot = program.put_state(state), None
+                review = budget.Review(config, started, epoch)
+            elif review is not None and review.is_due(epoch):
+                jax.block_until_ready(state)
+                fewer, review = review.epochs(epoch), None
+                if fewer < epochs:
+                    decides, epochs, config.train.epochs = True, fewer, fewer
+                    console.set_epochs(epochs, (epoch, time.perf_counter() - started))
+                    console.say(
+                        f"The machine has become slower: {count(epochs, 'epoch')} fit in "
+                        f"--minutes={config.train.minutes:g}."
+                    )
+                    end = epochs * num_steps
+                    state = state._replace(opt_state=with_budget(state.opt_state, end))
+                    state = program.put_state(state)
             last, held_out, written = epoch == epochs, {}, None
             if last or epoch % config.eval.every_epochs == 0:
                 held_out, written = look_at(state, epoch * num_steps)

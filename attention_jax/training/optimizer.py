@@ -231,10 +231,16 @@ def budget_end(opt_state: PyTree) -> int | None:
     return None if end == _OPEN else end
 
 
-def with_budget(opt_state: PyTree, begin: int, end: int) -> PyTree:
-    """The state of an optimizer with a budget, whose cosine falls between these steps."""
+def with_budget(opt_state: PyTree, end: int, begin: int | None = None) -> PyTree:
+    """The state of an optimizer with a budget, whose cosine falls between these steps.
+
+    Args:
+        opt_state: The state before.
+        end, begin: Steps. Without `begin` it stays.
+    """
+    steps = {name: jnp.int32(x) for name, x in (("end", end), ("begin", begin)) if x is not None}
     is_budget = lambda x: isinstance(x, BudgetState)
-    put = lambda x: x._replace(begin=jnp.int32(begin), end=jnp.int32(end)) if is_budget(x) else x
+    put = lambda x: x._replace(**steps) if is_budget(x) else x
     return jax.tree.map(put, opt_state, is_leaf=is_budget)
 
 
