@@ -878,6 +878,7 @@ def test_a_picture_of_a_long_row_shows_its_first_letters(files, tmp_path, monkey
     assert seen[0][2].endswith("; the first 32 of 40 tokens")
 
 
+@pytest.mark.slow  # It trains.
 def test_a_page_of_lines_shows_no_padding(files, tmp_path):
     config = small(files / "names.txt")
     config.task.lines, config.train.epochs = True, 1

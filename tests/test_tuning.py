@@ -87,7 +87,7 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize(
     "name", ["gpt2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("llama", "gemma3"))]
 )
-def test_a_run_begins_with_the_parameters_of_the_directory(name):
+def test_a_run_begins_with_the_parameters_of_the_directory(name, capsys):
     # At this rate, and without decay, they stay as they are.
     still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     config = tiny(MODELS / name, **still)
@@ -98,7 +98,9 @@ def test_a_run_begins_with_the_parameters_of_the_directory(name):
         logits = jnp.take_along_axis(logits, batch.positions[..., None], axis=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     found = experiment.run(config)
-    assert_close(found.metrics["eval_loss"], np.average(losses, weights=batch.weights), 1e-5)
+    loss = found.metrics["eval_loss"]
+    assert_close(loss, np.average(losses, weights=batch.weights), 1e-5)
+    assert f"held-out loss before the first step: {loss:.4g}\n" in capsys.readouterr().out
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-7), found.params, params)
 
 
@@ -237,6 +239,7 @@ def with_tokenizer(place):
     return {"eval__sample": 20, "train__steps_per_epoch": 2, **changes}
 
 
+@pytest.mark.slow  # A short one follows.
 @needs_tokenizers
 def test_a_directory_learns_a_text_and_writes_on(place, tmp_path):
     changes = with_tokenizer(place)
@@ -260,23 +263,13 @@ def test_characters_are_refused_where_the_tokenizer_is_missing(place):
     message = refusal(experiment.run, tiny(place, "text", **path))
     assert "tokenizer.json is missing there" in message
     assert "do not stand for the characters of poem.txt" in message
-    first = experiment.run(tiny(place, "text", init_from="", **path))  # From random parameters.
-    assert first.metrics["step"] == 4
 
 
 @needs_tokenizers
 def test_a_tuned_run_leaves_and_writes_as_its_directory_does(place, tmp_path, capsys):
-    """With its first token, its end and its context; and a new model does without the first."""
+    """With its first token, its end and its context."""
     changes = with_tokenizer(place)
-    file = place / "tokenizer.json"
-    first = {"SpecialToken": {"id": "x", "type_id": 0}}
-    whole = {"Sequence": {"id": "A", "type_id": 0}}
-    special = {"x": {"id": "x", "ids": [17], "tokens": ["x"]}}
-    adds = {"type": "TemplateProcessing", "single": [first, whole], "pair": [first, whole, whole]}
-    definition = json.loads(file.read_text()) | {
-        "post_processor": adds | {"special_tokens": special}
-    }
-    file.write_text(json.dumps(definition), encoding="utf-8")
+    file = add_first_token(place)
     described = json.loads((place / "config.json").read_text()) | {"bos_token_id": 17}
     (place / "config.json").write_text(json.dumps(described))
     end = sorted(set(POEM)).index("\n")
@@ -298,14 +291,39 @@ def test_a_tuned_run_leaves_and_writes_as_its_directory_does(place, tmp_path, ca
     for author in authors:
         assert author.begin("a").tolist() == [17, *author.encode("a")]
         assert (author.ends, author.context) == ({end, 18}, 32)
-    config = tiny(tmp_path / "gone", "text", **changes, init_from="")
-    config.task.tokens = str(tmp_path / "gone" / "tokenizer.json")
+
+
+@pytest.mark.slow
+@needs_tokenizers
+def test_a_new_model_leaves_without_the_token_that_begins_a_text(place, tmp_path):
+    """Training has shown it none."""
+    changes = with_tokenizer(place)
+    add_first_token(place)
+    config = tiny(place, "text", **changes, init_from="")
+    config.task.tokens = str(place / "tokenizer.json")
     experiment.run(config, tmp_path / "new")
     export.main(["export", str(tmp_path / "new"), str(tmp_path / "fresh")])
     flags = ("--prompt=a", "--temperature=0", "--context=8")
     texts = [written(tmp_path / x, *flags) for x in ("new", "fresh")]
     assert texts[0] == texts[1]
-    assert _of_directory(tmp_path / "fresh").begin("a").tolist() == authors[0].encode("a").tolist()
+    assert (
+        _of_directory(tmp_path / "fresh").begin("a").tolist()
+        == _of_run(tmp_path / "new").encode("a").tolist()
+    )
+
+
+def add_first_token(place):
+    """Lets the tokenizer begin each text with token 17; returns its file."""
+    file = place / "tokenizer.json"
+    first = {"SpecialToken": {"id": "x", "type_id": 0}}
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"x": {"id": "x", "ids": [17], "tokens": ["x"]}}
+    adds = {"type": "TemplateProcessing", "single": [first, whole], "pair": [first, whole, whole]}
+    definition = json.loads(file.read_text()) | {
+        "post_processor": adds | {"special_tokens": special}
+    }
+    file.write_text(json.dumps(definition), encoding="utf-8")
+    return file
 
 
 def written(run, *flags):
@@ -325,13 +343,6 @@ def test_a_run_of_other_tokens_keeps_no_special_ones(place):
     assert kept["config.json"] == described | dict.fromkeys(huggingface.SPECIAL_TOKENS)
     config = tiny(place)
     assert files_to_keep(config, make_functions(config).task) == {"config.json": described}
-
-
-def test_the_loss_before_the_first_step_is_told(trained, place, capsys):
-    still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
-    result = experiment.run(tiny(place, **still))
-    out = capsys.readouterr().out
-    assert f"held-out loss before the first step: {result.metrics['eval_loss']:.4g}\n" in out
 
 
 def test_tokens_beyond_the_text_are_left_out():
