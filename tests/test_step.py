@@ -465,7 +465,7 @@ def test_muon_makes_singular_values_of_kernels_equal():
                 found = -left.T @ by["muon"].reshape(-1, columns) @ right.T
                 size = 0.5 * 0.2 * max(grad.size // columns, columns) ** 0.5
                 np.testing.assert_allclose(np.diag(found), size, rtol=0.4, err_msg=words)
-                np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-5 * size)
+                np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-4 * size)
                 kinds.add(words.rpartition("/")[0].rpartition("/")[2])
             else:
                 np.testing.assert_allclose(by["muon"], by["adam"], rtol=1e-5, err_msg=words)
